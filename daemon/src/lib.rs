@@ -1,0 +1,12 @@
+//! The node daemon as a library: the loop, what the kernel should hold, and how it gets there.
+#![forbid(unsafe_code)]
+
+pub mod attach;
+pub mod cli;
+pub mod config;
+pub mod journal;
+pub mod kernel;
+pub mod metrics;
+pub mod plan;
+pub mod reconcile;
+pub mod server;
