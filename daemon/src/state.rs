@@ -12,9 +12,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use weft_ipam::lease::HeldLease;
-use weft_ipam::store::LeaseValue;
 use weft_wire::record::NodeKey;
-use weft_wire::types::{NodeName, Subnet, from_hex, to_hex};
+use weft_wire::mesh::Owner;
+use weft_wire::types::{Epoch, NodeName, PublicKey, Subnet};
 
 use crate::plan::model::Peer;
 
@@ -72,11 +72,28 @@ pub struct Memory {
     /// The leases that this node held.
     pub held: Vec<HeldLease>,
     /// Every lease of the store, as last seen.
-    pub leases: BTreeMap<Subnet, LeaseValue>,
+    pub leases: BTreeMap<Subnet, RememberedLease>,
     /// The peers that the kernel was programmed for.
     pub peers: BTreeMap<NodeName, RememberedPeer>,
     /// Whether turning TX checksum offload off was found necessary.
     pub tx_checksum_off: bool,
+}
+
+/// A lease of the store as last seen.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RememberedLease {
+    /// The owner.
+    pub node: NodeName,
+    /// The owner's key.
+    pub key: PublicKey,
+    /// The fencing number.
+    pub epoch: Epoch,
+}
+
+impl From<&RememberedLease> for Owner {
+    fn from(lease: &RememberedLease) -> Self {
+        Self { node: lease.node.clone(), key: lease.key, epoch: lease.epoch }
+    }
 }
 
 /// A peer as the kernel was programmed for it, and where it gossips.
@@ -125,11 +142,10 @@ impl StateDir {
     pub fn node_key(&self) -> Result<NodeKey, StateError> {
         let path = self.file("node.key");
         match read_secret(&path)? {
-            Some(text) => from_hex(text.trim())
-                .map(NodeKey::from_bytes)
-                .ok_or(StateError::Content { path, what: "a node key (64 hexadecimal digits)" }),
+            Some(text) => NodeKey::from_secret_text(&text)
+                .map_err(|_| StateError::Content { path, what: "a node key (64 hexadecimal digits)" }),
             None => {
-                let key = NodeKey::from_bytes(random()?);
+                let key = NodeKey::from_secret(random()?);
                 self.set_node_key(&key)?;
                 Ok(key)
             }
@@ -138,7 +154,7 @@ impl StateDir {
 
     /// Replaces the node's signing key.
     pub fn set_node_key(&self, key: &NodeKey) -> Result<(), StateError> {
-        replace(&self.file("node.key"), format!("{}\n", to_hex(&key.to_bytes())).as_bytes())
+        replace(&self.file("node.key"), key.to_secret_text().as_bytes())
     }
 
     /// Reads what an earlier daemon remembered; nothing on a first start.
