@@ -154,6 +154,11 @@ impl NodeKey {
         self
     }
 
+    /// Returns whether this key follows `earlier` through its endorsements.
+    pub(crate) fn follows(&self, earlier: &PublicKey) -> bool {
+        self.endorsements.iter().any(|endorsement| endorsement.key == *earlier)
+    }
+
     /// Writes the secret and its endorsements, for a file that only root reads: one line of hexadecimal
     /// digits for the secret, then one line `KEY SIGNATURE` for each endorsement, the latest first.
     pub fn to_secret_text(&self) -> Zeroizing<String> {

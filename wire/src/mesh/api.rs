@@ -152,6 +152,9 @@ pub struct MemberView<'a> {
     pub state: MemberState,
     /// Its latest record.
     pub record: &'a NodeRecord,
+    /// The record whose routes are to be installed: `record` if it is accepted; while `record` is pending
+    /// the last accepted one, as long as the authority does not contradict it; else none.
+    pub routed: Option<&'a NodeRecord>,
     /// The smoothed round-trip time of direct probes, if one was ever answered.
     pub rtt: Option<Duration>,
     /// The smoothed share of direct probes without an answer, 0 to 1.

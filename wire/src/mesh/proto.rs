@@ -116,7 +116,10 @@ pub struct PingRequest {
 }
 
 #[derive(Clone, PartialEq, Message)]
-pub struct Push {}
+pub struct Push {
+    #[prost(bool, tag = "1")]
+    pub sync: bool,
+}
 
 #[derive(Clone, PartialEq, Message)]
 pub struct SyncRoot {
