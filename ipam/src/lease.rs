@@ -16,10 +16,18 @@ use serde::{Deserialize, Serialize};
 use weft_wire::types::{Epoch, NodeName, PublicKey, SiteName, Subnet};
 
 use crate::carve::{Carver, Family};
-use crate::store::{Change, Entry, Expect, Key, Snapshot};
+use crate::store::{Expect, Key};
 
+mod judge;
+mod machine;
+#[cfg(test)]
+mod model;
+#[cfg(test)]
+mod tests;
 mod value;
+mod view;
 
+pub use machine::Leasing;
 pub use value::{LeaseValue, ValueError};
 
 /// What a node needs to lease its subnets.
@@ -69,7 +77,7 @@ impl LeaseConfig {
 }
 
 /// A lease that this node holds. The shell persists it and hands it back at the next start.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HeldLease {
     /// The subnet.
     pub subnet: Subnet,
@@ -192,90 +200,46 @@ pub enum Output {
     },
 }
 
-/// The lease state machine of one node.
-pub struct Leasing {
-    config: LeaseConfig,
-    held: Vec<HeldLease>,
-}
-
-impl fmt::Debug for Leasing {
+impl fmt::Display for LeaseEvent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Leasing").field("node", &self.config.node).field("held", &self.held).finish()
+        match self {
+            Self::Acquired(lease) => write!(f, "leased {} at epoch {}", lease.subnet, lease.epoch),
+            Self::Renewed(lease) => write!(f, "renewed {}", lease.subnet),
+            Self::Lost { subnet, to: Some(node) } => write!(f, "{subnet} now belongs to {node}"),
+            Self::Lost { subnet, to: None } => write!(f, "{subnet} is no longer this node's"),
+            Self::Released(subnet) => write!(f, "released {subnet}"),
+            Self::Exhausted { family, cidrs, capacity } => {
+                let cidrs = cidrs.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+                write!(
+                    f,
+                    "no free {family} subnet in {cidrs}: all {capacity} blocks are leased; remove nodes that are gone, add a cluster CIDR, or use a longer node_prefix"
+                )
+            }
+            Self::Conflict(conflict) => conflict.fmt(f),
+        }
     }
 }
 
-impl Leasing {
-    /// Starts from what an earlier run persisted; those leases are held at once, without the store.
-    pub fn new(config: LeaseConfig, persisted: Vec<HeldLease>, seed: [u8; 32], now: Instant) -> Self {
-        let _ = (seed, now);
-        Self { config, held: persisted }
-    }
-
-    /// Takes the answer to `List`.
-    pub fn handle_snapshot(&mut self, snapshot: &Snapshot, now: Instant) {
-        let _ = (snapshot, now);
-    }
-
-    /// Takes the answer to `Put`: the new revision, or what the store holds instead.
-    pub fn handle_put(&mut self, key: Key, result: Result<u64, Option<Entry>>, now: Instant) {
-        let _ = (key, result, now);
-    }
-
-    /// Takes the answer to `Delete`: the revision of the deletion, or what the store holds instead.
-    pub fn handle_delete(&mut self, key: Key, result: Result<u64, Option<Entry>>, now: Instant) {
-        let _ = (key, result, now);
-    }
-
-    /// Takes the failure of the outstanding request: nothing held is given up.
-    pub fn handle_store_error(&mut self, now: Instant) {
-        let _ = now;
-    }
-
-    /// Takes what the store's watch said.
-    pub fn handle_change(&mut self, change: &Change, now: Instant) {
-        let _ = (change, now);
-    }
-
-    /// Does what is due.
-    pub fn handle_timeout(&mut self, now: Instant) {
-        let _ = now;
-    }
-
-    /// Says whether the node may take another subnet than the one it lost or holds: it has no live pods.
-    pub fn set_may_renumber(&mut self, may_renumber: bool, now: Instant) {
-        let _ = (may_renumber, now);
-    }
-
-    /// Gives all leases back and takes no new ones: the node leaves the cluster.
-    pub fn release(&mut self, now: Instant) {
-        let _ = now;
-    }
-
-    /// Writes a new key into the node's leases; `Renewed` carries it once the store has it.
-    pub fn rotate_key(&mut self, key: PublicKey, now: Instant) {
-        self.config.key = key;
-        let _ = now;
-    }
-
-    /// Returns what to do next.
-    pub fn poll_output(&mut self, now: Instant) -> Output {
-        Output::Wait { until: now + self.config.list_every }
-    }
-
-    /// Returns the leases that the node holds.
-    pub fn held(&self) -> Vec<HeldLease> {
-        self.held.clone()
-    }
-
-    /// Returns all leases of the store at the last snapshot, by subnet.
-    pub fn table(&self, now: Instant) -> Vec<LeaseView> {
-        let _ = now;
-        Vec::new()
-    }
-
-    /// Returns the age of the node's view of the store; `None` before the first answer.
-    pub fn staleness(&self, now: Instant) -> Option<Duration> {
-        let _ = now;
-        None
+impl fmt::Display for LeaseConflict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::DuplicateName { subnet, key } => write!(
+                f,
+                "{subnet} is leased under this node's name by another daemon (key {}): give one of them another name; the lease of a reinstalled node expires by itself",
+                key.short()
+            ),
+            Self::FixedTaken { subnet, owner } => write!(
+                f,
+                "{subnet} is leased by {owner} and overlaps the subnet configured for this node: change one of the two"
+            ),
+            Self::Outside { subnet } => write!(
+                f,
+                "{subnet} is held by this node but is no longer in the configured ranges: it is kept until no pod uses it"
+            ),
+            Self::Unreadable { subnet, why } => write!(
+                f,
+                "the store's entry for {subnet} cannot be read ({why}): the subnet is left alone; remove the entry if no node uses it"
+            ),
+        }
     }
 }
