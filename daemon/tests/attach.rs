@@ -1,5 +1,7 @@
 //! Attaches pods in a real kernel, inside network namespaces of the test's own, judged by `ip -j` and ping.
 
+#![allow(clippy::unwrap_used, reason = "a test that unwraps names its line")]
+
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::PathBuf;
