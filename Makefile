@@ -1,0 +1,63 @@
+# The entry points of the project. `make help` lists them.
+
+SHELL := /bin/bash
+HOST := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
+BIN := $(CURDIR)/target/$(HOST)/release
+BINARIES := weftd weft weft-cni weft-lab
+LAB ?= lab
+NODES ?= 3
+LAB_ARGS ?=
+TEST_ARGS ?=
+
+# What the lab and the tests run beside cargo: "command:debian-package".
+NEEDS := cc:gcc ip:iproute2 unshare:util-linux nsenter:util-linux ping:iputils-ping nft:nftables \
+	ethtool:ethtool iperf3:iperf3 tcpdump:tcpdump containerd:containerd ctr:containerd runc:runc busybox:busybox-static
+NEEDS_FILES := /usr/lib/cni/bridge:containernetworking-plugins
+
+.DEFAULT_GOAL := help
+.PHONY: help deps build lab lab-down test lint
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+deps: ## install what the lab and the tests run (Debian packages, as root; otherwise names them)
+	@command -v cargo >/dev/null || { echo "make deps: cargo is missing: install Rust 1.95 or newer (https://rustup.rs)"; exit 1; }
+	@missing=(); \
+	for need in $(NEEDS); do \
+		PATH="$$PATH:/usr/sbin:/sbin" command -v "$${need%%:*}" >/dev/null || missing+=("$${need##*:}"); done; \
+	for need in $(NEEDS_FILES); do [ -e "$${need%%:*}" ] || missing+=("$${need##*:}"); done; \
+	missing=($$(printf '%s\n' "$${missing[@]}" | sort -u)); \
+	if [ $${#missing[@]} -eq 0 ]; then echo "deps: everything is here"; exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "deps: installing $${missing[*]}"; \
+		export DEBIAN_FRONTEND=noninteractive; \
+		apt-get install -y --no-install-recommends "$${missing[@]}" </dev/null \
+			|| { apt-get update </dev/null && apt-get install -y --no-install-recommends "$${missing[@]}" </dev/null; }; \
+	else \
+		echo "deps: these packages are missing: $${missing[*]}"; \
+		echo "deps: install them, on Debian with: sudo apt-get install $${missing[*]}"; exit 1; \
+	fi
+
+# One static build for all executables: the CNI shim must run in any image's mount namespace. The target is named so that
+# the flags reach only what is shipped and not the procedural macros, which cannot be static.
+build: ## build the release executables: weftd, weft, weft-cni, weft-lab
+	@[ -n "$(HOST)" ] || { echo "make build: rustc is missing: install Rust 1.95 or newer (https://rustup.rs)"; exit 1; }
+	RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --locked --target $(HOST) --workspace --bins
+	@echo "build: $(BINARIES) in $(BIN)"
+
+lab: build ## bring up three nodes with two pods each, and show peers, routes and the ping matrix
+	@$(BIN)/weft-lab --name $(LAB) up --nodes $(NODES) --dual-stack $(LAB_ARGS)
+	@echo; echo '== weft peers (on n1)'; $(BIN)/weft-lab --name $(LAB) exec n1 -- weft peers
+	@echo; echo '== weft routes (on n1)'; $(BIN)/weft-lab --name $(LAB) exec n1 -- weft routes
+	@echo; echo '== ping: every pod to every pod'; $(BIN)/weft-lab --name $(LAB) ping
+	@$(BIN)/weft-lab --name $(LAB) hints
+
+lab-down: ## take the lab down
+	@$(BIN)/weft-lab --name $(LAB) down
+
+test: deps build ## install what the tests need and run all of them
+	WEFT_BIN_DIR=$(BIN) cargo test --locked --workspace $(TEST_ARGS) </dev/null
+
+lint: ## rustfmt and clippy, warnings denied
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
