@@ -268,3 +268,6 @@ fn failure(path: &Path, source: rusqlite::Error) -> JournalError {
         _ => JournalError::Io { path, source },
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -232,6 +232,8 @@ fn check_ifname(name: &str) -> Result<(), CniError> {
         "'.' and '..' are not interface names"
     } else if name == "lo" {
         "lo is the loopback interface"
+    } else if name == "all" || name == "default" {
+        "the kernel keeps 'all' and 'default' for settings"
     } else if name.bytes().any(|c| c == b'/' || c == b':' || c == b'%' || c <= b' ' || c == 0x7f) {
         "'/', ':', '%' and white space are not allowed"
     } else {

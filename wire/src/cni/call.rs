@@ -99,6 +99,14 @@ impl CniReply {
 }
 
 impl Reply {
+    /// Reads a reply.
+    ///
+    /// # Errors
+    /// Where the bytes are no such message.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, prost::DecodeError> {
+        prost::Message::decode(bytes)
+    }
+
     /// Takes the plugin's reply out of the daemon's.
     ///
     /// # Errors
