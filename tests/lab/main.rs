@@ -104,7 +104,10 @@ enum Verb {
         all: bool,
     },
     #[command(hide = true)]
-    Keeper,
+    Keeper {
+        /// The lab's directory
+        dir: PathBuf,
+    },
 }
 
 #[derive(Subcommand)]
@@ -166,14 +169,20 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     match act(&cli) {
         Ok(code) => code,
+        // Whoever read the output has seen enough.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             if cli.json {
-                println!("{}", json!({ "schema_version": 1, "error": format!("{error:#}") }));
+                print_json(&json!({ "error": format!("{error:#}") })).ok();
             }
             eprintln!("weft-lab: {error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
 fn act(cli: &Cli) -> anyhow::Result<ExitCode> {
@@ -202,7 +211,7 @@ fn act(cli: &Cli) -> anyhow::Result<ExitCode> {
             if cli.json {
                 print_json(&json!(view))
             } else {
-                println!("{node}/{pod} has {}", ips.join(" and "));
+                writeln!(io::stdout(), "{node}/{pod} has {}", ips.join(" and "))?;
                 Ok(ExitCode::SUCCESS)
             }
         }
@@ -235,8 +244,8 @@ fn act(cli: &Cli) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Verb::Down { all } => take_down(cli, &handle, *all),
-        Verb::Keeper => {
-            weft_tests::lab::keep(&cli.name)?;
+        Verb::Keeper { dir } => {
+            weft_tests::lab::keep(&cli.name, dir)?;
             Ok(ExitCode::SUCCESS)
         }
     }
@@ -253,7 +262,7 @@ fn show(cli: &Cli, said: &str, state: &State) -> anyhow::Result<ExitCode> {
     if cli.json {
         print_json(&json!(state))
     } else {
-        println!("{}", said.trim_end());
+        writeln!(io::stdout(), "{}", said.trim_end())?;
         Ok(ExitCode::SUCCESS)
     }
 }
@@ -319,9 +328,9 @@ fn take_down(cli: &Cli, handle: &Handle, all: bool) -> anyhow::Result<ExitCode> 
         return print_json(&json!({ "down": gone }));
     }
     match gone.as_slice() {
-        [] if all => println!("No lab was up."),
-        [] => println!("Lab {} was not up.", cli.name),
-        names => println!("Down: {}.", names.join(", ")),
+        [] if all => writeln!(io::stdout(), "No lab was up.")?,
+        [] => writeln!(io::stdout(), "Lab {} was not up.", cli.name)?,
+        names => writeln!(io::stdout(), "Down: {}.", names.join(", "))?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -350,10 +359,10 @@ fn ping(cli: &Cli, handle: &Handle) -> anyhow::Result<ExitCode> {
     if cli.json {
         print_json(&json!({ "pairs": matrix.pairs, "sent": matrix.pairs.len(), "lost": losses.len() }))?;
     } else {
-        println!("{}", matrix_table(&state, &matrix));
-        println!("{} pings, {} lost", matrix.pairs.len(), losses.len());
+        writeln!(io::stdout(), "{}", matrix_table(&state, &matrix))?;
+        writeln!(io::stdout(), "{} pings, {} lost", matrix.pairs.len(), losses.len())?;
         for pair in &losses {
-            println!("LOST {} -> {} ({})", pair.from, pair.to, pair.ip);
+            writeln!(io::stdout(), "LOST {} -> {} ({})", pair.from, pair.to, pair.ip)?;
         }
     }
     Ok(if losses.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -174,7 +174,6 @@ impl Lab {
         handle.write("options.json", &options)?;
         let result = Lab::spawn(&handle, &lab_program, progress);
         if result.is_err() {
-            keep_log_of_failure(&handle);
             handle.down().ok();
         }
         result
@@ -205,6 +204,7 @@ impl Lab {
             .args(["--", "sh", "-c", first, "sh"])
             .arg(lab_program)
             .args(["--name", handle.name(), "keeper"])
+            .arg(handle.dir())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(log);
@@ -219,7 +219,10 @@ impl Lab {
             match serde_json::from_str(&line?)? {
                 Word::Progress(what) => progress(&what),
                 Word::Ready => return Ok(lab),
-                Word::Failed(why) => bail!(why),
+                Word::Failed(why) => {
+                    keep_log_of_failure(handle);
+                    bail!(why)
+                }
             }
         }
         let log = std::fs::read_to_string(handle.dir().join("keeper.log")).unwrap_or_default();

@@ -79,6 +79,11 @@ impl Handle {
         Handle { name: name.to_owned(), dir }
     }
 
+    /// Names a lab by its directory: inside a user namespace the path cannot be found from the user.
+    pub(crate) fn at(name: &str, dir: &Path) -> Self {
+        Handle { name: name.to_owned(), dir: dir.to_owned() }
+    }
+
     /// Lists the labs of this user, alive or stale.
     pub fn all() -> Vec<Handle> {
         let nowhere = Handle::new("x");

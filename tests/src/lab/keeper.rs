@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::process::Child;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -41,8 +42,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 ///
 /// # Errors
 /// When the lab cannot be made; the maker has then been told.
-pub fn keep(name: &str) -> anyhow::Result<()> {
-    let handle = Handle::new(name);
+pub fn keep(name: &str, dir: &Path) -> anyhow::Result<()> {
+    let handle = Handle::at(name, dir);
     end_with_the_maker();
     let began = Instant::now();
     let said = make(&handle, began);
@@ -213,7 +214,8 @@ impl Keeper {
         let pair = self.pair(a, b)?;
         let macs = self.macs(&pair)?;
         if self.relay.is_none() {
-            self.relay = Some(Relay::start()?);
+            let ports: Vec<String> = self.state.nodes.iter().map(|node| underlay::port(&node.name)).collect();
+            self.relay = Some(Relay::start(&ports)?);
         }
         let relay = self.relay.as_ref().expect("the relay was just started");
         relay.set(&macs, Duration::from_millis(ms))?;

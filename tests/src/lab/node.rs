@@ -21,7 +21,7 @@ use super::underlay;
 const SETUP: &str = r#"
 set -eu
 node=$1 root=$2 bin=$3 shared=$4
-echo "$node" > /proc/sys/kernel/hostname
+hostname "$node"
 mount -t tmpfs -o mode=0755 weft-lab "$root"
 mkdir -p "$root/run/netns" "$root/run/weft-lab/bin" "$root/run/weft-lab/shared" "$root/run/weft-lab/host" "$root/run/weft-lab/own"
 mount --rbind "$bin" "$root/run/weft-lab/bin"
@@ -93,7 +93,7 @@ pub(crate) fn make(handle: &Handle, options: &Options, index: usize) -> anyhow::
         .read_line(&mut ready)?;
     if ready != "ready\n" {
         let status = holder.wait()?;
-        bail!("cannot set up node {name} ({status}): see {}/keeper.log", handle.dir().display());
+        bail!("cannot set up node {name} ({status})");
     }
     let view = NodeView {
         mac: format!("02:4c:42:00:00:{index:02x}"),
