@@ -295,7 +295,11 @@ fn bring_up(cli: &Cli, handle: &Handle, up: &Up) -> anyhow::Result<ExitCode> {
         bin_dir: up.bin_dir.clone().unwrap_or_default(),
     };
     if handle.presence() == Presence::Alive {
-        return already_up(cli, handle, &options);
+        match already_up(cli, handle, &options) {
+            // It was on its way down.
+            Err(_) if handle.presence() != Presence::Alive => {}
+            result => return result,
+        }
     }
     let lab = Lab::try_up(options, &mut |line| eprintln!("{line}"))?;
     let handle = lab.let_go()?;

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::Flock;
 use nix::unistd::geteuid;
 use serde_json::Value;
 
@@ -159,27 +159,29 @@ impl Lab {
         options.bin_dir = options.bin_dir.canonicalize().context("--bin-dir")?;
         let lab_program = directory_with(&["weft-lab"])?.join("weft-lab");
         let handle = Handle::new(&options.name);
+        let lock = handle.lock()?;
         if handle.presence() == Presence::Alive {
             bail!("lab {0} is up already: take it down with `weft-lab --name {0} down`", options.name);
         }
-        if handle.presence() == Presence::Stale {
-            progress("removing what an interrupted run left");
-            handle.remove()?;
+        for stale in Handle::all().into_iter().filter(|lab| lab.presence() == Presence::Stale) {
+            progress(&format!("removing what an interrupted run of lab {} left", stale.name()));
+            stale.remove()?;
         }
         handle.create()?;
-        let lock = File::create(handle.dir().join("lock"))?;
-        let Ok(_lock) = Flock::lock(lock, FlockArg::LockExclusiveNonblock) else {
-            bail!("lab {} is being brought up by another process", options.name);
-        };
         handle.write("options.json", &options)?;
-        let result = Lab::spawn(&handle, &lab_program, progress);
+        let result = Lab::spawn(&handle, &lab_program, lock, progress);
         if result.is_err() {
             handle.down().ok();
         }
         result
     }
 
-    fn spawn(handle: &Handle, lab_program: &Path, progress: &mut dyn FnMut(&str)) -> anyhow::Result<Lab> {
+    fn spawn(
+        handle: &Handle,
+        lab_program: &Path,
+        lock: Flock<File>,
+        progress: &mut dyn FnMut(&str),
+    ) -> anyhow::Result<Lab> {
         let user_namespace = !geteuid().is_root();
         let mut command = Command::new("setsid");
         command.arg("unshare");
@@ -211,6 +213,8 @@ impl Lab {
         let mut child = command.spawn().context("cannot run setsid and unshare: is util-linux installed?")?;
         let keeper = KeeperId::of(child.id(), user_namespace)?;
         handle.write("keeper.json", &keeper)?;
+        // Now everybody can see that the lab lives.
+        drop(lock);
         let stdin = child.stdin.take().expect("standard input was asked to be a pipe");
         let stdout = child.stdout.take().expect("standard output was asked to be a pipe");
         // From here on a failure drops the lab, which ends the keeper.

@@ -3,7 +3,7 @@
 //! The directory outlives a lab that was interrupted. Whether its keeper still lives is judged by process id *and* start
 //! time *and* boot id, so that a process id that was given out again is never taken for a keeper.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::net::UnixStream;
@@ -12,6 +12,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 
@@ -86,9 +87,7 @@ impl Handle {
 
     /// Lists the labs of this user, alive or stale.
     pub fn all() -> Vec<Handle> {
-        let nowhere = Handle::new("x");
-        let base = nowhere.dir.parent().expect("a lab's directory has a parent");
-        let Ok(entries) = fs::read_dir(base) else { return Vec::new() };
+        let Ok(entries) = fs::read_dir(Handle::new("any").base()) else { return Vec::new() };
         let mut names: Vec<String> =
             entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
         names.sort();
@@ -139,16 +138,39 @@ impl Handle {
         }
     }
 
+    fn base(&self) -> &Path {
+        self.dir.parent().expect("a lab's directory has a parent")
+    }
+
+    /// Keeps other processes from making labs and from taking stale ones away, until the lock is dropped.
+    pub(crate) fn lock(&self) -> anyhow::Result<Flock<File>> {
+        let base = self.base();
+        loop {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(base)
+                .with_context(|| format!("cannot make {}", base.display()))?;
+            let lock = Flock::lock(File::open(base)?, FlockArg::LockExclusive).map_err(|(_, error)| error)?;
+            // Another process may have removed the directory before it could be locked.
+            let Ok(there) = fs::metadata(base) else { continue };
+            if there.uid() != geteuid().as_raw() {
+                bail!(
+                    "{} belongs to user {}: remove it, or set XDG_RUNTIME_DIR",
+                    base.display(),
+                    there.uid()
+                );
+            }
+            if there.ino() == lock.metadata()?.ino() {
+                return Ok(lock);
+            }
+        }
+    }
+
     /// Makes the directory, which only this user may enter.
     pub(crate) fn create(&self) -> anyhow::Result<()> {
-        let base = self.dir.parent().expect("a lab's directory has a parent");
         let mut builder = fs::DirBuilder::new();
         builder.recursive(true).mode(0o700);
-        builder.create(base).with_context(|| format!("cannot make {}", base.display()))?;
-        let owner = fs::metadata(base)?.uid();
-        if owner != geteuid().as_raw() {
-            bail!("{} belongs to user {owner}: remove it, or set XDG_RUNTIME_DIR", base.display());
-        }
         for part in ["shared", "log", "node"] {
             builder
                 .create(self.dir.join(part))
@@ -165,7 +187,7 @@ impl Handle {
             }
             _ => {
                 // Fails when another lab is there, which is right.
-                fs::remove_dir(self.dir.parent().expect("a lab's directory has a parent")).ok();
+                fs::remove_dir(self.base()).ok();
                 Ok(())
             }
         }
@@ -197,11 +219,17 @@ impl Handle {
     /// # Errors
     /// What the lab answered, or that it is not up.
     pub fn request(&self, request: &Request) -> anyhow::Result<State> {
-        self.living_keeper()?;
         let gone = || {
             format!("the keeper of lab {} does not answer: see {}/keeper.log", self.name, self.dir.display())
         };
-        let mut stream = UnixStream::connect(self.socket()).with_context(gone)?;
+        // A keeper that was just started listens a moment later.
+        let mut stream = loop {
+            self.living_keeper()?;
+            match UnixStream::connect(self.socket()) {
+                Ok(stream) => break stream,
+                Err(_) => std::thread::sleep(Duration::from_millis(20)),
+            }
+        };
         let mut line = serde_json::to_vec(request)?;
         line.push(b'\n');
         stream.write_all(&line).with_context(gone)?;

@@ -44,7 +44,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// When the lab cannot be made; the maker has then been told.
 pub fn keep(name: &str, dir: &Path) -> anyhow::Result<()> {
     let handle = Handle::at(name, dir);
-    end_with_the_maker();
+    end_with_the_maker(handle.clone());
     let began = Instant::now();
     let said = make(&handle, began);
     match said {
@@ -66,7 +66,7 @@ fn say(word: &Word) {
     std::io::stdout().write_all(&line).ok();
 }
 
-fn end_with_the_maker() {
+fn end_with_the_maker(handle: Handle) {
     let free = Arc::new(AtomicBool::new(false));
     std::thread::spawn(move || {
         for line in BufReader::new(std::io::stdin()).lines() {
@@ -75,6 +75,7 @@ fn end_with_the_maker() {
             }
         }
         if !free.load(Ordering::Relaxed) {
+            handle.remove().ok();
             std::process::exit(0);
         }
     });
@@ -96,12 +97,14 @@ fn make(handle: &Handle, began: Instant) -> anyhow::Result<(Keeper, UnixListener
         daemons: BTreeMap::new(),
         relay: None,
         began,
+        last_word: began,
         pods_made: 0,
     };
     for index in 1..=nodes {
         let (view, holder) = node::make(handle, &keeper.state.options, index)?;
         keeper.holders.push(holder);
         keeper.state.nodes.push(view);
+        keeper.progress_if_quiet(|| format!("{index} of {nodes} nodes"));
     }
     keeper.publish()?;
     keeper.progress(&format!("{nodes} nodes on 192.0.2.0/24, with no way out"));
@@ -116,16 +119,21 @@ fn make(handle: &Handle, began: Instant) -> anyhow::Result<(Keeper, UnixListener
     keeper.progress(&format!("{started} daemons have their subnets"));
     for name in &names {
         keeper.default_pods(name)?;
+        keeper.progress_if_quiet(|| format!("the pods of {name} are attached"));
     }
     keeper.progress(&format!("{} pods attached through weft-cni", keeper.state.pods().count()));
     for name in &names {
         keeper.wait_for_routes(name)?;
+        keeper.progress_if_quiet(|| format!("{name} has all its routes"));
     }
     keeper.progress("every node has a route to every other node's pods");
     keeper.state.ready = true;
     keeper.publish()?;
     Ok((keeper, listener))
 }
+
+/// How long the keeper may work without a word.
+const QUIET: Duration = Duration::from_millis(1500);
 
 struct Keeper {
     handle: Handle,
@@ -135,6 +143,7 @@ struct Keeper {
     daemons: BTreeMap<String, Child>,
     relay: Option<Relay>,
     began: Instant,
+    last_word: Instant,
     pods_made: u64,
 }
 
@@ -335,23 +344,26 @@ impl Keeper {
         mut check: impl FnMut(&mut Self) -> anyhow::Result<Option<String>>,
     ) -> anyhow::Result<()> {
         let began = Instant::now();
-        let mut next_word = began + Duration::from_secs(2);
         while let Some(missing) = check(self)? {
-            let now = Instant::now();
-            if now - began > PATIENCE {
+            if began.elapsed() > PATIENCE {
                 let end = node::last_words(&self.handle, node);
                 bail!("{node} {what} for {} s: {missing}. Its last words:\n{end}", PATIENCE.as_secs());
             }
-            if now > next_word {
-                next_word = now + Duration::from_secs(2);
-                self.progress(&format!("{node} {what}: {missing}"));
-            }
+            self.progress_if_quiet(|| format!("{node} {what}: {missing}"));
             std::thread::sleep(Duration::from_millis(50));
         }
         Ok(())
     }
 
-    fn progress(&self, what: &str) {
+    /// Says something if nothing was said for a while.
+    fn progress_if_quiet(&mut self, what: impl FnOnce() -> String) {
+        if self.last_word.elapsed() > QUIET {
+            self.progress(&what());
+        }
+    }
+
+    fn progress(&mut self, what: &str) {
+        self.last_word = Instant::now();
         say(&Word::Progress(format!("[{:5.1} s] {what}", self.began.elapsed().as_secs_f32())));
     }
 

@@ -218,20 +218,18 @@ pub(crate) fn status(state: &State, name: &str) -> anyhow::Result<Result<Value, 
     Ok(Err(tools::said(&output)))
 }
 
-/// The other nodes that have pods to which this node's kernel has no route.
+/// Prints those of its arguments that the kernel has no route to.
+const UNROUTED: &str = r#"for ip; do ip route get "$ip" >/dev/null 2>&1 || echo "$ip"; done"#;
+
+/// The pods of other nodes to which this node's kernel has no route.
+///
+/// The underlay has no default route, so a route is one of weft's.
 pub(crate) fn missing_routes(state: &State, name: &str) -> anyhow::Result<Vec<String>> {
-    let mut missing = Vec::new();
-    for (other, pod) in state.pods().filter(|(other, _)| other.name != name) {
-        for ip in &pod.ips {
-            let mut words = enter::from_keeper(state, &Place::Node(name.to_owned()))?;
-            words.extend(["ip", "route", "get", &ip.to_string()].map(str::to_owned));
-            // The underlay has no default route, so an answer means a route of weft's.
-            if !tools::output(&mut enter::command(&words))?.status.success() {
-                missing.push(format!("{}/{} ({ip})", other.name, pod.name));
-            }
-        }
-    }
-    Ok(missing)
+    let mut words = enter::from_keeper(state, &Place::Node(name.to_owned()))?;
+    words.extend(["sh", "-c", UNROUTED, "sh"].map(str::to_owned));
+    let others = state.pods().filter(|(other, _)| other.name != name);
+    words.extend(others.flat_map(|(_, pod)| pod.ips.iter().map(IpAddr::to_string)));
+    Ok(run(&mut enter::command(&words))?.lines().map(str::to_owned).collect())
 }
 
 /// The end of the daemon's log.
