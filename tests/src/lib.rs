@@ -1,1 +1,6 @@
+//! What the tests and the quick start stand on: the lab, which is a cluster of network namespaces on one machine.
+//!
+//! Not part of what is shipped to a node. Nothing here may leave a trace on the machine once a lab is down.
+#![forbid(unsafe_code)]
 
+pub mod lab;

@@ -1,0 +1,28 @@
+//! The lab: nodes as network namespaces, with the real executables inside.
+//!
+//! One *keeper* process owns everything. It lives in namespaces of its own (mount, network and process; a user namespace
+//! too when it was not started by root), and nodes and pods are namespaces below it. Nothing is mounted, linked or
+//! configured outside, so when the keeper ends, for whatever reason, the kernel takes all of the lab away with it. Only
+//! the lab's directory of plain files stays, and the next run removes it.
+//!
+//! Invariant: no interface of the lab has a path to the machine's own network. The underlay is a bridge inside the
+//! keeper's network namespace and has no uplink.
+
+mod enter;
+mod harness;
+mod home;
+mod keeper;
+mod matrix;
+mod model;
+mod node;
+mod relay;
+mod runtime;
+mod tools;
+mod underlay;
+
+pub use enter::Place;
+pub use harness::{Background, Lab, LabOptions, Ping, skip, wait_until};
+pub use home::{Handle, Presence};
+pub use keeper::keep;
+pub use matrix::{Matrix, Pair};
+pub use model::{Backend, Families, NodeView, Options, PodView, Request, State, Store};

@@ -1,0 +1,373 @@
+//! The keeper: the one process that owns a lab, and its only writer.
+//!
+//! Requests come one at a time over a socket in the lab's directory. While the lab comes up, and for as long as its
+//! maker has not let it go, the keeper ends with its maker: a lab never outlives the run that wanted it by accident.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::Child;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use serde::{Deserialize, Serialize};
+
+use super::home::Handle;
+use super::model::{Options, Request, State};
+use super::relay::Relay;
+use super::{node, runtime, underlay};
+
+/// What a keeper tells its maker, one JSON object a line.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Word {
+    /// Something was done, or is waited for.
+    Progress(String),
+    /// The lab is up.
+    Ready,
+    /// The lab cannot be made.
+    Failed(String),
+}
+
+/// The line by which a maker lets the keeper go on alone.
+pub(crate) const LET_GO: &str = "let go";
+
+/// How long a started node may take until it answers and knows its peers.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Runs a keeper to its end. Expects to be in fresh mount, network and process namespaces.
+///
+/// # Errors
+/// When the lab cannot be made; the maker has then been told.
+pub fn keep(name: &str, dir: &Path) -> anyhow::Result<()> {
+    let handle = Handle::at(name, dir);
+    end_with_the_maker(handle.clone());
+    let began = Instant::now();
+    let said = make(&handle, began);
+    match said {
+        Ok((mut keeper, listener)) => {
+            say(&Word::Ready);
+            keeper.serve(&listener)
+        }
+        Err(error) => {
+            say(&Word::Failed(format!("{error:#}")));
+            Err(error)
+        }
+    }
+}
+
+fn say(word: &Word) {
+    let mut line = serde_json::to_vec(word).expect("a word is plain data");
+    line.push(b'\n');
+    // The maker may have gone its way.
+    std::io::stdout().write_all(&line).ok();
+}
+
+fn end_with_the_maker(handle: Handle) {
+    let free = Arc::new(AtomicBool::new(false));
+    std::thread::spawn(move || {
+        for line in BufReader::new(std::io::stdin()).lines() {
+            if line.is_ok_and(|line| line == LET_GO) {
+                free.store(true, Ordering::Relaxed);
+            }
+        }
+        if !free.load(Ordering::Relaxed) {
+            handle.remove().ok();
+            std::process::exit(0);
+        }
+    });
+}
+
+fn make(handle: &Handle, began: Instant) -> anyhow::Result<(Keeper, UnixListener)> {
+    let options: Options = serde_json::from_str(
+        &std::fs::read_to_string(handle.dir().join("options.json")).context("the lab has no options")?,
+    )?;
+    let listener = UnixListener::bind(handle.socket()).context("cannot listen in the lab's directory")?;
+    node::write_shared(handle)?;
+    underlay::make()?;
+    let nodes = options.nodes;
+    let started = options.started;
+    let mut keeper = Keeper {
+        handle: handle.clone(),
+        state: State { options, ready: false, nodes: Vec::new(), cuts: Vec::new(), delays: Vec::new() },
+        holders: Vec::new(),
+        daemons: BTreeMap::new(),
+        relay: None,
+        began,
+        last_word: began,
+        pods_made: 0,
+    };
+    for index in 1..=nodes {
+        let (view, holder) = node::make(handle, &keeper.state.options, index)?;
+        keeper.holders.push(holder);
+        keeper.state.nodes.push(view);
+        keeper.progress_if_quiet(|| format!("{index} of {nodes} nodes"));
+    }
+    keeper.publish()?;
+    keeper.progress(&format!("{nodes} nodes on 192.0.2.0/24, with no way out"));
+
+    let names: Vec<String> = keeper.state.nodes.iter().take(started).map(|node| node.name.clone()).collect();
+    for name in &names {
+        keeper.launch(name)?;
+    }
+    for name in &names {
+        keeper.wait_for_subnets(name)?;
+    }
+    keeper.progress(&format!("{started} daemons have their subnets"));
+    for name in &names {
+        keeper.default_pods(name)?;
+        keeper.progress_if_quiet(|| format!("the pods of {name} are attached"));
+    }
+    keeper.progress(&format!("{} pods attached through weft-cni", keeper.state.pods().count()));
+    for name in &names {
+        keeper.wait_for_routes(name)?;
+        keeper.progress_if_quiet(|| format!("{name} has all its routes"));
+    }
+    keeper.progress("every node has a route to every other node's pods");
+    keeper.state.ready = true;
+    keeper.publish()?;
+    Ok((keeper, listener))
+}
+
+/// How long the keeper may work without a word.
+const QUIET: Duration = Duration::from_millis(1500);
+
+struct Keeper {
+    handle: Handle,
+    state: State,
+    /// The processes that hold the nodes' namespaces. They end with the keeper.
+    holders: Vec<Child>,
+    daemons: BTreeMap<String, Child>,
+    relay: Option<Relay>,
+    began: Instant,
+    last_word: Instant,
+    pods_made: u64,
+}
+
+impl Keeper {
+    fn serve(&mut self, listener: &UnixListener) -> anyhow::Result<()> {
+        loop {
+            let (stream, _) = listener.accept()?;
+            if self.answer(stream) {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Answers one request. True if the lab ends.
+    fn answer(&mut self, mut stream: UnixStream) -> bool {
+        // A client that connects and says nothing must not stop the lab.
+        stream.set_read_timeout(Some(Duration::from_secs(5))).ok();
+        let mut line = String::new();
+        if BufReader::new(&stream).read_line(&mut line).is_err() || line.is_empty() {
+            return false;
+        }
+        let request: Result<Request, _> = serde_json::from_str(&line);
+        let down = matches!(request, Ok(Request::Down));
+        let answer = match request {
+            Ok(request) => self.handle_request(request).map_err(|error| format!("{error:#}")),
+            Err(error) => Err(format!("not a request: {error}")),
+        };
+        let mut line = serde_json::to_vec(&answer).expect("an answer is plain data");
+        line.push(b'\n');
+        stream.write_all(&line).ok();
+        down
+    }
+
+    fn handle_request(&mut self, request: Request) -> anyhow::Result<State> {
+        match request {
+            Request::Status | Request::Down => {}
+            Request::PodAdd { node, pod } => self.pod_add(&node, &pod)?,
+            Request::PodRemove { node, pod } => self.pod_remove(&node, &pod)?,
+            Request::Cut { a, b } => {
+                let pair = self.pair(&a, &b)?;
+                if !self.state.cuts.contains(&pair) {
+                    underlay::cut(&self.macs(&pair)?)?;
+                    self.state.cuts.push(pair);
+                }
+            }
+            Request::Heal { a, b } => {
+                let pair = self.pair(&a, &b)?;
+                if self.state.cuts.contains(&pair) {
+                    underlay::heal(&self.macs(&pair)?)?;
+                    self.state.cuts.retain(|cut| *cut != pair);
+                }
+            }
+            Request::Delay { a, b, ms } => self.delay(&a, &b, ms)?,
+            Request::Kill { node } => self.end_daemon(&node, nix::sys::signal::Signal::SIGKILL)?,
+            Request::Stop { node } => self.end_daemon(&node, nix::sys::signal::Signal::SIGTERM)?,
+            Request::Start { node } => self.start(&node)?,
+        }
+        self.refresh();
+        self.publish()?;
+        Ok(self.state.clone())
+    }
+
+    fn pair(&self, a: &str, b: &str) -> anyhow::Result<(String, String)> {
+        self.state.node(a)?;
+        self.state.node(b)?;
+        if a == b {
+            bail!("{a} and {b} are the same node");
+        }
+        Ok(if a < b { (a.to_owned(), b.to_owned()) } else { (b.to_owned(), a.to_owned()) })
+    }
+
+    fn macs(&self, pair: &(String, String)) -> anyhow::Result<(String, String)> {
+        Ok((self.state.node(&pair.0)?.mac.clone(), self.state.node(&pair.1)?.mac.clone()))
+    }
+
+    fn delay(&mut self, a: &str, b: &str, ms: u64) -> anyhow::Result<()> {
+        let pair = self.pair(a, b)?;
+        let macs = self.macs(&pair)?;
+        if self.relay.is_none() {
+            let ports: Vec<String> = self.state.nodes.iter().map(|node| underlay::port(&node.name)).collect();
+            self.relay = Some(Relay::start(&ports)?);
+        }
+        let relay = self.relay.as_ref().expect("the relay was just started");
+        relay.set(&macs, Duration::from_millis(ms))?;
+        self.state.delays.retain(|(a, b, _)| (a, b) != (&pair.0, &pair.1));
+        if ms > 0 {
+            self.state.delays.push((pair.0, pair.1, ms));
+        }
+        Ok(())
+    }
+
+    fn pod_add(&mut self, node: &str, pod: &str) -> anyhow::Result<()> {
+        self.pods_made += 1;
+        let container = format!("{}-{node}-{pod}-{}", self.state.options.name, self.pods_made);
+        let view = runtime::add(&self.state, node, pod, &container)?;
+        let node = self.state.node_mut(node)?;
+        node.pods.push(view);
+        node.pods.sort_by(|one, other| one.name.cmp(&other.name));
+        Ok(())
+    }
+
+    fn pod_remove(&mut self, node: &str, pod: &str) -> anyhow::Result<()> {
+        runtime::remove(&self.state, node, pod)?;
+        self.state.node_mut(node)?.pods.retain(|view| view.name != pod);
+        Ok(())
+    }
+
+    fn default_pods(&mut self, node: &str) -> anyhow::Result<()> {
+        for letter in ('a'..='z').take(self.state.options.pods) {
+            let pod = letter.to_string();
+            if self.state.node(node)?.pod(&pod).is_err() {
+                self.pod_add(node, &pod)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn launch(&mut self, name: &str) -> anyhow::Result<()> {
+        let child = node::launch(&self.handle, &self.state, name)?;
+        self.state.node_mut(name)?.daemon = Some(child.id());
+        self.daemons.insert(name.to_owned(), child);
+        Ok(())
+    }
+
+    fn start(&mut self, name: &str) -> anyhow::Result<()> {
+        self.state.node(name)?;
+        self.refresh();
+        if self.daemons.contains_key(name) {
+            bail!("the daemon of {name} runs already");
+        }
+        self.launch(name)?;
+        self.wait_for_subnets(name)?;
+        self.default_pods(name)
+    }
+
+    fn end_daemon(&mut self, name: &str, signal: nix::sys::signal::Signal) -> anyhow::Result<()> {
+        self.state.node(name)?;
+        self.refresh();
+        let Some(mut child) = self.daemons.remove(name) else {
+            bail!("the daemon of {name} does not run");
+        };
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id())?);
+        nix::sys::signal::kill(pid, signal).context("cannot signal the daemon")?;
+        let patience = Instant::now() + Duration::from_secs(15);
+        while child.try_wait()?.is_none() {
+            if Instant::now() > patience {
+                self.daemons.insert(name.to_owned(), child);
+                bail!("the daemon of {name} did not end within 15 s of {signal}: see weft-lab logs {name}");
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        self.state.node_mut(name)?.daemon = None;
+        Ok(())
+    }
+
+    /// Notices daemons that ended by themselves.
+    fn refresh(&mut self) {
+        self.daemons.retain(|_, child| matches!(child.try_wait(), Ok(None)));
+        for node in &mut self.state.nodes {
+            node.daemon = self.daemons.get(&node.name).map(Child::id);
+        }
+    }
+
+    fn wait_for_subnets(&mut self, name: &str) -> anyhow::Result<()> {
+        let mut last = String::new();
+        self.wait_for(name, "waits for a subnet", |keeper| {
+            let ended =
+                keeper.daemons.get_mut(name).is_none_or(|child| !matches!(child.try_wait(), Ok(None)));
+            if ended {
+                let end = node::last_words(&keeper.handle, name);
+                bail!("the daemon of {name} ended while it started. Its last words:\n{end}");
+            }
+            let answer = node::status(&keeper.state, name)?;
+            let done = answer
+                .as_ref()
+                .is_ok_and(|status| status["subnets"].as_array().is_some_and(|subnets| !subnets.is_empty()));
+            last = answer.map_or_else(|said| said, |status| status["warnings"].to_string());
+            Ok(if done { None } else { Some(last.clone()) })
+        })
+    }
+
+    fn wait_for_routes(&mut self, name: &str) -> anyhow::Result<()> {
+        self.wait_for(name, "waits for routes", |keeper| {
+            let missing = node::missing_routes(&keeper.state, name)?;
+            Ok(if missing.is_empty() {
+                None
+            } else {
+                Some(format!("no route yet to {}", missing.join(", ")))
+            })
+        })
+    }
+
+    /// Waits until the check finds nothing that is still missing.
+    fn wait_for(
+        &mut self,
+        node: &str,
+        what: &str,
+        mut check: impl FnMut(&mut Self) -> anyhow::Result<Option<String>>,
+    ) -> anyhow::Result<()> {
+        let began = Instant::now();
+        while let Some(missing) = check(self)? {
+            if began.elapsed() > PATIENCE {
+                let end = node::last_words(&self.handle, node);
+                bail!("{node} {what} for {} s: {missing}. Its last words:\n{end}", PATIENCE.as_secs());
+            }
+            self.progress_if_quiet(|| format!("{node} {what}: {missing}"));
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    }
+
+    /// Says something if nothing was said for a while.
+    fn progress_if_quiet(&mut self, what: impl FnOnce() -> String) {
+        if self.last_word.elapsed() > QUIET {
+            self.progress(&what());
+        }
+    }
+
+    fn progress(&mut self, what: &str) {
+        self.last_word = Instant::now();
+        say(&Word::Progress(format!("[{:5.1} s] {what}", self.began.elapsed().as_secs_f32())));
+    }
+
+    fn publish(&self) -> anyhow::Result<()> {
+        self.handle.write("lab.json", &self.state)
+    }
+}
