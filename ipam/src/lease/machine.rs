@@ -95,7 +95,6 @@ pub(super) enum Request {
 /// The lease state machine of one node.
 pub struct Leasing {
     pub(super) config: LeaseConfig,
-    pub(super) old_keys: Vec<PublicKey>,
     pub(super) rng: ChaCha8Rng,
     pub(super) view: View,
     pub(super) slots: [Slot; 2],
@@ -149,7 +148,6 @@ impl Leasing {
         };
         Self {
             slots: Family::ALL.map(slot),
-            old_keys: Vec::new(),
             rng: ChaCha8Rng::from_seed(seed),
             view: View::default(),
             in_flight: None,
@@ -306,7 +304,8 @@ impl Leasing {
     /// Sign with the new key only then, or peers refuse the record.
     pub fn rotate_key(&mut self, key: PublicKey, now: Instant) {
         if key != self.config.key {
-            self.old_keys.push(std::mem::replace(&mut self.config.key, key));
+            let old = std::mem::replace(&mut self.config.key, key);
+            self.config.old_keys.push(old);
             self.slots.iter_mut().filter_map(|slot| slot.held.as_mut()).for_each(|held| held.renew_at = now);
         }
     }
