@@ -15,7 +15,7 @@ use crate::store::memory::MemoryMap;
 use crate::store::{Entry, Snapshot};
 
 const NODES: usize = 6;
-const TTL: Duration = Duration::from_secs(120);
+const TTL: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Clone)]
 enum Message {
@@ -123,7 +123,7 @@ impl Walk {
             node_prefix,
             reserved: Vec::new(),
         };
-        let cidrs = vec![cidr("10.32.0.0/22", node_prefix), cidr("fd00:32::/60", 64)];
+        let cidrs = vec![cidr("10.32.0.0/22", node_prefix), cidr("fd00:32::/62", 64)];
         let carver = Carver::new(cidrs).expect("valid CIDRs");
         let name = |text: String| text.parse().expect("a name");
         let site = "default".parse().expect("a name");
@@ -132,7 +132,8 @@ impl Walk {
         let config = LeaseConfig { old_keys: old_keys.to_vec(), ..config };
         let mut seed = [0; 32];
         self.rng.fill_bytes(&mut seed);
-        Leasing::new(config.with_ttl(TTL), persisted, seed, now)
+        let config = LeaseConfig { list_every: TTL / 20, ..config.with_ttl(TTL) };
+        Leasing::new(config, persisted, seed, now)
     }
 
     fn step(&mut self) {
@@ -140,7 +141,8 @@ impl Walk {
         match self.below(1000) {
             0..=2 => self.crash(index),
             3..=4 => self.nodes[index].paused ^= true,
-            5 => self.up ^= true,
+            5 => self.up = false,
+            6..=25 if !self.up => self.up = true,
             6 => self.delete_by_hand(),
             7..=8 => {
                 let may = self.below(3) > 0;
