@@ -102,6 +102,8 @@ pub struct Leasing {
     pub(super) events: VecDeque<LeaseEvent>,
     pub(super) list_now: bool,
     pub(super) list_at: Instant,
+    /// When a list was last asked for.
+    pub(super) asked_at: Option<Instant>,
     pub(super) retry_at: Option<Instant>,
     pub(super) failures: u32,
     pub(super) may_renumber: bool,
@@ -154,6 +156,7 @@ impl Leasing {
             events: VecDeque::new(),
             list_now: true,
             list_at: now,
+            asked_at: None,
             retry_at: None,
             failures: 0,
             may_renumber: persisted.is_empty(),
@@ -274,8 +277,10 @@ impl Leasing {
                 }
             }
             _ => {
-                let soonest = self.view.seen_at.map_or(now, |seen| seen + RELIST_GAP);
-                self.list_at = self.list_at.min(soonest.max(now));
+                // A sign of life: after failures, try at once. A store that flaps is not asked in a row.
+                let soonest = self.asked_at.map_or(now, |asked| asked + RELIST_GAP).max(now);
+                self.list_at = self.list_at.min(soonest);
+                self.retry_at = self.retry_at.map(|at| at.min(soonest));
             }
         }
     }
@@ -317,7 +322,10 @@ impl Leasing {
             if let Some((request, output)) = self.next_request(now) {
                 let key = match &output {
                     Output::Put { key, .. } | Output::Delete { key, .. } => Some(*key),
-                    _ => None,
+                    _ => {
+                        self.asked_at = Some(now);
+                        None
+                    }
                 };
                 self.in_flight = Some((request, key));
                 return output;
