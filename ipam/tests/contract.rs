@@ -10,6 +10,8 @@ use weft_ipam::store::{
     Change, Entry, Expect, Key, MemoryStore, PutError, SqliteStore, StaticStore, Store, StoreError, Watch,
 };
 
+#[path = "contract/leases.rs"]
+mod leases;
 #[path = "contract/sqlite.rs"]
 mod sqlite;
 #[path = "contract/support.rs"]
