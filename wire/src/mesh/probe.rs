@@ -202,7 +202,7 @@ impl Mesh {
         } else if seeds > 0 {
             let seed = self.config.seeds[below(&mut self.rng, seeds)];
             let owner = self.seed_owners.get(&seed).and_then(|hash| self.table.find_member(*hash));
-            if !owner.is_some_and(|owner| owner.gone_since.is_none()) {
+            if owner.is_none_or(|owner| owner.gone_since.is_some()) {
                 self.ping_seed(seed);
             }
         }
