@@ -91,8 +91,8 @@ fn forged_truncated_and_oversized_datagrams_change_nothing_and_are_counted() {
             lies += 1;
         }
     }
-    for node in 0..3 {
-        assert_eq!(before[node], knowledge(net.mesh(node)));
+    for (node, before) in before.iter().enumerate() {
+        assert_eq!(*before, knowledge(net.mesh(node)));
         assert_eq!(net.mesh(node).counters().rejections().map(|(_, count)| count).sum::<u64>(), lies);
     }
 }
@@ -278,6 +278,26 @@ fn a_second_node_of_the_same_name_is_reported_and_not_believed() {
         net.hosts.remove(&elsewhere);
         net.run_until("calm", seconds(60), |net| net.converged(&all(3)));
     }
+}
+
+#[test]
+fn a_clone_of_a_node_with_its_key_is_reported_and_starts_no_race() {
+    let mut net = Net::with_nodes("a_clone_of_a_node", 3);
+    net.run_until("join", seconds(30), |net| net.converged(&all(3)));
+    let elsewhere: SocketAddr = "198.51.100.9:7117".parse().unwrap();
+    net.start_at(elsewhere, config(2, 1), table(3));
+    let now = net.now;
+    let clone = Facts { gossip: vec![elsewhere], ..facts(2) };
+    net.hosts.get_mut(&elsewhere).unwrap().mesh.announce(clone, now);
+    net.run(seconds(120));
+    let reported = |host: &Host| {
+        let own = key(2, 1).public();
+        host.events.iter().any(|event| matches!(event, MeshEvent::DuplicateName { key, .. } if *key == own))
+    };
+    let bumps = net.mesh(2).record().unwrap().version & 0xffff_ffff;
+    assert!(bumps < 200, "{bumps} versions in two minutes");
+    net.hosts.remove(&elsewhere);
+    net.run_until("calm", seconds(60), |net| net.converged(&all(3)));
 }
 
 #[test]
