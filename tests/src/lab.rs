@@ -19,6 +19,7 @@ mod relay;
 mod runtime;
 mod tools;
 mod underlay;
+mod witness;
 
 pub use enter::Place;
 pub use harness::{Background, Lab, LabOptions, Ping, skip, wait_until};
@@ -26,3 +27,4 @@ pub use home::{Handle, Presence};
 pub use keeper::keep;
 pub use matrix::{Matrix, Pair};
 pub use model::{Backend, Families, NodeView, Options, PodView, Request, State, Store};
+pub use witness::names;
