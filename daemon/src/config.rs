@@ -1,1 +1,197 @@
-//! To be written.
+//! The configuration: one TOML file, read strictly, resolved once.
+//!
+//! Nothing else reads the file, and nothing inside sees text where a value is meant. Invariant: a
+//! [`Config`] is valid; what the file gets wrong is one sentence with the line it stands on.
+
+mod raw;
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ipnet::IpNet;
+use weft_ipam::carve::Carver;
+use weft_wire::types::{NodeName, SiteName, Subnet};
+
+/// A valid configuration.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The node itself.
+    pub node: NodeConfig,
+    /// What all nodes share.
+    pub cluster: ClusterConfig,
+    /// Where leases are kept.
+    pub store: StoreConfig,
+    /// How nodes hear of each other.
+    pub gossip: GossipConfig,
+    /// The network between the nodes.
+    pub underlay: UnderlayConfig,
+    /// The network between the pods.
+    pub overlay: OverlayConfig,
+    /// What leaves the cluster.
+    pub masquerade: MasqueradeConfig,
+    /// The pods of the node.
+    pub pods: PodsConfig,
+    /// Where metrics are served; `None` for nowhere.
+    pub metrics: Option<SocketAddr>,
+    /// What is logged.
+    pub log: LogConfig,
+}
+
+/// `[node]`.
+#[derive(Debug, Clone)]
+pub struct NodeConfig {
+    /// The node's name; by default the host's.
+    pub name: NodeName,
+    /// The node's site.
+    pub site: SiteName,
+    /// Where the daemon keeps its state.
+    pub state_dir: PathBuf,
+    /// Where the local socket is.
+    pub socket: PathBuf,
+}
+
+/// `[cluster]`.
+#[derive(Debug, Clone)]
+pub struct ClusterConfig {
+    /// The cluster's id.
+    pub id: String,
+    /// The file with the cluster keys.
+    pub key_file: PathBuf,
+    /// The pod ranges.
+    pub carver: Carver,
+}
+
+/// `[store]`.
+#[derive(Debug, Clone)]
+pub struct StoreConfig {
+    /// Which store.
+    pub kind: StoreKind,
+    /// How long a lease outlives its last renewal.
+    pub lease_ttl: Duration,
+}
+
+/// The kinds of store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StoreKind {
+    /// One SQLite file that the daemons of one machine share.
+    Sqlite(PathBuf),
+    /// The operator names the node's subnets.
+    Static(Vec<Subnet>),
+}
+
+/// `[gossip]`.
+#[derive(Debug, Clone)]
+pub struct GossipConfig {
+    /// The UDP port.
+    pub port: u16,
+    /// Where to look for a first peer.
+    pub seeds: Vec<SocketAddr>,
+    /// Between two probes.
+    pub probe_interval: Duration,
+}
+
+/// `[underlay]`.
+#[derive(Debug, Clone, Default)]
+pub struct UnderlayConfig {
+    /// The device; by default the one of the default route, or of `addresses`.
+    pub device: Option<String>,
+    /// The addresses that peers reach this node at, at most one a family; by default the device's.
+    pub addresses: Vec<IpAddr>,
+    /// The MTU in bytes; by default the device's.
+    pub mtu: Option<u32>,
+}
+
+/// `[overlay]`.
+#[derive(Debug, Clone)]
+pub struct OverlayConfig {
+    /// The VXLAN network identifier.
+    pub vni: u32,
+    /// The VXLAN UDP port.
+    pub port: u16,
+    /// Whether peers on the same link are reached without a tunnel.
+    pub direct_routing: bool,
+    /// Whether the kernel leaves checksums to the network card inside the tunnel.
+    pub tx_checksum: TxChecksum,
+    /// The MTU of pods in bytes; by default what the underlay carries.
+    pub mtu: Option<u32>,
+}
+
+/// What is done about TX checksum offload on the VXLAN devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TxChecksum {
+    /// On, unless a probe through the tunnel shows that this kernel breaks it.
+    Auto,
+    /// On.
+    On,
+    /// Off.
+    Off,
+}
+
+/// `[masquerade]`.
+#[derive(Debug, Clone)]
+pub struct MasqueradeConfig {
+    /// Whether pods leave the cluster under the node's address.
+    pub enabled: bool,
+    /// Destinations outside the cluster that see pod addresses all the same.
+    pub except: Vec<IpNet>,
+}
+
+/// `[pods]`.
+#[derive(Debug, Clone)]
+pub struct PodsConfig {
+    /// Addresses that no pod gets.
+    pub reserved: Vec<IpNet>,
+    /// Whether a pod reaches itself through a service address.
+    pub hairpin: bool,
+}
+
+/// `[log]`.
+#[derive(Debug, Clone)]
+pub struct LogConfig {
+    /// Whether lines are JSON.
+    pub json: bool,
+    /// What is logged, in the syntax of `tracing-subscriber`'s `EnvFilter`.
+    pub filter: String,
+}
+
+/// A configuration that cannot be used: one sentence, with file and line where there is one.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{}{}: {message}", file.display(), line.map(|line| format!(":{line}")).unwrap_or_default())]
+pub struct ConfigError {
+    /// The file.
+    pub file: PathBuf,
+    /// The line, counted from 1.
+    pub line: Option<usize>,
+    /// What is wrong and what to do.
+    pub message: String,
+}
+
+impl Config {
+    /// Reads and resolves a file.
+    ///
+    /// # Errors
+    /// What is wrong with it; the first thing found.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|error| ConfigError {
+            file: path.into(),
+            line: None,
+            message: format!("cannot be read: {error}; name another file with --config"),
+        })?;
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        Self::parse(&text, path, host.trim())
+    }
+
+    /// Resolves the text of a file; `host` is the node's name where the text gives none.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn parse(text: &str, path: &Path, host: &str) -> Result<Self, ConfigError> {
+        let error = |line, message| ConfigError { file: path.into(), line, message };
+        let raw = raw::read(text).map_err(|(line, message)| error(line, message))?;
+        raw.resolve(host).map_err(|message| error(None, message))
+    }
+}
+
+#[cfg(test)]
+mod tests;

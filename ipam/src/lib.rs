@@ -7,4 +7,5 @@
 pub mod carve;
 pub mod lease;
 pub mod pods;
+mod ranges;
 pub mod store;

@@ -1,1 +1,523 @@
-//! To be written.
+//! The local socket's messages, as `proto/api.proto` documents them; the CLI's JSON is these messages too.
+//!
+//! A test holds this file against the `.proto`. Nothing here checks a value: the daemon does.
+
+use serde::Serialize;
+
+pub use crate::cni::{CniReply, CniRequest};
+
+/// The version of the CLI's JSON; it grows when a member changes its meaning or goes.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// A request of the shim or of the CLI.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Request {
+    /// What it carries.
+    #[prost(oneof = "RequestBody", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13")]
+    pub body: Option<RequestBody>,
+}
+
+/// The kinds of request.
+#[derive(Clone, PartialEq, prost::Oneof)]
+pub enum RequestBody {
+    /// `cni`.
+    #[prost(message, tag = "1")]
+    Cni(CniRequest),
+    /// `status`.
+    #[prost(message, tag = "2")]
+    Status(Empty),
+    /// `peers`.
+    #[prost(message, tag = "3")]
+    Peers(Empty),
+    /// `routes`.
+    #[prost(message, tag = "4")]
+    Routes(Empty),
+    /// `leases`.
+    #[prost(message, tag = "5")]
+    Leases(Empty),
+    /// `pods`.
+    #[prost(message, tag = "6")]
+    Pods(Empty),
+    /// `trace`.
+    #[prost(message, tag = "7")]
+    Trace(TraceRequest),
+    /// `ping`.
+    #[prost(message, tag = "8")]
+    Ping(PingRequest),
+    /// `doctor`.
+    #[prost(message, tag = "9")]
+    Doctor(Empty),
+    /// `leave`.
+    #[prost(message, tag = "10")]
+    Leave(Empty),
+    /// `cluster_key`.
+    #[prost(message, tag = "11")]
+    ClusterKey(ClusterKeyRequest),
+    /// `rotate_node_key`.
+    #[prost(message, tag = "12")]
+    RotateNodeKey(Empty),
+    /// `forget`.
+    #[prost(message, tag = "13")]
+    Forget(ForgetRequest),
+}
+
+/// The answer to one request.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Reply {
+    /// What it carries.
+    #[prost(oneof = "ReplyBody", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 15")]
+    pub body: Option<ReplyBody>,
+}
+
+/// The kinds of reply.
+#[derive(Clone, PartialEq, prost::Oneof)]
+pub enum ReplyBody {
+    /// `cni`.
+    #[prost(message, tag = "1")]
+    Cni(CniReply),
+    /// `status`.
+    #[prost(message, tag = "2")]
+    Status(Status),
+    /// `peers`.
+    #[prost(message, tag = "3")]
+    Peers(Peers),
+    /// `routes`.
+    #[prost(message, tag = "4")]
+    Routes(Routes),
+    /// `leases`.
+    #[prost(message, tag = "5")]
+    Leases(Leases),
+    /// `pods`.
+    #[prost(message, tag = "6")]
+    Pods(Pods),
+    /// `trace`.
+    #[prost(message, tag = "7")]
+    Trace(Trace),
+    /// `ping`.
+    #[prost(message, tag = "8")]
+    Ping(Pong),
+    /// `doctor`.
+    #[prost(message, tag = "9")]
+    Doctor(Doctor),
+    /// `done`.
+    #[prost(message, tag = "10")]
+    Done(Done),
+    /// `cluster_keys`.
+    #[prost(message, tag = "11")]
+    ClusterKeys(ClusterKeys),
+    /// `error`.
+    #[prost(message, tag = "15")]
+    Error(Error),
+}
+
+/// Nothing more to say.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct Empty {}
+
+/// Which pods to trace between.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct TraceRequest {
+    /// A pod's name, NAMESPACE/NAME, container id, or an address.
+    #[prost(string, tag = "1")]
+    pub source: String,
+    /// `destination`.
+    #[prost(string, tag = "2")]
+    pub destination: String,
+}
+
+/// Whom to ping.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct PingRequest {
+    /// `node`.
+    #[prost(string, tag = "1")]
+    pub node: String,
+}
+
+/// Whom to forget.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct ForgetRequest {
+    /// `node`.
+    #[prost(string, tag = "1")]
+    pub node: String,
+}
+
+/// What to do with the cluster keys.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct ClusterKeyRequest {
+    /// `action`.
+    #[prost(string, tag = "1")]
+    pub action: String,
+    /// Add: 64 hexadecimal digits; use and remove: the key's id.
+    #[prost(string, tag = "2")]
+    pub key: String,
+}
+
+/// Why a request was not carried out.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct Error {
+    /// 1 refused, 2 not found, 3 not permitted, 4 try again.
+    #[prost(uint32, tag = "1")]
+    pub code: u32,
+    /// One sentence: what happened and what to do.
+    #[prost(string, tag = "2")]
+    pub message: String,
+}
+
+/// A request was carried out.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct Done {
+    /// `message`.
+    #[prost(string, tag = "1")]
+    pub message: String,
+}
+
+/// `weft status`.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct Status {
+    /// `node`.
+    #[prost(string, tag = "1")]
+    pub node: String,
+    /// `site`.
+    #[prost(string, tag = "2")]
+    pub site: String,
+    /// `subnets`.
+    #[prost(string, repeated, tag = "3")]
+    pub subnets: Vec<String>,
+    /// `store`.
+    #[prost(message, optional, tag = "4")]
+    pub store: Option<Store>,
+    /// `peers`.
+    #[prost(message, optional, tag = "5")]
+    pub peers: Option<PeerCounts>,
+    /// `reconcile`.
+    #[prost(message, optional, tag = "6")]
+    pub reconcile: Option<Reconcile>,
+    /// `warnings`.
+    #[prost(string, repeated, tag = "7")]
+    pub warnings: Vec<String>,
+    /// `ready`.
+    #[prost(bool, tag = "8")]
+    pub ready: bool,
+    /// The step that keeps pods from being attached; empty when ready.
+    #[prost(string, tag = "9")]
+    pub blocked: String,
+    /// `version`.
+    #[prost(string, tag = "10")]
+    pub version: String,
+    /// `uptime_s`.
+    #[prost(uint64, tag = "11")]
+    pub uptime_s: u64,
+    /// `underlay`.
+    #[prost(string, repeated, tag = "12")]
+    pub underlay: Vec<String>,
+    /// `pod_mtu`.
+    #[prost(uint32, tag = "13")]
+    pub pod_mtu: u32,
+    /// On, off, and why.
+    #[prost(string, tag = "14")]
+    pub tx_checksum: String,
+    /// The node's public key.
+    #[prost(string, tag = "15")]
+    pub key: String,
+    /// `pods`.
+    #[prost(uint32, tag = "16")]
+    pub pods: u32,
+}
+
+/// The state of the lease store.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct Store {
+    /// `kind`.
+    #[prost(string, tag = "1")]
+    pub kind: String,
+    /// `healthy`.
+    #[prost(bool, tag = "2")]
+    pub healthy: bool,
+    /// Age of the view; absent before the first answer.
+    #[prost(uint64, optional, tag = "3")]
+    pub stale_ms: Option<u64>,
+    /// `error`.
+    #[prost(string, tag = "4")]
+    pub error: String,
+}
+
+/// How many peers are in which state.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct PeerCounts {
+    /// `alive`.
+    #[prost(uint32, tag = "1")]
+    pub alive: u32,
+    /// `suspect`.
+    #[prost(uint32, tag = "2")]
+    pub suspect: u32,
+    /// `dead`.
+    #[prost(uint32, tag = "3")]
+    pub dead: u32,
+}
+
+/// Where the reconciler stands.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct Reconcile {
+    /// `last_ok`.
+    #[prost(bool, tag = "1")]
+    pub last_ok: bool,
+    /// `pending`.
+    #[prost(uint32, tag = "2")]
+    pub pending: u32,
+    /// `failed`.
+    #[prost(string, repeated, tag = "3")]
+    pub failed: Vec<String>,
+    /// How long ago.
+    #[prost(uint64, optional, tag = "4")]
+    pub last_ok_ms: Option<u64>,
+    /// `passes`.
+    #[prost(uint64, tag = "5")]
+    pub passes: u64,
+}
+
+/// `weft peers`.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct Peers {
+    /// `peers`.
+    #[prost(message, repeated, tag = "1")]
+    pub peers: Vec<Peer>,
+}
+
+/// One peer.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct Peer {
+    /// `node`.
+    #[prost(string, tag = "1")]
+    pub node: String,
+    /// `site`.
+    #[prost(string, tag = "2")]
+    pub site: String,
+    /// `addresses`.
+    #[prost(string, repeated, tag = "3")]
+    pub addresses: Vec<String>,
+    /// `state`.
+    #[prost(string, tag = "4")]
+    pub state: String,
+    /// `transport`.
+    #[prost(string, tag = "5")]
+    pub transport: String,
+    /// `rtt_ms`.
+    #[prost(double, optional, tag = "6")]
+    pub rtt_ms: Option<f64>,
+    /// `loss`.
+    #[prost(double, tag = "7")]
+    pub loss: f64,
+    /// `mtu`.
+    #[prost(uint32, tag = "8")]
+    pub mtu: u32,
+    /// `subnets`.
+    #[prost(string, repeated, tag = "9")]
+    pub subnets: Vec<String>,
+    /// `last_seen_ms`.
+    #[prost(uint64, optional, tag = "10")]
+    pub last_seen_ms: Option<u64>,
+    /// Accepted, or why its routes are not.
+    #[prost(string, tag = "11")]
+    pub verdict: String,
+    /// `key`.
+    #[prost(string, tag = "12")]
+    pub key: String,
+    /// `version`.
+    #[prost(uint64, tag = "13")]
+    pub version: u64,
+}
+
+/// `weft routes`.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct Routes {
+    /// `routes`.
+    #[prost(message, repeated, tag = "1")]
+    pub routes: Vec<Route>,
+}
+
+/// One route to a peer.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct Route {
+    /// `prefix`.
+    #[prost(string, tag = "1")]
+    pub prefix: String,
+    /// `node`.
+    #[prost(string, tag = "2")]
+    pub node: String,
+    /// `transport`.
+    #[prost(string, tag = "3")]
+    pub transport: String,
+    /// `dev`.
+    #[prost(string, tag = "4")]
+    pub dev: String,
+    /// `via`.
+    #[prost(string, tag = "5")]
+    pub via: String,
+    /// `mtu`.
+    #[prost(uint32, tag = "6")]
+    pub mtu: u32,
+    /// `installed`.
+    #[prost(bool, tag = "7")]
+    pub installed: bool,
+    /// `reason`.
+    #[prost(string, tag = "8")]
+    pub reason: String,
+}
+
+/// `weft leases`.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct Leases {
+    /// `leases`.
+    #[prost(message, repeated, tag = "1")]
+    pub leases: Vec<Lease>,
+}
+
+/// One lease.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct Lease {
+    /// `subnet`.
+    #[prost(string, tag = "1")]
+    pub subnet: String,
+    /// `node`.
+    #[prost(string, tag = "2")]
+    pub node: String,
+    /// `site`.
+    #[prost(string, tag = "3")]
+    pub site: String,
+    /// `epoch`.
+    #[prost(uint64, tag = "4")]
+    pub epoch: u64,
+    /// `expires_in_s`.
+    #[prost(uint64, tag = "5")]
+    pub expires_in_s: u64,
+    /// `own`.
+    #[prost(bool, tag = "6")]
+    pub own: bool,
+}
+
+/// `weft pods`.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct Pods {
+    /// `pods`.
+    #[prost(message, repeated, tag = "1")]
+    pub pods: Vec<Pod>,
+}
+
+/// One attached pod.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct Pod {
+    /// `id`.
+    #[prost(string, tag = "1")]
+    pub id: String,
+    /// `namespace`.
+    #[prost(string, tag = "2")]
+    pub namespace: String,
+    /// `name`.
+    #[prost(string, tag = "3")]
+    pub name: String,
+    /// `ips`.
+    #[prost(string, repeated, tag = "4")]
+    pub ips: Vec<String>,
+    /// `ifname`.
+    #[prost(string, tag = "5")]
+    pub ifname: String,
+    /// `host_ifname`.
+    #[prost(string, tag = "6")]
+    pub host_ifname: String,
+    /// Seconds since 1970.
+    #[prost(uint64, tag = "7")]
+    pub since: u64,
+}
+
+/// One step between two pods.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct Hop {
+    /// `what`.
+    #[prost(string, tag = "1")]
+    pub what: String,
+    /// `ok`.
+    #[prost(bool, tag = "2")]
+    pub ok: bool,
+    /// `detail`.
+    #[prost(string, tag = "3")]
+    pub detail: String,
+}
+
+/// `weft trace`.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct Trace {
+    /// `hops`.
+    #[prost(message, repeated, tag = "1")]
+    pub hops: Vec<Hop>,
+    /// `verdict`.
+    #[prost(string, tag = "2")]
+    pub verdict: String,
+    /// `ok`.
+    #[prost(bool, tag = "3")]
+    pub ok: bool,
+}
+
+/// `weft ping`.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct Pong {
+    /// `node`.
+    #[prost(string, tag = "1")]
+    pub node: String,
+    /// `rtt_ms`.
+    #[prost(double, tag = "2")]
+    pub rtt_ms: f64,
+}
+
+/// One thing that `weft doctor` looked at.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct Check {
+    /// `name`.
+    #[prost(string, tag = "1")]
+    pub name: String,
+    /// `ok`.
+    #[prost(bool, tag = "2")]
+    pub ok: bool,
+    /// `detail`.
+    #[prost(string, tag = "3")]
+    pub detail: String,
+    /// `advice`.
+    #[prost(string, tag = "4")]
+    pub advice: String,
+}
+
+/// `weft doctor`.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct Doctor {
+    /// `checks`.
+    #[prost(message, repeated, tag = "1")]
+    pub checks: Vec<Check>,
+    /// `ok`.
+    #[prost(bool, tag = "2")]
+    pub ok: bool,
+}
+
+/// The ids of the cluster keys.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct ClusterKeys {
+    /// The first one seals.
+    #[prost(string, repeated, tag = "1")]
+    pub ids: Vec<String>,
+}
+
+impl Reply {
+    /// Makes a reply that says why not.
+    pub fn refusal(code: u32, message: impl Into<String>) -> Self {
+        Self { body: Some(ReplyBody::Error(Error { code, message: message.into() })) }
+    }
+
+    /// Makes a reply that says what was done.
+    pub fn done(message: impl Into<String>) -> Self {
+        Self { body: Some(ReplyBody::Done(Done { message: message.into() })) }
+    }
+}
+
+impl From<ReplyBody> for Reply {
+    fn from(body: ReplyBody) -> Self {
+        Self { body: Some(body) }
+    }
+}

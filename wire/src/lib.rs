@@ -7,6 +7,7 @@
 
 pub mod api;
 pub mod cni;
+pub mod frame;
 pub mod mesh;
 pub mod record;
 pub mod seal;

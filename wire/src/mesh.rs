@@ -1,1 +1,493 @@
-//! To be written.
+//! The gossip mesh: who is in it, who lives, and what each node signed.
+//!
+//! A pure state machine: datagrams and `now` in, datagrams and events out. It opens no socket and reads no
+//! clock, and it neither leases subnets nor programs routes. Drain [`Mesh::poll_output`] until
+//! [`Output::Wait`] after every call. `docs/protocol.md` describes what crosses the network.
+//!
+//! Invariants: a member is a node whose record was verified; a datagram that is rejected changes nothing
+//! but a counter; no datagram and no timeout costs time in proportion to the number of members.
+
+mod api;
+mod contact;
+mod gossip;
+mod membership;
+mod merge;
+mod probe;
+pub(crate) mod proto;
+mod routes;
+mod sync;
+mod timer;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use prost::Message;
+use rand_chacha::ChaCha8Rng;
+use rand_core::{RngCore, SeedableRng};
+
+pub use crate::record::{Capabilities, Facts, LeasedSubnet, NodeKey, NodeRecord};
+pub use api::{
+    Authority, Counters, MemberState, MemberView, MeshConfig, MeshEvent, Output, Owner, Rejected, Timing,
+    UnknownNode, Verdict,
+};
+
+use crate::record::SignedRecord;
+use crate::seal::KeyRing;
+use crate::types::NodeName;
+use contact::{Challenge, Contact};
+use gossip::{Queue, Topic};
+use membership::{Table, name_hash};
+use probe::{Pending, Probe};
+use proto::{Body, Liveness};
+use routes::Routes;
+use timer::{Timer, Timers};
+
+/// Versions and incarnations from the network stay below this, so that there is always a next one.
+const MOST: u64 = 1 << 63;
+/// The bytes of updates that always fit beside a body without updates of its own.
+const ROOM: usize = 950;
+/// Between two events that report the same trouble.
+const REPORT_INTERVAL: Duration = Duration::from_secs(10);
+/// Between two challenges of one sender.
+const CHALLENGE_INTERVAL: Duration = Duration::from_secs(1);
+/// A node that leaves tells so many members itself; gossip tells the rest.
+const FAREWELLS: usize = 8;
+
+/// One node's view of the mesh.
+#[derive(Debug)]
+pub struct Mesh {
+    config: MeshConfig,
+    hash: u64,
+    rng: ChaCha8Rng,
+    now: Instant,
+    session: u64,
+    seq: u64,
+    /// SWIM's incarnation of this node.
+    incarnation: u64,
+    /// The version of the record signed last.
+    version: u64,
+    facts: Option<Facts>,
+    leaving: bool,
+    table: Table,
+    routes: Routes,
+    routes_dirty: bool,
+    routes_released: bool,
+    queue: Queue,
+    gossip_armed: bool,
+    sync_at: Instant,
+    probe: Option<Probe>,
+    /// Lifeguard's local health: 0 is well.
+    health: u32,
+    pending: BTreeMap<u64, Pending>,
+    seed_owners: BTreeMap<SocketAddr, u64>,
+    timers: Timers,
+    outputs: VecDeque<Output>,
+    last_duplicate: Option<Instant>,
+    last_wrong_key: Option<Instant>,
+    counters: Counters,
+}
+
+/// Where an answer goes.
+#[derive(Debug, Clone)]
+struct ReplyTo {
+    to: SocketAddr,
+    name: NodeName,
+    hash: u64,
+}
+
+impl Mesh {
+    /// Makes a mesh that knows only its seeds. `seed` comes from a cryptographic random number generator.
+    ///
+    /// No record with subnets is accepted before [`Mesh::set_authority`]; nothing is told about the node
+    /// before [`Mesh::announce`], though it joins and listens.
+    pub fn new(config: MeshConfig, seed: [u8; 32], now: Instant) -> Self {
+        let mut rng = ChaCha8Rng::from_seed(seed);
+        // Later starts have higher sessions, so a replayed earlier session is known as such.
+        let starts = config.incarnation.min(MOST >> 33);
+        let session = starts << 32 | u64::from(rng.next_u32());
+        let mut timers = Timers::default();
+        timers.set(now, Timer::Rejoin);
+        let phase = membership::below(&mut rng, 256) as f64 / 256.0;
+        timers.set(now + config.timing.probe_interval.mul_f64(phase), Timer::Probe);
+        let sync_at = now + config.timing.sync_interval.mul_f64(0.5 + phase / 2.0);
+        timers.set(sync_at, Timer::Sync);
+        Self {
+            hash: name_hash(config.node.as_str()),
+            rng,
+            now,
+            session,
+            seq: 0,
+            incarnation: starts << 32,
+            version: starts << 32,
+            facts: None,
+            leaving: false,
+            table: Table::default(),
+            routes: Routes::default(),
+            routes_dirty: false,
+            routes_released: false,
+            queue: Queue::default(),
+            gossip_armed: false,
+            sync_at,
+            probe: None,
+            health: 0,
+            pending: BTreeMap::new(),
+            seed_owners: BTreeMap::new(),
+            timers,
+            outputs: VecDeque::new(),
+            last_duplicate: None,
+            last_wrong_key: None,
+            counters: Counters::default(),
+            config,
+        }
+    }
+
+    /// Takes a datagram from the network.
+    ///
+    /// State is unchanged, but for the counters, when this returns an error.
+    pub fn handle_datagram(
+        &mut self,
+        from: SocketAddr,
+        datagram: &[u8],
+        now: Instant,
+    ) -> Result<(), Rejected> {
+        self.advance(now);
+        self.counters.received += 1;
+        self.counters.received_bytes += datagram.len() as u64;
+        let result = self.receive(from, datagram);
+        if let Err(reason) = result {
+            self.counters.rejected[reason as usize] += 1;
+            if reason == Rejected::UnknownKey
+                && self.last_wrong_key.is_none_or(|last| self.now >= last + REPORT_INTERVAL)
+            {
+                self.last_wrong_key = Some(self.now);
+                self.outputs.push_back(Output::Event(MeshEvent::WrongKey { from }));
+            }
+        }
+        self.settle();
+        result
+    }
+
+    /// Does what is due.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        self.advance(now);
+        while let Some((at, timer)) = self.timers.pop_due(self.now) {
+            match timer {
+                Timer::Probe => self.on_probe_timer(),
+                Timer::ProbeLate(token) => self.on_probe_late(token),
+                Timer::Gossip => self.on_gossip_timer(),
+                Timer::Sync if at == self.sync_at => self.on_sync_timer(),
+                Timer::Sync => {}
+                Timer::Rejoin => self.on_rejoin_timer(),
+                Timer::Suspicion(hash) => self.on_suspicion_timer(hash),
+                Timer::Reap(hash) => self.on_reap_timer(hash),
+                Timer::Expire(token) => self.on_expire_timer(token),
+            }
+        }
+        self.settle();
+    }
+
+    /// Signs and spreads what the node offers, if it differs from the last announcement.
+    ///
+    /// What goes beyond the limits of [`Facts`] is left out. After [`Mesh::leave`] the node joins again.
+    pub fn announce(&mut self, facts: Facts, now: Instant) {
+        self.advance(now);
+        if self.facts.as_ref() != Some(&facts) || self.leaving {
+            self.facts = Some(facts);
+            self.leaving = false;
+            self.resign();
+        }
+        self.settle();
+    }
+
+    /// Replaces the view of who owns what, and judges all known records again.
+    pub fn set_authority(&mut self, authority: Authority, now: Instant) {
+        self.advance(now);
+        self.replace_authority(authority);
+        self.settle();
+    }
+
+    /// Replaces the addresses to look for peers at.
+    pub fn set_seeds(&mut self, seeds: Vec<SocketAddr>, now: Instant) {
+        self.advance(now);
+        if seeds != self.config.seeds {
+            self.seed_owners.retain(|seed, _| seeds.contains(seed));
+            self.config.seeds = seeds;
+        }
+        self.settle();
+    }
+
+    /// Replaces the cluster keys: the first seals from now on, every one opens.
+    pub fn set_ring(&mut self, ring: KeyRing, now: Instant) {
+        self.advance(now);
+        self.config.ring = ring;
+        self.settle();
+    }
+
+    /// Signs with another key from now on, which the present one endorses. Persist [`Mesh::key`] after it.
+    pub fn rotate_key(&mut self, key: NodeKey, now: Instant) {
+        self.advance(now);
+        let old = &self.config.key;
+        if key.public() != old.public() {
+            self.config.key = key.endorsed_by(old, &self.config.cluster, &self.config.node);
+            self.resign();
+        }
+        self.settle();
+    }
+
+    /// Returns the signing key with its endorsements, to be persisted after [`Mesh::rotate_key`].
+    pub fn key(&self) -> &NodeKey {
+        &self.config.key
+    }
+
+    /// Removes a dead or departed member, here and on all nodes. Does nothing to a member that lives.
+    pub fn forget(&mut self, node: &NodeName) {
+        let id = self.table.find_name(node).filter(|id| self.table.at(*id).gone_since.is_some());
+        if let Some(id) = id {
+            let hash = self.table.at(id).hash;
+            self.bury(id);
+            self.queue.push(Topic::Forgotten(hash));
+        }
+        self.settle();
+    }
+
+    /// Sends a probe whose answer becomes [`MeshEvent::Pong`]; without an answer nothing happens.
+    pub fn ping(&mut self, node: &NodeName, token: u64, now: Instant) -> Result<(), UnknownNode> {
+        self.advance(now);
+        let id = self.table.find_name(node).filter(|id| Some(*id) != self.table.me);
+        match id {
+            Some(id) if self.ping_for_user(id, token) => Ok(()),
+            _ => Err(UnknownNode(node.clone())),
+        }
+    }
+
+    /// Tells the mesh that the node goes away on purpose.
+    ///
+    /// Keep driving the mesh for two or three gossip intervals if possible, then drop it.
+    pub fn leave(&mut self, now: Instant) {
+        self.advance(now);
+        if !self.leaving {
+            self.leaving = true;
+            self.resign();
+            if let Some(me) = self.table.me {
+                for id in self.table.sample(&mut self.rng, FAREWELLS, None) {
+                    let first = vec![self.full_update(me)];
+                    self.send_to_member(id, Body::Push(proto::Push { sync: false }), first);
+                }
+            }
+        }
+        self.settle();
+    }
+
+    /// Returns what to do next; call until it returns [`Output::Wait`].
+    pub fn poll_output(&mut self, now: Instant) -> Output {
+        if let Some(output) = self.outputs.pop_front() {
+            return output;
+        }
+        if std::mem::take(&mut self.routes_dirty) {
+            return Output::Event(MeshEvent::RoutesChanged);
+        }
+        let (until, reason) = self.timers.next().expect("the probe timer is always set");
+        Output::Wait { until: until.max(now), reason }
+    }
+
+    /// Returns the peers, without the node itself, in no particular order.
+    pub fn members(&self) -> impl Iterator<Item = MemberView<'_>> {
+        self.table.range(..).filter(|(id, _)| Some(*id) != self.table.me).map(|(_, member)| {
+            let record = member.signed.record();
+            let contact = member.contact.as_deref();
+            MemberView {
+                node: &record.node,
+                site: &record.site,
+                state: member.state(),
+                record,
+                routed: member.routed.as_deref().map(SignedRecord::record),
+                rtt: contact.and_then(|contact| contact.rtt),
+                loss: contact.map_or(0.0, |contact| contact.loss),
+                last_seen: contact.map(|contact| contact.last_seen),
+                verdict: &member.verdict,
+            }
+        })
+    }
+
+    /// Returns the record that the node announces, once it has.
+    pub fn record(&self) -> Option<&NodeRecord> {
+        self.table.me.map(|me| self.table.at(me).signed.record())
+    }
+
+    /// Returns what was counted.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    fn advance(&mut self, now: Instant) {
+        self.now = self.now.max(now);
+    }
+
+    /// What every call ends with.
+    fn settle(&mut self) {
+        self.judge_contested();
+        self.arm_gossip();
+    }
+
+    /// Signs the present facts under the next version.
+    fn resign(&mut self) {
+        let Some(facts) = self.facts.clone() else { return };
+        self.version += 1;
+        let MeshConfig { key, cluster, node, site, .. } = &self.config;
+        let signed =
+            SignedRecord::sign(key, cluster, node.clone(), site.clone(), self.version, facts, self.leaving);
+        let signed = Arc::new(signed);
+        let me = match self.table.me {
+            Some(me) => {
+                self.replace_record(me, signed);
+                me
+            }
+            None => self.table.insert(signed, self.incarnation, true),
+        };
+        self.judge(me, true);
+        self.queue.push(Topic::Record(self.hash));
+    }
+
+    fn reply(&mut self, reply: &ReplyTo, body: Body, first: Vec<proto::Update>) {
+        self.send(reply.to, reply.name.as_str(), body, first);
+    }
+
+    fn receive(&mut self, from: SocketAddr, datagram: &[u8]) -> Result<(), Rejected> {
+        let content = self.config.ring.open(&self.config.cluster, datagram)?;
+        let message = proto::Datagram::decode(&content[..]).map_err(|_| Rejected::Malformed)?;
+        let name: NodeName = message.from.parse().map_err(|_| Rejected::Malformed)?;
+        if !message.to.is_empty() && message.to != self.config.node.as_str() {
+            return Err(Rejected::Misdirected);
+        }
+        if name == self.config.node {
+            return Err(self.look_at_namesake(from, &message));
+        }
+        if message.version >= MOST || message.incarnation >= MOST {
+            return Err(Rejected::Malformed);
+        }
+        let hash = name_hash(name.as_str());
+        let reply = ReplyTo { to: from, name, hash };
+        self.check_fresh(&reply, &message)?;
+        let target = self.check_body(message.body.as_ref())?;
+        let mut updates = Vec::with_capacity(message.updates.len());
+        for update in &message.updates {
+            let (checked, verified) = self.check_update(update)?;
+            self.counters.verified += u64::from(verified);
+            updates.push(checked);
+        }
+        self.remember(&reply, &message);
+        self.take_in(&reply, message, updates, target);
+        Ok(())
+    }
+
+    fn check_body(&self, body: Option<&Body>) -> Result<Option<NodeName>, Rejected> {
+        match body {
+            Some(Body::PingRequest(request)) => {
+                request.target.parse().map(Some).map_err(|_| Rejected::Malformed)
+            }
+            Some(Body::SyncBuckets(buckets)) => self.check_buckets(buckets).map(|()| None),
+            Some(Body::SyncItems(items)) => Self::check_items(items).map(|()| None),
+            _ => Ok(None),
+        }
+    }
+
+    /// Applies a datagram that passed every check.
+    fn take_in(
+        &mut self,
+        reply: &ReplyTo,
+        message: proto::Datagram,
+        updates: Vec<merge::Checked>,
+        target: Option<NodeName>,
+    ) {
+        let alone = self.table.living() == 0;
+        let gone =
+            |mesh: &Self| mesh.table.find_member(reply.hash).is_none_or(|member| member.gone_since.is_some());
+        let was_gone = gone(self);
+        let sync = matches!(&message.body, Some(Body::Push(push)) if push.sync);
+        for checked in updates {
+            self.apply(checked, reply.to, sync);
+        }
+        if let Some(id) = self.table.find(reply.hash) {
+            self.merge_liveness(id, message.incarnation, Liveness::Alive, &[]);
+        }
+        match message.body {
+            Some(Body::Ping(ping)) => self.on_ping(reply, &ping),
+            Some(Body::Ack(ack)) => self.on_ack(reply, &ack),
+            Some(Body::Nack(nack)) => self.on_nack(reply, &nack),
+            Some(Body::PingRequest(request)) => {
+                if let Some(target) = target {
+                    self.on_ping_request(reply, &request, &target);
+                }
+            }
+            Some(Body::SyncRoot(root)) => self.on_sync_root(reply, &root),
+            Some(Body::SyncBuckets(buckets)) => self.on_sync_buckets(reply, &buckets),
+            Some(Body::SyncItems(items)) => self.on_sync_items(reply, &items),
+            Some(Body::SyncWant(want)) => self.on_sync_want(reply, &want),
+            Some(Body::Push(_)) | None => {}
+        }
+        // Who joins, or meets somebody from the other side of a partition, compares at once.
+        let back = was_gone && !gone(self);
+        if let Some(id) = self.table.find(reply.hash).filter(|_| back && (alone || self.table.living() > 1)) {
+            self.sync_with(id);
+        }
+    }
+
+    fn check_fresh(&mut self, reply: &ReplyTo, message: &proto::Datagram) -> Result<(), Rejected> {
+        let Some(contact) = self.table.contact(reply.hash) else { return Ok(()) };
+        if contact.session == message.session {
+            return if contact.window.is_fresh(message.seq) { Ok(()) } else { Err(Rejected::Replayed) };
+        }
+        if message.session > contact.session && !contact.strict {
+            return Ok(());
+        }
+        let challenge = contact.challenge;
+        if let (Some(challenge), Some(Body::Ack(ack))) = (challenge, &message.body)
+            && (challenge.session, challenge.token) == (message.session, ack.token)
+        {
+            return Ok(());
+        }
+        if challenge.is_none_or(|challenge| self.now >= challenge.at + CHALLENGE_INTERVAL) {
+            let token = self.rng.next_u64();
+            let challenge = Challenge { session: message.session, token, at: self.now };
+            if let Some(contact) = self.table.contact_mut(reply.hash) {
+                contact.challenge = Some(challenge);
+            }
+            self.reply(reply, Body::Ping(proto::Ping { token, have: MOST }), Vec::new());
+        }
+        Err(Rejected::Replayed)
+    }
+
+    fn remember(&mut self, reply: &ReplyTo, message: &proto::Datagram) {
+        let known = self.table.contact(reply.hash);
+        let stale = known.is_none_or(|contact| contact.session != message.session);
+        if stale {
+            let mut contact = Contact::new(message.session, reply.to, self.now);
+            if let Some(known) = known {
+                // From here on every other session has to answer a challenge: there are two, or one is old.
+                contact.strict = known.strict || message.session < known.session;
+                (contact.rtt, contact.loss, contact.preferred) = (known.rtt, known.loss, known.preferred);
+            }
+            self.table.set_contact(reply.hash, contact);
+        }
+        if let Some(contact) = self.table.contact_mut(reply.hash) {
+            contact.window.take(message.seq);
+            contact.from = reply.to;
+            contact.last_seen = self.now;
+        }
+    }
+
+    /// A datagram in this node's name: its own, or another node has the name.
+    fn look_at_namesake(&mut self, from: SocketAddr, message: &proto::Datagram) -> Rejected {
+        if message.session == self.session {
+            return Rejected::Reflected;
+        }
+        for update in &message.updates {
+            if let Ok((duplicate @ merge::Checked::Duplicate { .. }, _)) = self.check_update(update) {
+                self.apply(duplicate, from, false);
+            }
+        }
+        Rejected::OwnName
+    }
+}

@@ -1,1 +1,458 @@
-//! To be written.
+//! What a node says about itself, signed with its ed25519 key.
+//!
+//! A record is parsed once and kept beside the bytes that its node signed, so that it can be relayed as it
+//! is, with fields that this version does not know. Whether the node may own the subnets it names is not
+//! decided here (`mesh::routes`). Invariant: a [`SignedRecord`] has been verified, or was signed here.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+
+use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
+use ipnet::IpNet;
+use prost::Message;
+use zeroize::Zeroizing;
+
+use crate::mesh::proto;
+use crate::types::{Epoch, MacAddress, NodeName, PublicKey, SiteName, Subnet, from_hex, to_hex};
+
+/// The most bytes of a signed record: one fits a datagram beside any other content.
+pub const MAX_RECORD: usize = 880;
+/// The most subnets that a record names.
+pub const MAX_SUBNETS: usize = 8;
+/// The most gossip addresses that a record names.
+pub const MAX_GOSSIP: usize = 4;
+/// The most tunnel endpoints that a record names: one a family.
+pub const MAX_UNDERLAY: usize = 2;
+/// The most endorsements that a record carries: so many key rotations may an absent node miss.
+pub const MAX_ENDORSEMENTS: usize = 3;
+
+const SIGNATURE: usize = 64;
+const RECORD_DOMAIN: &[u8] = b"weft record v1\0";
+const ENDORSEMENT_DOMAIN: &[u8] = b"weft key endorsement v1\0";
+
+/// What a node offers to its peers; [`crate::mesh::Mesh::announce`] signs it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// The pod subnets, each with the epoch of its lease; at most [`MAX_SUBNETS`].
+    pub subnets: Vec<LeasedSubnet>,
+    /// Where the node receives gossip, IPv4 or IPv6, the preferred first; at most [`MAX_GOSSIP`].
+    pub gossip: Vec<SocketAddr>,
+    /// The tunnel endpoints, at most one a family.
+    pub underlay: Vec<IpAddr>,
+    /// The Ethernet address of the VXLAN device over IPv4.
+    pub vtep_v4: Option<MacAddress>,
+    /// The Ethernet address of the VXLAN device over IPv6.
+    pub vtep_v6: Option<MacAddress>,
+    /// The VXLAN network identifier, 24 bits.
+    pub vni: u32,
+    /// The UDP port of VXLAN.
+    pub vxlan_port: u16,
+    /// The MTU of the underlay, in bytes.
+    pub mtu: u16,
+    /// What the node can do.
+    pub capabilities: Capabilities,
+}
+
+/// A pod subnet and the fencing epoch of the lease on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LeasedSubnet {
+    /// The subnet.
+    pub subnet: Subnet,
+    /// The epoch of its lease.
+    pub epoch: Epoch,
+}
+
+/// A set of things a node can do; bits that this version does not know are kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub struct Capabilities(pub u64);
+
+impl Capabilities {
+    /// Carries pod traffic over VXLAN.
+    pub const VXLAN: Self = Self(1);
+    /// Routes pod traffic without a tunnel to a peer that is one hop away.
+    pub const DIRECT: Self = Self(1 << 1);
+
+    /// Returns whether all of `other` is in the set.
+    pub fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+impl std::ops::BitOr for Capabilities {
+    type Output = Self;
+
+    fn bitor(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+}
+
+/// A node's record, as its signer wrote it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeRecord {
+    /// Whose record it is.
+    pub node: NodeName,
+    /// The node's site.
+    pub site: SiteName,
+    /// The key that signed the record.
+    pub key: PublicKey,
+    /// Orders the records of a node: a higher version replaces a lower one.
+    pub version: u64,
+    /// What the node offers.
+    pub facts: Facts,
+    /// How earlier keys of the node vouch for `key`, the latest first.
+    pub endorsements: Vec<Endorsement>,
+    /// Whether the node has left the mesh on purpose.
+    pub left: bool,
+}
+
+impl NodeRecord {
+    /// Returns whether the record's key follows `earlier` through its endorsements.
+    pub fn succeeds(&self, earlier: &PublicKey) -> bool {
+        self.endorsements.iter().any(|endorsement| endorsement.key == *earlier)
+    }
+}
+
+/// An earlier key's signature over the key that follows it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Endorsement {
+    /// The earlier key.
+    pub key: PublicKey,
+    /// Its signature over the node's name and the next key.
+    pub signature: [u8; SIGNATURE],
+}
+
+impl fmt::Debug for Endorsement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Endorsement(by {:?})", self.key)
+    }
+}
+
+/// A node's secret signing key, with the endorsements by the keys before it.
+#[derive(Clone)]
+pub struct NodeKey {
+    secret: SigningKey,
+    endorsements: Vec<Endorsement>,
+}
+
+impl NodeKey {
+    /// Takes 32 bytes from a cryptographic random number generator.
+    pub fn from_secret(secret: [u8; 32]) -> Self {
+        Self { secret: SigningKey::from_bytes(&Zeroizing::new(secret)), endorsements: Vec::new() }
+    }
+
+    /// Returns the public half.
+    pub fn public(&self) -> PublicKey {
+        PublicKey(self.secret.verifying_key().to_bytes())
+    }
+
+    /// Returns the same key, endorsed by `old` (and what endorsed that) as the next key of `node`.
+    pub fn endorsed_by(mut self, old: &Self, cluster: &str, node: &NodeName) -> Self {
+        let statement = endorsement_statement(cluster, node.as_str(), &self.public());
+        let signature = old.secret.sign(&statement).to_bytes();
+        self.endorsements = vec![Endorsement { key: old.public(), signature }];
+        self.endorsements.extend(old.endorsements.iter().take(MAX_ENDORSEMENTS - 1).cloned());
+        self
+    }
+
+    /// Returns whether this key follows `earlier` through its endorsements.
+    pub(crate) fn follows(&self, earlier: &PublicKey) -> bool {
+        self.endorsements.iter().any(|endorsement| endorsement.key == *earlier)
+    }
+
+    /// Writes the secret and its endorsements, for a file that only root reads: one line of hexadecimal
+    /// digits for the secret, then one line `KEY SIGNATURE` for each endorsement, the latest first.
+    pub fn to_secret_text(&self) -> Zeroizing<String> {
+        let mut text = Zeroizing::new(to_hex(self.secret.as_bytes()));
+        text.push('\n');
+        for endorsement in &self.endorsements {
+            text.push_str(&format!("{} {}\n", endorsement.key, to_hex(&endorsement.signature)));
+        }
+        text
+    }
+
+    /// Reads what [`NodeKey::to_secret_text`] wrote; endorsements are checked by those who receive them.
+    pub fn from_secret_text(text: &str) -> Result<Self, NodeKeyError> {
+        let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+        let secret = Zeroizing::new(lines.next().and_then(from_hex::<32>).ok_or(NodeKeyError)?);
+        let endorsements = lines
+            .map(|line| {
+                let (key, signature) = line.split_once(' ').ok_or(NodeKeyError)?;
+                Ok(Endorsement {
+                    key: key.parse().map_err(|_| NodeKeyError)?,
+                    signature: from_hex(signature).ok_or(NodeKeyError)?,
+                })
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        if endorsements.len() > MAX_ENDORSEMENTS {
+            return Err(NodeKeyError);
+        }
+        Ok(Self { secret: SigningKey::from_bytes(&secret), endorsements })
+    }
+}
+
+impl fmt::Debug for NodeKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "NodeKey({:?})", self.public())
+    }
+}
+
+/// A text that is no node key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "a node key file has 64 hexadecimal digits in its first line and at most {MAX_ENDORSEMENTS} endorsements after it"
+)]
+pub struct NodeKeyError;
+
+/// A record and the bytes that its node signed.
+#[derive(Clone, PartialEq, Eq)]
+pub struct SignedRecord {
+    record: NodeRecord,
+    bytes: Box<[u8]>,
+    signature: [u8; SIGNATURE],
+}
+
+impl SignedRecord {
+    /// Signs what the node says about itself.
+    ///
+    /// Surplus addresses and subnets (see the limits of [`Facts`]) are left out, and so are the oldest
+    /// endorsements if the record would be longer than [`MAX_RECORD`].
+    pub fn sign(
+        key: &NodeKey,
+        cluster: &str,
+        node: NodeName,
+        site: SiteName,
+        version: u64,
+        mut facts: Facts,
+        left: bool,
+    ) -> Self {
+        facts.subnets.truncate(MAX_SUBNETS);
+        facts.gossip.truncate(MAX_GOSSIP);
+        facts.underlay.truncate(MAX_UNDERLAY);
+        let endorsements = key.endorsements.clone();
+        let mut record = NodeRecord { node, site, key: key.public(), version, facts, endorsements, left };
+        let mut bytes = to_proto(&record).encode_to_vec();
+        while bytes.len() + SIGNATURE > MAX_RECORD && record.endorsements.pop().is_some() {
+            bytes = to_proto(&record).encode_to_vec();
+        }
+        let signature = key.secret.sign(&signed_statement(cluster, &bytes)).to_bytes();
+        Self { record, bytes: bytes.into(), signature }
+    }
+
+    /// Returns the record.
+    pub fn record(&self) -> &NodeRecord {
+        &self.record
+    }
+
+    /// Orders two records of one key: the version, then the signature's first bytes, so that every node
+    /// picks the same of two records that a node signed by mistake with one version.
+    pub(crate) fn order(&self) -> (u64, u32) {
+        (self.record.version, tag(&self.signature))
+    }
+
+    pub(crate) fn to_proto(&self) -> proto::SignedRecord {
+        proto::SignedRecord { record: self.bytes.to_vec(), signature: self.signature.to_vec() }
+    }
+}
+
+impl fmt::Debug for SignedRecord {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SignedRecord({} v{} by {:?})", self.record.node, self.record.version, self.record.key)
+    }
+}
+
+/// A record that parses, whose signature has not been looked at: checking it costs about 50 us.
+#[derive(Debug, Clone)]
+pub struct ClaimedRecord(SignedRecord);
+
+impl ClaimedRecord {
+    /// Returns what the record claims.
+    pub fn claim(&self) -> &NodeRecord {
+        &self.0.record
+    }
+
+    /// Verifies the signature and every endorsement.
+    pub fn verify(self, cluster: &str) -> Result<SignedRecord, BadSignature> {
+        let Self(signed) = self;
+        let record = &signed.record;
+        check(&record.key, &signed_statement(cluster, &signed.bytes), &signed.signature)?;
+        let mut next = record.key;
+        for endorsement in &record.endorsements {
+            let statement = endorsement_statement(cluster, record.node.as_str(), &next);
+            check(&endorsement.key, &statement, &endorsement.signature)?;
+            next = endorsement.key;
+        }
+        Ok(signed)
+    }
+
+    pub(crate) fn order(&self) -> (u64, u32) {
+        self.0.order()
+    }
+
+    pub(crate) fn parse(signed: proto::SignedRecord) -> Result<Self, RecordError> {
+        if signed.record.len() + SIGNATURE > MAX_RECORD {
+            return Err(RecordError::TooLong);
+        }
+        let signature = signed.signature.try_into().map_err(|_| RecordError::Field("signature"))?;
+        let record = proto::Record::decode(&signed.record[..]).map_err(|_| RecordError::Encoding)?;
+        let record = from_proto(record)?;
+        Ok(Self(SignedRecord { record, bytes: signed.record.into(), signature }))
+    }
+}
+
+/// A signature of a record or of an endorsement that does not hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the record's signature does not hold")]
+pub struct BadSignature;
+
+/// Bytes that are no record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum RecordError {
+    /// Longer than [`MAX_RECORD`].
+    #[error("the record is longer than {MAX_RECORD} bytes")]
+    TooLong,
+    /// Not a protobuf message of this shape.
+    #[error("the record does not decode")]
+    Encoding,
+    /// A field has a value that it cannot have.
+    #[error("the record's field {0} is out of range")]
+    Field(&'static str),
+}
+
+pub(crate) fn tag(signature: &[u8; SIGNATURE]) -> u32 {
+    u32::from_be_bytes([signature[0], signature[1], signature[2], signature[3]])
+}
+
+fn check(key: &PublicKey, statement: &[u8], signature: &[u8; SIGNATURE]) -> Result<(), BadSignature> {
+    let key = VerifyingKey::from_bytes(&key.0).map_err(|_| BadSignature)?;
+    key.verify_strict(statement, &Signature::from_bytes(signature)).map_err(|_| BadSignature)
+}
+
+fn signed_statement(cluster: &str, record: &[u8]) -> Vec<u8> {
+    [RECORD_DOMAIN, &(cluster.len() as u64).to_be_bytes(), cluster.as_bytes(), record].concat()
+}
+
+fn endorsement_statement(cluster: &str, node: &str, next: &PublicKey) -> Vec<u8> {
+    let length = (cluster.len() as u64).to_be_bytes();
+    [ENDORSEMENT_DOMAIN, &length, cluster.as_bytes(), &next.0, node.as_bytes()].concat()
+}
+
+fn to_proto(record: &NodeRecord) -> proto::Record {
+    let facts = &record.facts;
+    proto::Record {
+        node: record.node.to_string(),
+        site: record.site.to_string(),
+        key: record.key.0.to_vec(),
+        version: record.version,
+        subnets: facts
+            .subnets
+            .iter()
+            .map(|leased| proto::LeasedSubnet {
+                subnet: subnet_to_bytes(leased.subnet),
+                epoch: leased.epoch.0,
+            })
+            .collect(),
+        gossip: facts.gossip.iter().map(socket_to_bytes).collect(),
+        underlay: facts.underlay.iter().map(ip_to_bytes).collect(),
+        vtep_v4: facts.vtep_v4.map(|mac| mac.0.to_vec()).unwrap_or_default(),
+        vtep_v6: facts.vtep_v6.map(|mac| mac.0.to_vec()).unwrap_or_default(),
+        vni: facts.vni,
+        vxlan_port: facts.vxlan_port.into(),
+        mtu: facts.mtu.into(),
+        capabilities: facts.capabilities.0,
+        endorsements: record
+            .endorsements
+            .iter()
+            .map(|endorsement| proto::Endorsement {
+                key: endorsement.key.0.to_vec(),
+                signature: endorsement.signature.to_vec(),
+            })
+            .collect(),
+        left: record.left,
+    }
+}
+
+fn from_proto(record: proto::Record) -> Result<NodeRecord, RecordError> {
+    use RecordError::Field;
+    let limit = |length: usize, most: usize, field| if length > most { Err(Field(field)) } else { Ok(()) };
+    limit(record.subnets.len(), MAX_SUBNETS, "subnets")?;
+    limit(record.gossip.len(), MAX_GOSSIP, "gossip")?;
+    limit(record.underlay.len(), MAX_UNDERLAY, "underlay")?;
+    limit(record.endorsements.len(), MAX_ENDORSEMENTS, "endorsements")?;
+    let key = |bytes: Vec<u8>| bytes.try_into().map(PublicKey).map_err(|_| Field("key"));
+    let subnets = record.subnets.iter().map(|leased| {
+        let subnet = subnet_from_bytes(&leased.subnet).ok_or(Field("subnets"))?;
+        Ok(LeasedSubnet { subnet, epoch: Epoch(leased.epoch) })
+    });
+    let facts = Facts {
+        subnets: subnets.collect::<Result<_, _>>()?,
+        gossip: parse_all(&record.gossip, socket_from_bytes).ok_or(Field("gossip"))?,
+        underlay: parse_all(&record.underlay, ip_from_bytes).ok_or(Field("underlay"))?,
+        vtep_v4: mac_from_bytes(record.vtep_v4).ok_or(Field("vtep_v4"))?,
+        vtep_v6: mac_from_bytes(record.vtep_v6).ok_or(Field("vtep_v6"))?,
+        vni: if record.vni < 1 << 24 { record.vni } else { return Err(Field("vni")) },
+        vxlan_port: record.vxlan_port.try_into().map_err(|_| Field("vxlan_port"))?,
+        mtu: record.mtu.try_into().map_err(|_| Field("mtu"))?,
+        capabilities: Capabilities(record.capabilities),
+    };
+    let endorsements = record.endorsements.into_iter().map(|endorsement| {
+        let signature = endorsement.signature.try_into().map_err(|_| Field("endorsements"))?;
+        Ok(Endorsement { key: key(endorsement.key)?, signature })
+    });
+    Ok(NodeRecord {
+        node: record.node.try_into().map_err(|_| Field("node"))?,
+        site: record.site.try_into().map_err(|_| Field("site"))?,
+        key: key(record.key)?,
+        version: record.version,
+        facts,
+        endorsements: endorsements.collect::<Result<_, _>>()?,
+        left: record.left,
+    })
+}
+
+fn parse_all<T>(list: &[Vec<u8>], parse: fn(&[u8]) -> Option<T>) -> Option<Vec<T>> {
+    list.iter().map(|bytes| parse(bytes)).collect()
+}
+
+fn ip_to_bytes(ip: &IpAddr) -> Vec<u8> {
+    match ip {
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
+    }
+}
+
+fn ip_from_bytes(bytes: &[u8]) -> Option<IpAddr> {
+    match bytes.len() {
+        4 => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),
+        16 => <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from),
+        _ => None,
+    }
+}
+
+fn socket_to_bytes(socket: &SocketAddr) -> Vec<u8> {
+    let mut bytes = ip_to_bytes(&socket.ip());
+    bytes.extend_from_slice(&socket.port().to_be_bytes());
+    bytes
+}
+
+fn socket_from_bytes(bytes: &[u8]) -> Option<SocketAddr> {
+    let (ip, port) = bytes.split_last_chunk::<2>()?;
+    Some(SocketAddr::new(ip_from_bytes(ip)?, u16::from_be_bytes(*port)))
+}
+
+fn subnet_to_bytes(subnet: Subnet) -> Vec<u8> {
+    let mut bytes = ip_to_bytes(&subnet.network());
+    bytes.push(subnet.net().prefix_len());
+    bytes
+}
+
+fn subnet_from_bytes(bytes: &[u8]) -> Option<Subnet> {
+    let (prefix, ip) = bytes.split_last()?;
+    IpNet::new(ip_from_bytes(ip)?, *prefix).ok()?.try_into().ok()
+}
+
+fn mac_from_bytes(bytes: Vec<u8>) -> Option<Option<MacAddress>> {
+    if bytes.is_empty() { Some(None) } else { Some(Some(MacAddress(bytes.try_into().ok()?))) }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,374 @@
+//! The file as it is written: every key optional, every value still text or number.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use serde::Deserialize;
+use weft_ipam::carve::{Carver, ClusterCidr};
+use weft_wire::types::{NodeName, SiteName, Subnet};
+
+use super::{
+    ClusterConfig, Config, GossipConfig, LogConfig, MasqueradeConfig, NodeConfig, OverlayConfig, PodsConfig,
+    StoreConfig, StoreKind, TxChecksum, UnderlayConfig,
+};
+
+/// One VXLAN header, UDP, IPv6 and Ethernet around the least MTU that IPv6 allows (RFC 8200 s5).
+const MTU_MIN: u32 = 1280;
+const MTU_MAX: u32 = 65_535;
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Raw {
+    node: Node,
+    cluster: Cluster,
+    store: Store,
+    gossip: Gossip,
+    underlay: Underlay,
+    overlay: Overlay,
+    masquerade: Masquerade,
+    pods: Pods,
+    metrics: Metrics,
+    log: Log,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Node {
+    name: Option<NodeName>,
+    site: SiteName,
+    state_dir: PathBuf,
+    socket: PathBuf,
+}
+
+impl Default for Node {
+    fn default() -> Self {
+        Self {
+            name: None,
+            site: "default".parse().expect("a valid name"),
+            state_dir: "/var/lib/weft".into(),
+            socket: "/run/weft/weft.sock".into(),
+        }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Cluster {
+    id: String,
+    key_file: PathBuf,
+    cidrs: Vec<Cidr>,
+}
+
+impl Default for Cluster {
+    fn default() -> Self {
+        Self { id: "weft".into(), key_file: "/etc/weft/cluster.key".into(), cidrs: Vec::new() }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Cidr {
+    cidr: IpNet,
+    node_prefix: u8,
+    #[serde(default)]
+    reserved: Vec<IpNet>,
+}
+
+#[derive(Debug, Default, Deserialize, PartialEq)]
+#[serde(rename_all = "lowercase")]
+enum Kind {
+    #[default]
+    Sqlite,
+    Static,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Store {
+    r#type: Kind,
+    path: PathBuf,
+    subnets: Vec<Subnet>,
+    lease_ttl: Span,
+}
+
+impl Default for Store {
+    fn default() -> Self {
+        Self {
+            r#type: Kind::Sqlite,
+            path: "/var/lib/weft/store.db".into(),
+            subnets: Vec::new(),
+            lease_ttl: Span(Duration::from_secs(3600)),
+        }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Gossip {
+    listen_port: u16,
+    seeds: Vec<SocketAddr>,
+    probe_interval: Span,
+}
+
+impl Default for Gossip {
+    fn default() -> Self {
+        Self { listen_port: 7117, seeds: Vec::new(), probe_interval: Span(Duration::from_secs(1)) }
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Underlay {
+    device: Option<String>,
+    address: Vec<IpAddr>,
+    mtu: Option<u32>,
+}
+
+#[derive(Debug, Default, Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Checksum {
+    #[default]
+    Auto,
+    On,
+    Off,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Overlay {
+    vni: u32,
+    port: u16,
+    direct_routing: bool,
+    tx_checksum: Checksum,
+    mtu: Option<u32>,
+}
+
+impl Default for Overlay {
+    fn default() -> Self {
+        Self { vni: 1, port: 8472, direct_routing: false, tx_checksum: Checksum::Auto, mtu: None }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Masquerade {
+    enabled: bool,
+    except: Vec<IpNet>,
+}
+
+impl Default for Masquerade {
+    fn default() -> Self {
+        Self { enabled: true, except: Vec::new() }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Pods {
+    reserved: Vec<IpNet>,
+    hairpin: bool,
+}
+
+impl Default for Pods {
+    fn default() -> Self {
+        Self { reserved: Vec::new(), hairpin: true }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Metrics {
+    listen: String,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self { listen: "127.0.0.1:7118".into() }
+    }
+}
+
+#[derive(Debug, Default, Clone, Copy, Deserialize, PartialEq)]
+#[serde(rename_all = "lowercase")]
+enum Format {
+    #[default]
+    Text,
+    Json,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Log {
+    format: Format,
+    filter: String,
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { format: Format::Text, filter: "info".into() }
+    }
+}
+
+/// A duration as people write it: `500ms`, `30s`, `10m`, `1h`.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(try_from = "String")]
+struct Span(Duration);
+
+impl TryFrom<String> for Span {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let digits = text.chars().take_while(char::is_ascii_digit).count();
+        let unit_ms = match &text[digits..] {
+            "ms" => 1,
+            "s" => 1_000,
+            "m" => 60_000,
+            "h" => 3_600_000,
+            _ => 0,
+        };
+        text[..digits]
+            .parse::<u64>()
+            .ok()
+            .and_then(|count| count.checked_mul(unit_ms))
+            .filter(|&ms| ms > 0)
+            .map(|ms| Self(Duration::from_millis(ms)))
+            .ok_or_else(|| format!("{text:?} is not a duration: write 500ms, 30s, 10m or 1h"))
+    }
+}
+
+/// Reads the text; an error is the line, counted from 1, and a sentence.
+pub(super) fn read(text: &str) -> Result<Raw, (Option<usize>, String)> {
+    toml::from_str(text).map_err(|error| {
+        let line = error.span().map(|span| text[..span.start.min(text.len())].lines().count().max(1));
+        (line, sentence(error.message()))
+    })
+}
+
+/// Turns serde's list of known keys into the closest one.
+fn sentence(message: &str) -> String {
+    let mut words = message.split('`').skip(1).step_by(2);
+    match (message.starts_with("unknown field"), words.next()) {
+        (true, Some(unknown)) => {
+            let closest = words.min_by_key(|known| distance(unknown, known));
+            match closest {
+                Some(known) => format!("unknown key {unknown:?}; did you mean {known:?}?"),
+                None => format!("unknown key {unknown:?}; remove it"),
+            }
+        }
+        _ => message.lines().collect::<Vec<_>>().join("; "),
+    }
+}
+
+/// The Levenshtein distance: how many letters to change, add or drop.
+fn distance(from: &str, to: &str) -> usize {
+    let mut row: Vec<usize> = (0..=to.len()).collect();
+    for (i, a) in from.bytes().enumerate() {
+        let mut diagonal = i;
+        row[0] = i + 1;
+        for (j, b) in to.bytes().enumerate() {
+            let change = diagonal + usize::from(a != b);
+            diagonal = row[j + 1];
+            row[j + 1] = change.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[to.len()]
+}
+
+impl Raw {
+    /// Checks what a single value cannot tell; an error is one sentence.
+    pub(super) fn resolve(self, host: &str) -> Result<Config, String> {
+        let name = match self.node.name {
+            Some(name) => name,
+            None => host.to_ascii_lowercase().parse::<NodeName>().map_err(|_| {
+                format!("the host name {host:?} is no node name; set node.name to 1 to 63 of a-z, 0-9, '-' and '.'")
+            })?,
+        };
+        if self.cluster.id.is_empty() || self.cluster.id.len() > 64 {
+            return Err("cluster.id must have 1 to 64 bytes".into());
+        }
+        let cidrs = self.cluster.cidrs.into_iter().map(|cidr| ClusterCidr {
+            cidr: cidr.cidr,
+            node_prefix: cidr.node_prefix,
+            reserved: cidr.reserved,
+        });
+        let carver = Carver::new(cidrs.collect()).map_err(|error| format!("cluster.cidrs: {error}"))?;
+        let kind = match self.store.r#type {
+            Kind::Sqlite if !self.store.subnets.is_empty() => {
+                return Err("store.subnets belongs to store.type = \"static\"; remove it, or change the type".into());
+            }
+            Kind::Sqlite => StoreKind::Sqlite(self.store.path),
+            Kind::Static if self.store.subnets.is_empty() => {
+                return Err(
+                    "store.type = \"static\" needs the node's subnets: set store.subnets, for example [\"10.32.4.0/24\"]".into(),
+                );
+            }
+            Kind::Static => StoreKind::Static(self.store.subnets),
+        };
+        if let StoreKind::Static(subnets) = &kind {
+            if let Some(outside) = subnets.iter().find(|subnet| !carver.allows(**subnet)) {
+                return Err(format!(
+                    "store.subnets: {outside} is not inside cluster.cidrs, or is reserved there; choose a subnet of the cluster"
+                ));
+            }
+        }
+        if self.overlay.vni == 0 || self.overlay.vni >= 1 << 24 {
+            return Err(format!("overlay.vni {} is out of range: use 1 to 16777215", self.overlay.vni));
+        }
+        for (key, port) in [("overlay.port", self.overlay.port), ("gossip.listen_port", self.gossip.listen_port)] {
+            if port == 0 {
+                return Err(format!("{key} must not be 0"));
+            }
+        }
+        for (key, mtu) in [("underlay.mtu", self.underlay.mtu), ("overlay.mtu", self.overlay.mtu)] {
+            if let Some(mtu) = mtu.filter(|mtu| !(MTU_MIN..=MTU_MAX).contains(mtu)) {
+                return Err(format!("{key} {mtu} is out of range: use {MTU_MIN} to {MTU_MAX}"));
+            }
+        }
+        let v4 = self.underlay.address.iter().filter(|address| address.is_ipv4()).count();
+        if v4 > 1 || self.underlay.address.len() - v4 > 1 {
+            return Err("underlay.address takes at most one IPv4 and one IPv6 address".into());
+        }
+        let metrics = match self.metrics.listen.as_str() {
+            "off" => None,
+            text => Some(text.parse().map_err(|_| {
+                format!("metrics.listen {text:?} is no address with a port: write \"127.0.0.1:7118\", or \"off\"")
+            })?),
+        };
+        Ok(Config {
+            node: NodeConfig {
+                name,
+                site: self.node.site,
+                state_dir: self.node.state_dir,
+                socket: self.node.socket,
+            },
+            cluster: ClusterConfig { id: self.cluster.id, key_file: self.cluster.key_file, carver },
+            store: StoreConfig { kind, lease_ttl: self.store.lease_ttl.0 },
+            gossip: GossipConfig {
+                port: self.gossip.listen_port,
+                seeds: self.gossip.seeds,
+                probe_interval: self.gossip.probe_interval.0,
+            },
+            underlay: UnderlayConfig {
+                device: self.underlay.device,
+                addresses: self.underlay.address,
+                mtu: self.underlay.mtu,
+            },
+            overlay: OverlayConfig {
+                vni: self.overlay.vni,
+                port: self.overlay.port,
+                direct_routing: self.overlay.direct_routing,
+                tx_checksum: match self.overlay.tx_checksum {
+                    Checksum::Auto => TxChecksum::Auto,
+                    Checksum::On => TxChecksum::On,
+                    Checksum::Off => TxChecksum::Off,
+                },
+                mtu: self.overlay.mtu,
+            },
+            masquerade: MasqueradeConfig { enabled: self.masquerade.enabled, except: self.masquerade.except },
+            pods: PodsConfig { reserved: self.pods.reserved, hairpin: self.pods.hairpin },
+            metrics,
+            log: LogConfig { json: self.log.format == Format::Json, filter: self.log.filter },
+        })
+    }
+}

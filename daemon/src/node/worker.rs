@@ -1,0 +1,55 @@
+//! The thread that owns the kernel: it takes a job at a time and sends back what it did.
+//!
+//! It decides nothing. Netlink calls block, so they happen here and never on the loop's thread.
+
+use std::thread;
+
+use tokio::sync::mpsc;
+
+use crate::kernel::{Kernel, UnderlayError, UnderlaySpec, purge, underlay};
+use crate::plan::model::{Inputs, Underlay};
+use crate::reconcile::{Report, reconcile};
+
+/// What the loop asks of the kernel thread.
+#[derive(Debug)]
+pub enum Job {
+    /// Look for the underlay, and if it is as the inputs say, bring the kernel to what they ask for.
+    Reconcile(Box<Inputs>),
+    /// Remove everything that carries weft's mark.
+    Purge,
+}
+
+/// What the kernel thread did.
+#[derive(Debug)]
+pub enum Done {
+    /// A pass; no report where the underlay was not as the inputs said.
+    Reconciled { underlay: Result<Underlay, UnderlayError>, report: Option<Report> },
+    /// Everything with the mark is gone, but for what the list names.
+    Purged(Vec<String>),
+}
+
+/// Starts the thread; it ends when the returned sender is dropped.
+pub fn spawn(
+    mut kernel: Box<dyn Kernel + Send>,
+    spec: UnderlaySpec,
+    done: mpsc::Sender<Done>,
+) -> std::io::Result<std::sync::mpsc::Sender<Job>> {
+    let (jobs, inbox) = std::sync::mpsc::channel();
+    thread::Builder::new().name("kernel".into()).spawn(move || {
+        for job in inbox {
+            let answer = match job {
+                Job::Reconcile(inputs) => {
+                    let underlay = underlay(&mut *kernel, &spec);
+                    let same = underlay.as_ref().is_ok_and(|found| *found == inputs.underlay);
+                    let report = same.then(|| reconcile(&mut *kernel, &inputs));
+                    Done::Reconciled { underlay, report }
+                }
+                Job::Purge => Done::Purged(purge(&mut *kernel)),
+            };
+            if done.blocking_send(answer).is_err() {
+                return;
+            }
+        }
+    })?;
+    Ok(jobs)
+}

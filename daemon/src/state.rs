@@ -1,0 +1,272 @@
+//! What a daemon remembers across its own restarts: its key, its boot counter, what it held and whom it knew.
+//!
+//! Not a source of truth: leases belong to the store and records to their signers. It lets a daemon that
+//! starts without its store or its peers go on with what the kernel already carries. Files are replaced
+//! whole (write, sync, rename), so a crash leaves the old one or the new one.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use weft_ipam::lease::HeldLease;
+use weft_wire::record::NodeKey;
+use weft_wire::mesh::Owner;
+use weft_wire::types::{Epoch, NodeName, PublicKey, Subnet};
+
+use crate::plan::model::Peer;
+
+/// The directory of one daemon's state, locked for as long as this value lives.
+#[derive(Debug)]
+pub struct StateDir {
+    path: PathBuf,
+    _lock: File,
+}
+
+/// Why the state directory cannot be used; each says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// Another process holds the lock.
+    #[error("another weftd already runs on {}: stop it first, or give this one its own node.state_dir", path.display())]
+    Locked {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A file cannot be read or written.
+    #[error("cannot {action} {}: {source}; check that the directory exists, is writable and has space", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// A file holds something else than weft wrote.
+    #[error("{} does not hold {what}; restore it from a backup, or remove it to start with a new one", path.display())]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// What belongs there.
+        what: &'static str,
+    },
+    /// The key can be read by others.
+    #[error("{} can be read by other users (mode {mode:o}); run: chmod 600 {}", path.display(), path.display())]
+    Permissions {
+        /// The file.
+        path: PathBuf,
+        /// Its mode bits.
+        mode: u32,
+    },
+}
+
+/// What the daemon remembers, as one JSON file.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Memory {
+    /// How often a daemon has started on this directory; orders the versions of its records.
+    pub incarnation: u64,
+    /// The leases that this node held.
+    pub held: Vec<HeldLease>,
+    /// Every lease of the store, as last seen.
+    pub leases: BTreeMap<Subnet, RememberedLease>,
+    /// The peers that the kernel was programmed for.
+    pub peers: BTreeMap<NodeName, RememberedPeer>,
+    /// Whether turning TX checksum offload off was found necessary.
+    pub tx_checksum_off: bool,
+}
+
+/// A lease of the store as last seen.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RememberedLease {
+    /// The owner.
+    pub node: NodeName,
+    /// The owner's key.
+    pub key: PublicKey,
+    /// The fencing number.
+    pub epoch: Epoch,
+}
+
+impl From<&RememberedLease> for Owner {
+    fn from(lease: &RememberedLease) -> Self {
+        Self { node: lease.node.clone(), key: lease.key, epoch: lease.epoch }
+    }
+}
+
+/// A peer as the kernel was programmed for it, and where it gossips.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RememberedPeer {
+    /// What the plan needs.
+    pub peer: Peer,
+    /// Where the peer receives gossip.
+    pub gossip: Vec<std::net::SocketAddr>,
+}
+
+impl StateDir {
+    /// Creates the directory if need be and takes its lock.
+    ///
+    /// # Errors
+    /// `Locked` when another daemon runs on it.
+    pub fn open(path: &Path) -> Result<Self, StateError> {
+        let io = |action, path: &Path| {
+            let path = path.to_owned();
+            move |source| StateError::Io { action, path, source }
+        };
+        fs::create_dir_all(path).map_err(io("create", path))?;
+        let lock_path = path.join("lock");
+        let lock = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(&lock_path)
+            .map_err(io("open", &lock_path))?;
+        match lock.try_lock() {
+            Ok(()) => Ok(Self { path: path.to_owned(), _lock: lock }),
+            Err(TryLockError::WouldBlock) => Err(StateError::Locked { path: path.to_owned() }),
+            Err(TryLockError::Error(source)) => {
+                Err(StateError::Io { action: "lock", path: lock_path, source })
+            }
+        }
+    }
+
+    /// Returns the path of a file in the directory.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// Reads the node's signing key, or creates one with mode 0600.
+    pub fn node_key(&self) -> Result<NodeKey, StateError> {
+        let path = self.file("node.key");
+        match read_secret(&path)? {
+            Some(text) => NodeKey::from_secret_text(&text)
+                .map_err(|_| StateError::Content { path, what: "a node key (64 hexadecimal digits)" }),
+            None => {
+                let key = NodeKey::from_secret(random()?);
+                self.set_node_key(&key)?;
+                Ok(key)
+            }
+        }
+    }
+
+    /// Replaces the node's signing key.
+    pub fn set_node_key(&self, key: &NodeKey) -> Result<(), StateError> {
+        replace(&self.file("node.key"), key.to_secret_text().as_bytes())
+    }
+
+    /// Reads what an earlier daemon remembered; nothing on a first start.
+    pub fn memory(&self) -> Result<Memory, StateError> {
+        let path = self.file("memory.json");
+        match fs::read(&path) {
+            Ok(bytes) => serde_json::from_slice(&bytes)
+                .map_err(|_| StateError::Content { path, what: "weftd's memory (JSON)" }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Memory::default()),
+            Err(source) => Err(StateError::Io { action: "read", path, source }),
+        }
+    }
+
+    /// Replaces what the daemon remembers; the old memory stays whole when this fails.
+    pub fn set_memory(&self, memory: &Memory) -> Result<(), StateError> {
+        let bytes = serde_json::to_vec(memory).expect("the memory has only text keys");
+        replace(&self.file("memory.json"), &bytes)
+    }
+
+    /// Removes every file but the lock: what `weft leave` does last.
+    pub fn forget(&self) -> Result<(), StateError> {
+        for name in ["memory.json", "pods.db", "pods.db-wal", "pods.db-shm"] {
+            let path = self.file(name);
+            match fs::remove_file(&path) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    return Err(StateError::Io { action: "remove", path, source });
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Reads a file of secrets, refusing one that others can read; `None` when there is none.
+pub fn read_secret(path: &Path) -> Result<Option<String>, StateError> {
+    let io = |action| {
+        let path = path.to_owned();
+        move |source| StateError::Io { action, path, source }
+    };
+    let mut file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(io("read")(source)),
+    };
+    let mode = file.metadata().map_err(io("read"))?.permissions().mode() & 0o777;
+    if mode & 0o077 != 0 {
+        return Err(StateError::Permissions { path: path.to_owned(), mode });
+    }
+    let mut text = String::new();
+    file.read_to_string(&mut text).map_err(io("read"))?;
+    Ok(Some(text))
+}
+
+/// Replaces a file whole, with mode 0600: temporary file, sync, rename, sync of the directory.
+pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), StateError> {
+    let temporary = path.with_extension("new");
+    let write = || -> io::Result<()> {
+        let mut file =
+            OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&temporary)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)?;
+        path.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+    };
+    write().map_err(|source| StateError::Io { action: "write", path: path.to_owned(), source })
+}
+
+/// Returns 32 bytes of the kernel's random number generator.
+pub fn random() -> Result<[u8; 32], StateError> {
+    let path = Path::new("/dev/urandom");
+    let mut bytes = [0; 32];
+    File::open(path)
+        .and_then(|mut file| file.read_exact(&mut bytes))
+        .map_err(|source| StateError::Io { action: "read", path: path.to_owned(), source })?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scratch(name: &str) -> PathBuf {
+        let path = std::env::temp_dir().join(format!("weft-state-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&path);
+        path
+    }
+
+    #[test]
+    fn second_daemon_on_one_directory_is_refused() {
+        let path = scratch("lock");
+        let first = StateDir::open(&path).expect("the first daemon");
+        let error = StateDir::open(&path).expect_err("the second daemon");
+        assert!(error.to_string().contains("another weftd already runs"), "{error}");
+        drop(first);
+        StateDir::open(&path).expect("after the first ended");
+        fs::remove_dir_all(&path).expect("cleaned");
+    }
+
+    #[test]
+    fn node_key_is_private_and_stays() {
+        let path = scratch("key");
+        let dir = StateDir::open(&path).expect("opened");
+        let key = dir.node_key().expect("created");
+        assert_eq!(dir.node_key().expect("read").public(), key.public());
+        let file = dir.file("node.key");
+        assert_eq!(fs::metadata(&file).expect("exists").permissions().mode() & 0o777, 0o600);
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).expect("chmod");
+        assert!(matches!(dir.node_key(), Err(StateError::Permissions { .. })));
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).expect("chmod");
+        fs::write(&file, "short").expect("written");
+        assert!(matches!(dir.node_key(), Err(StateError::Content { .. })));
+        fs::remove_dir_all(&path).expect("cleaned");
+    }
+}

@@ -1,0 +1,435 @@
+//! The machine itself: one slot a family, one store request at a time.
+//!
+//! It is level-triggered: every answer updates the view, `judge` compares each slot with the view, and
+//! `next_request` derives what to ask for from the result (both in `judge.rs`). A request whose outcome is unknown therefore
+//! needs no memory: the next list shows what became of it.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use rand_chacha::ChaCha8Rng;
+use rand_core::{RngCore, SeedableRng};
+use weft_wire::types::{PublicKey, Subnet};
+
+use super::view::{Absorbed, View};
+use super::{HeldLease, LeaseConfig, LeaseConflict, LeaseEvent, LeaseView, Output};
+use crate::carve::{Family, start_of};
+use crate::store::{Change, Entry, Key, Snapshot};
+
+/// A change of the store is followed by a list not sooner than this after the list before.
+const RELIST_GAP: Duration = Duration::from_millis(500);
+/// The first and the longest wait after a failed request; in between it doubles.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
+/// The longest wait after two nodes withdrew overlapping claims.
+const WITHDRAW_PAUSE: Duration = Duration::from_secs(2);
+
+/// What ties a held lease to the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Proof {
+    /// The store has not been asked in this run.
+    Unknown,
+    /// The store's entry at this revision.
+    Entry(u64),
+    /// The store has no entry for it (or an unfinished one of ours): claim it again.
+    Missing,
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct Held {
+    pub(super) lease: HeldLease,
+    pub(super) proof: Proof,
+    /// The entry is one that this run wrote.
+    pub(super) written: bool,
+    pub(super) renewals: u64,
+    pub(super) renew_at: Instant,
+}
+
+/// An entry that this run wrote and that is not a lease yet.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Claim {
+    pub(super) lease: HeldLease,
+    pub(super) created: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Step {
+    /// No claim is open.
+    Rest,
+    /// Written; the next list decides.
+    Claimed(Claim),
+    /// Alone in the store, but the epoch must be raised to the revision that created it.
+    Raise(Claim),
+    /// Overlaps another claim or lease: to be deleted.
+    Withdraw(Claim),
+}
+
+#[derive(Debug)]
+pub(super) struct Slot {
+    pub(super) family: Family,
+    pub(super) held: Option<Held>,
+    pub(super) step: Step,
+    /// A lease was lost in this run and none acquired since.
+    pub(super) fenced: bool,
+    /// This run has written a claim: an entry under our name and key but of another run is a clone's.
+    pub(super) established: bool,
+    /// Where the search for a block starts.
+    pub(super) start: u64,
+    pub(super) seek_at: Option<Instant>,
+    /// What was last told about not having a lease, so that it is told once.
+    pub(super) told: Option<LeaseEvent>,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Request {
+    List,
+    Claim(usize, HeldLease),
+    Raise(usize, HeldLease),
+    Renew(usize, PublicKey),
+    Withdraw(usize),
+    Release(usize),
+    /// Deletes an expired entry, or one of ours that no slot holds.
+    Clear,
+}
+
+/// The lease state machine of one node.
+pub struct Leasing {
+    pub(super) config: LeaseConfig,
+    pub(super) old_keys: Vec<PublicKey>,
+    pub(super) rng: ChaCha8Rng,
+    pub(super) view: View,
+    pub(super) slots: [Slot; 2],
+    pub(super) in_flight: Option<(Request, Option<Key>)>,
+    pub(super) events: VecDeque<LeaseEvent>,
+    pub(super) list_now: bool,
+    pub(super) list_at: Instant,
+    pub(super) retry_at: Option<Instant>,
+    pub(super) failures: u32,
+    pub(super) may_renumber: bool,
+    pub(super) releasing: bool,
+    pub(super) told: BTreeSet<(Subnet, String)>,
+}
+
+impl fmt::Debug for Leasing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Leasing")
+            .field("node", &self.config.node)
+            .field("slots", &self.slots)
+            .field("in_flight", &self.in_flight)
+            .field("revision", &self.view.revision)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Leasing {
+    /// Starts from what an earlier run persisted; those leases are held at once, without the store.
+    ///
+    /// A node that persisted leases may not renumber until `set_may_renumber` says that no pod lives.
+    pub fn new(config: LeaseConfig, persisted: Vec<HeldLease>, seed: [u8; 32], now: Instant) -> Self {
+        let slot = |family| {
+            let lease = persisted.iter().copied().find(|lease| Family::of(lease.subnet) == family);
+            let held = lease.map(|lease| Held {
+                lease,
+                proof: Proof::Unknown,
+                written: false,
+                renewals: 0,
+                renew_at: now,
+            });
+            let start = start_of(&config.node);
+            Slot {
+                family,
+                held,
+                step: Step::Rest,
+                fenced: false,
+                established: false,
+                start,
+                seek_at: None,
+                told: None,
+            }
+        };
+        Self {
+            slots: Family::ALL.map(slot),
+            old_keys: Vec::new(),
+            rng: ChaCha8Rng::from_seed(seed),
+            view: View::default(),
+            in_flight: None,
+            events: VecDeque::new(),
+            list_now: true,
+            list_at: now,
+            retry_at: None,
+            failures: 0,
+            may_renumber: persisted.is_empty(),
+            releasing: false,
+            told: BTreeSet::new(),
+            config,
+        }
+    }
+
+    /// Takes the answer to `List`.
+    pub fn handle_snapshot(&mut self, snapshot: &Snapshot, now: Instant) {
+        if !matches!(self.in_flight, Some((Request::List, _))) {
+            return;
+        }
+        self.in_flight = None;
+        match self.view.absorb(snapshot, now, self.most_gap()) {
+            Absorbed::Fresh => {
+                self.answered();
+                self.list_now = false;
+                self.list_at = now + self.config.list_every;
+                self.tell_unreadable();
+                self.judge(now);
+            }
+            Absorbed::Stale => self.back_off(now),
+        }
+    }
+
+    /// Takes the answer to `Put`: the new revision, or what the store holds instead.
+    pub fn handle_put(&mut self, key: Key, result: Result<u64, Option<Entry>>, now: Instant) {
+        let Some((request, _)) = self.take_request(key) else { return };
+        let revision = match result {
+            Ok(revision) => revision,
+            Err(current) => return self.conflict(key, current.as_ref(), now),
+        };
+        self.answered();
+        match request {
+            Request::Claim(slot, lease) => {
+                self.wrote(lease, 0, revision);
+                self.slots[slot].established = true;
+                self.slots[slot].step = Step::Claimed(Claim { lease, created: revision });
+                // Acquired only when a list that includes this write shows nothing that overlaps.
+                self.list_now = true;
+            }
+            Request::Raise(slot, lease) => {
+                self.wrote(lease, 0, revision);
+                self.settle(slot, lease, revision, now);
+            }
+            Request::Renew(slot, key) => {
+                let renew_at = now + self.jittered(self.config.renew_every);
+                self.slots[slot].established = true;
+                let Some(held) = &mut self.slots[slot].held else { return };
+                held.lease.key = key;
+                held.proof = Proof::Entry(revision);
+                held.written = true;
+                held.renewals += 1;
+                held.renew_at = if key == self.config.key { renew_at } else { now };
+                let (lease, renewals) = (held.lease, held.renewals);
+                self.wrote(lease, renewals, revision);
+                self.events.push_back(LeaseEvent::Renewed(lease));
+            }
+            Request::List | Request::Withdraw(_) | Request::Release(_) | Request::Clear => {}
+        }
+    }
+
+    /// Takes the answer to `Delete`: the revision of the deletion, or what the store holds instead.
+    pub fn handle_delete(&mut self, key: Key, result: Result<u64, Option<Entry>>, now: Instant) {
+        let Some((request, _)) = self.take_request(key) else { return };
+        let revision = match result {
+            Ok(revision) => revision,
+            Err(current) => return self.conflict(key, current.as_ref(), now),
+        };
+        self.answered();
+        self.view.set(key, None);
+        self.view.revision = self.view.revision.max(revision);
+        match request {
+            Request::Withdraw(slot) => {
+                // Both of two overlapping claims may have withdrawn: look elsewhere, not at the same time.
+                let pause = WITHDRAW_PAUSE.mul_f64(self.fraction());
+                let start = self.rng.next_u64();
+                let slot = &mut self.slots[slot];
+                slot.step = Step::Rest;
+                slot.start = start;
+                slot.seek_at = Some(now + pause);
+                self.list_now = true;
+            }
+            Request::Release(slot) => {
+                let slot = &mut self.slots[slot];
+                if slot.held.take_if(|held| held.lease.subnet == key).is_some() {
+                    self.events.push_back(LeaseEvent::Released(key));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Takes the failure of the outstanding request: nothing held is given up.
+    pub fn handle_store_error(&mut self, now: Instant) {
+        if self.in_flight.take().is_some() {
+            // The write may have happened: list before the next one. An open claim may be gone by then.
+            self.back_off(now);
+        }
+    }
+
+    /// Takes what the store's watch said.
+    pub fn handle_change(&mut self, change: &Change, now: Instant) {
+        match change {
+            Change::Put { key, entry } if self.view.seen_at.is_some() => {
+                if self.view.entries.get(key).is_none_or(|seen| seen.revision < entry.revision) {
+                    self.view.set(*key, Some(entry));
+                    self.judge(now);
+                }
+            }
+            Change::Delete { key, revision } if self.view.seen_at.is_some() => {
+                if self.view.entries.get(key).is_some_and(|seen| seen.revision < *revision) {
+                    self.view.set(*key, None);
+                    self.view.revision = self.view.revision.max(*revision);
+                    self.judge(now);
+                }
+            }
+            _ => {
+                let soonest = self.view.seen_at.map_or(now, |seen| seen + RELIST_GAP);
+                self.list_at = self.list_at.min(soonest.max(now));
+            }
+        }
+    }
+
+    /// Does what is due. Everything is decided in `poll_output`, so only the drain after it matters.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        let _ = now;
+    }
+
+    /// Says whether the node may take another subnet than the one it lost or holds: it has no live pods.
+    pub fn set_may_renumber(&mut self, may_renumber: bool, now: Instant) {
+        let _ = now;
+        self.may_renumber = may_renumber;
+    }
+
+    /// Gives all leases back and takes no new ones: the node leaves the cluster.
+    ///
+    /// Done when `held` is empty and a `Released` was told for each; a store that is down delays it.
+    pub fn release(&mut self, now: Instant) {
+        let _ = now;
+        self.releasing = true;
+    }
+
+    /// Writes a new key into the node's leases; `Renewed` carries it once the store has it.
+    ///
+    /// Sign with the new key only then, or peers refuse the record.
+    pub fn rotate_key(&mut self, key: PublicKey, now: Instant) {
+        if key != self.config.key {
+            self.old_keys.push(std::mem::replace(&mut self.config.key, key));
+            self.slots.iter_mut().filter_map(|slot| slot.held.as_mut()).for_each(|held| held.renew_at = now);
+        }
+    }
+
+    /// Returns what to do next.
+    pub fn poll_output(&mut self, now: Instant) -> Output {
+        if self.in_flight.is_none() && self.retry_at.is_none_or(|at| at <= now) {
+            self.retry_at = None;
+            if let Some((request, output)) = self.next_request(now) {
+                let key = match &output {
+                    Output::Put { key, .. } | Output::Delete { key, .. } => Some(*key),
+                    _ => None,
+                };
+                self.in_flight = Some((request, key));
+                return output;
+            }
+        }
+        if let Some(event) = self.events.pop_front() {
+            return Output::Event(event);
+        }
+        Output::Wait { until: self.next_wake(now) }
+    }
+
+    /// Returns the leases that the node holds.
+    pub fn held(&self) -> Vec<HeldLease> {
+        self.slots.iter().filter_map(|slot| slot.held.as_ref()).map(|held| held.lease).collect()
+    }
+
+    /// Returns all leases of the store as last seen, by subnet; those that cannot be read are left out.
+    pub fn table(&self, now: Instant) -> Vec<LeaseView> {
+        let watched = self.view.watched(now, self.most_gap());
+        let readable = self.view.entries.values().filter_map(|seen| Some((seen, seen.value.as_ref().ok()?)));
+        let lease = |(seen, value): (&super::view::Observed, &super::LeaseValue)| LeaseView {
+            subnet: value.subnet,
+            node: value.node.clone(),
+            site: value.site.clone(),
+            key: value.key,
+            epoch: value.epoch,
+            expires_in: value.ttl.saturating_sub(seen.quiet() + watched),
+            expired: seen.expired(),
+            own: value.node == self.config.node && self.is_own_key(value.key),
+        };
+        readable.map(lease).collect()
+    }
+
+    /// Returns the age of the node's view of the store; `None` before the first answer.
+    pub fn staleness(&self, now: Instant) -> Option<Duration> {
+        self.view.seen_at.map(|seen| now.saturating_duration_since(seen))
+    }
+
+    /// Returns how many requests in a row the store has failed.
+    pub fn failures(&self) -> u32 {
+        self.failures
+    }
+
+    /// Two periods: one answer may be late and the time still counts as watched.
+    fn most_gap(&self) -> Duration {
+        self.config.list_every * 2
+    }
+
+    fn take_request(&mut self, key: Key) -> Option<(Request, Option<Key>)> {
+        self.in_flight.take_if(|(_, asked)| *asked == Some(key))
+    }
+
+    fn answered(&mut self) {
+        self.failures = 0;
+        self.retry_at = None;
+    }
+
+    /// Another writer was first: learn what it wrote, and list before the next write.
+    fn conflict(&mut self, key: Key, current: Option<&Entry>, now: Instant) {
+        self.answered();
+        self.view.set(key, current);
+        self.list_now = true;
+        self.judge(now);
+    }
+
+    fn back_off(&mut self, now: Instant) {
+        let wait = BACKOFF.0.saturating_mul(1 << self.failures.min(10)).min(BACKOFF.1);
+        self.failures = self.failures.saturating_add(1);
+        self.retry_at = Some(now + self.jittered(wait));
+        self.list_now = true;
+    }
+
+    /// Records in the view what this node wrote.
+    fn wrote(&mut self, lease: HeldLease, renewals: u64, revision: u64) {
+        let value = self.value(lease, renewals).encode();
+        self.view.set(lease.subnet, Some(&Entry { value, revision }));
+    }
+
+    fn next_wake(&self, now: Instant) -> Instant {
+        let far = now + self.config.list_every;
+        if self.in_flight.is_some() {
+            return far;
+        }
+        if let Some(at) = self.retry_at {
+            return at.max(now);
+        }
+        let slots = self.slots.iter().flat_map(|slot| {
+            [slot.held.as_ref().map(|held| held.renew_at), slot.seek_at].into_iter().flatten()
+        });
+        // What is past and led to no request waits for an answer or a call, not for time.
+        slots.chain([self.list_at]).filter(|at| *at > now).min().unwrap_or(far)
+    }
+
+    fn tell_unreadable(&mut self) {
+        for (&subnet, seen) in &self.view.entries {
+            if let Err(error) = &seen.value {
+                let why = error.to_string();
+                if self.told.insert((subnet, why.clone())) {
+                    let conflict = LeaseConflict::Unreadable { subnet, why };
+                    self.events.push_back(LeaseEvent::Conflict(conflict));
+                }
+            }
+        }
+    }
+
+    /// From 0.9 to 1.1 of a time, so that nodes do not act in step.
+    pub(super) fn jittered(&mut self, time: Duration) -> Duration {
+        time.mul_f64(0.9 + 0.2 * self.fraction())
+    }
+
+    fn fraction(&mut self) -> f64 {
+        f64::from(self.rng.next_u32()) / f64::from(u32::MAX)
+    }
+}

@@ -1,0 +1,457 @@
+use super::*;
+use crate::carve::{Carver, ClusterCidr};
+use crate::store::memory::MemoryMap;
+use crate::store::{Change, Entry};
+
+const SEED: [u8; 32] = [7; 32];
+const TTL: Duration = Duration::from_secs(3600);
+
+/// A shared store and a time.
+struct World {
+    map: MemoryMap,
+    store_id: &'static str,
+    down: bool,
+    now: Instant,
+}
+
+impl World {
+    fn new() -> Self {
+        Self { map: MemoryMap::default(), store_id: "s", down: false, now: Instant::now() }
+    }
+
+    /// Serves a node until it waits, and returns what it told.
+    fn run(&mut self, node: &mut Leasing) -> Vec<LeaseEvent> {
+        let mut events = Vec::new();
+        for _ in 0..100 {
+            match node.poll_output(self.now) {
+                Output::Event(event) => events.push(event),
+                Output::Wait { until } => {
+                    assert!(until > self.now || self.down, "a wait that is over");
+                    return events;
+                }
+                _ if self.down => node.handle_store_error(self.now),
+                Output::List => node.handle_snapshot(&self.map.list(self.store_id), self.now),
+                Output::Put { key, expect, value } => {
+                    node.handle_put(key, self.map.put_if(key, expect, value), self.now);
+                }
+                Output::Delete { key, revision } => {
+                    node.handle_delete(key, self.map.delete_if(key, revision), self.now);
+                }
+            }
+        }
+        panic!("{node:?} does not come to rest: {events:?}");
+    }
+
+    /// Lets time pass in steps in which each node does what is due.
+    fn pass(&mut self, time: Duration, nodes: &mut [&mut Leasing]) -> Vec<LeaseEvent> {
+        let end = self.now + time;
+        let mut events = Vec::new();
+        while self.now < end {
+            self.now = end.min(self.now + Duration::from_secs(20));
+            nodes.iter_mut().for_each(|node| events.extend(self.run(node)));
+        }
+        events
+    }
+
+    fn value(&self, key: Key) -> Option<LeaseValue> {
+        let entry = self.map.list("").entries.remove(&key)?;
+        Some(LeaseValue::decode(key, &entry.value).expect("a lease"))
+    }
+
+    fn keys(&self) -> Vec<String> {
+        self.map.list("").entries.keys().map(ToString::to_string).collect()
+    }
+}
+
+fn subnet(text: &str) -> Subnet {
+    text.parse().expect("a subnet")
+}
+
+fn key(number: u8) -> PublicKey {
+    PublicKey([number; 32])
+}
+
+fn carver(cidrs: &[(&str, u8)]) -> Carver {
+    let cidr = |&(cidr, node_prefix): &(&str, u8)| ClusterCidr {
+        cidr: cidr.parse().expect("a prefix"),
+        node_prefix,
+        reserved: Vec::new(),
+    };
+    Carver::new(cidrs.iter().map(cidr).collect()).expect("valid CIDRs")
+}
+
+fn config(number: u8, cidrs: &[(&str, u8)], boot: &str) -> LeaseConfig {
+    let name = format!("n{number}").parse().expect("a name");
+    let site = "default".parse().expect("a name");
+    LeaseConfig::new(name, site, key(number), carver(cidrs), boot.to_owned())
+}
+
+fn node(world: &World, number: u8, cidrs: &[(&str, u8)]) -> Leasing {
+    Leasing::new(config(number, cidrs, &format!("boot-{number}")), Vec::new(), SEED, world.now)
+}
+
+const ONE: &[(&str, u8)] = &[("10.32.4.0/24", 24)];
+const DUAL: &[(&str, u8)] = &[("10.32.0.0/16", 24), ("fd00:32::/48", 64)];
+
+fn acquired(events: &[LeaseEvent]) -> Vec<HeldLease> {
+    let lease = |event: &LeaseEvent| match event {
+        LeaseEvent::Acquired(lease) => Some(*lease),
+        _ => None,
+    };
+    events.iter().filter_map(lease).collect()
+}
+
+#[test]
+fn a_node_leases_one_subnet_of_each_family() {
+    let mut world = World::new();
+    let mut node = node(&world, 1, DUAL);
+    assert_eq!(node.staleness(world.now), None);
+    let leases = acquired(&world.run(&mut node));
+    assert_eq!(leases.len(), 2);
+    assert_eq!(node.held(), leases);
+    assert_eq!(node.staleness(world.now), Some(Duration::ZERO));
+    let table = node.table(world.now);
+    assert_eq!(table.len(), 2);
+    assert!(table.iter().all(|lease| lease.own && !lease.expired && lease.expires_in == TTL));
+    assert!(leases.iter().all(|lease| world.value(lease.subnet).expect("stored").epoch == lease.epoch));
+}
+
+#[test]
+fn two_nodes_racing_for_the_last_subnet_end_with_one_owner_and_one_told_why() {
+    let mut world = World::new();
+    let (mut a, mut b) = (node(&world, 1, ONE), node(&world, 2, ONE));
+    // Both list the empty store before either writes.
+    let empty = world.map.list("s");
+    for node in [&mut a, &mut b] {
+        assert_eq!(node.poll_output(world.now), Output::List);
+        node.handle_snapshot(&empty, world.now);
+    }
+    assert_eq!(acquired(&world.run(&mut a)).len(), 1);
+    let told = world.run(&mut b);
+    let [exhausted @ LeaseEvent::Exhausted { capacity: 1, .. }] = &told[..] else { panic!("{told:?}") };
+    assert_eq!(
+        exhausted.to_string(),
+        "no free IPv4 subnet in 10.32.4.0/24: all 1 blocks are leased; remove nodes that are gone, add a cluster CIDR, or use a longer node_prefix"
+    );
+    assert!(b.held().is_empty());
+    // The winner leaves: the other gets the subnet, with a higher epoch, without being told to try.
+    let before = a.held()[0].epoch;
+    a.release(world.now);
+    assert_eq!(world.run(&mut a), [LeaseEvent::Released(subnet("10.32.4.0/24"))]);
+    let leases = acquired(&world.pass(TTL / 30, &mut [&mut b]));
+    assert!(leases[0].epoch > before);
+}
+
+#[test]
+fn a_lease_lives_as_long_as_it_is_renewed_and_keeps_its_epoch() {
+    let mut world = World::new();
+    let (mut a, mut b) = (node(&world, 1, ONE), node(&world, 2, ONE));
+    let lease = acquired(&world.run(&mut a))[0];
+    let events = world.pass(TTL * 10, &mut [&mut a, &mut b]);
+    let renewed = events.iter().filter(|event| **event == LeaseEvent::Renewed(lease)).count();
+    assert!((27..=34).contains(&renewed), "{renewed}");
+    assert_eq!(a.held(), [lease]);
+    assert!(b.held().is_empty());
+}
+
+#[test]
+fn a_node_back_after_expiry_and_takeover_is_fenced_and_never_writes() {
+    let mut world = World::new();
+    let (mut a, mut b) = (node(&world, 1, ONE), node(&world, 2, ONE));
+    let old = acquired(&world.run(&mut a))[0];
+    a.set_may_renumber(false, world.now);
+    // `a` hears nothing; `b` watches the lease stay the same for longer than its time to live.
+    let new = acquired(&world.pass(TTL * 2, &mut [&mut b]))[0];
+    assert_eq!(new.subnet, old.subnet);
+    assert!(new.epoch > old.epoch);
+    assert_eq!(a.held(), [old]);
+    let before = world.map.clone();
+    let to = Some("n2".parse().expect("a name"));
+    assert_eq!(world.run(&mut a), [LeaseEvent::Lost { subnet: old.subnet, to }]);
+    assert!(a.held().is_empty());
+    world.pass(TTL, &mut [&mut a]);
+    assert_eq!(world.map.list(""), before.list(""));
+}
+
+#[test]
+fn a_renewal_that_was_under_way_does_not_overwrite_the_new_owner() {
+    let mut world = World::new();
+    let (mut a, mut b) = (node(&world, 1, ONE), node(&world, 2, ONE));
+    world.run(&mut a);
+    // The renewal leaves `a` and stays on the road while `b` watches the lease expire.
+    world.now += Duration::from_secs(1500);
+    assert_eq!(a.poll_output(world.now), Output::List);
+    a.handle_snapshot(&world.map.list("s"), world.now);
+    let Output::Put { key, expect, value } = a.poll_output(world.now) else { panic!("no renewal") };
+    world.pass(TTL * 2, &mut [&mut b]);
+    assert_eq!(b.held().len(), 1);
+    let late = world.map.put_if(key, expect, value);
+    a.handle_put(key, late, world.now);
+    assert!(matches!(&world.run(&mut a)[0], LeaseEvent::Lost { to: Some(_), .. }));
+    assert_eq!(world.value(key).expect("stored").node.as_str(), "n2");
+}
+
+#[test]
+fn a_fenced_node_takes_another_subnet_once_no_pod_lives() {
+    let mut world = World::new();
+    let mut a = node(&world, 1, DUAL);
+    let lost = acquired(&world.run(&mut a))[0];
+    a.set_may_renumber(false, world.now);
+    let thief =
+        LeaseValue { node: "thief".parse().expect("a name"), ..world.value(lost.subnet).expect("stored") };
+    let revision = world.map.list("").entries[&lost.subnet].revision;
+    world.map.put_if(lost.subnet, Expect::Revision(revision), thief.encode()).expect("current");
+    let events = world.pass(TTL / 2, &mut [&mut a]);
+    assert!(matches!(&events[0], LeaseEvent::Lost { subnet, .. } if *subnet == lost.subnet));
+    assert!(acquired(&events).is_empty());
+    a.set_may_renumber(true, world.now);
+    let next = acquired(&world.run(&mut a))[0];
+    assert!(next.subnet != lost.subnet && next.subnet.is_ipv4());
+}
+
+#[test]
+fn a_store_outage_takes_nothing_away_and_expires_nobody() {
+    let mut world = World::new();
+    let (mut a, mut b) = (node(&world, 1, ONE), node(&world, 2, ONE));
+    let lease = acquired(&world.run(&mut a))[0];
+    world.run(&mut b);
+    world.down = true;
+    assert!(world.pass(TTL * 5, &mut [&mut a, &mut b]).is_empty());
+    assert_eq!(a.held(), [lease]);
+    assert!(a.staleness(world.now).expect("once seen") >= TTL * 5);
+    assert!(a.failures() > 0);
+    world.down = false;
+    // `b` is first at the store and sees an entry that nobody could renew: it is not expired.
+    let events = world.pass(Duration::from_secs(60), &mut [&mut b, &mut a]);
+    assert_eq!(events, [LeaseEvent::Renewed(lease)]);
+    assert_eq!(a.failures(), 0);
+}
+
+#[test]
+fn a_restarted_node_holds_its_lease_before_it_reaches_the_store() {
+    let mut world = World::new();
+    let mut a = node(&world, 1, DUAL);
+    world.run(&mut a);
+    let held = a.held();
+    world.down = true;
+    let mut again = Leasing::new(config(1, DUAL, "boot-1b"), held.clone(), SEED, world.now);
+    assert_eq!(again.held(), held);
+    world.run(&mut again);
+    world.down = false;
+    let events = world.pass(Duration::from_secs(60), &mut [&mut again]);
+    assert_eq!(events, held.iter().copied().map(LeaseEvent::Renewed).collect::<Vec<_>>());
+    assert_eq!(world.value(held[0].subnet).expect("stored").boot, "boot-1b");
+}
+
+#[test]
+fn a_node_without_its_state_finds_its_subnet_again_under_a_new_epoch() {
+    let mut world = World::new();
+    let mut a = node(&world, 1, DUAL);
+    let before = acquired(&world.run(&mut a));
+    let mut again = Leasing::new(config(1, DUAL, "boot-1b"), Vec::new(), SEED, world.now);
+    let after = acquired(&world.run(&mut again));
+    for (before, after) in before.iter().zip(&after) {
+        assert_eq!(before.subnet, after.subnet);
+        assert!(before.epoch < after.epoch);
+    }
+    assert_eq!(world.keys().len(), 2);
+}
+
+#[test]
+fn a_clone_of_a_running_node_fences_it_and_is_reported_once() {
+    let mut world = World::new();
+    let mut a = node(&world, 1, DUAL);
+    world.run(&mut a);
+    let mut clone = Leasing::new(config(1, DUAL, "boot-clone"), a.held(), SEED, world.now);
+    world.run(&mut clone);
+    let events = world.pass(Duration::from_secs(300), &mut [&mut a, &mut clone]);
+    let duplicate =
+        |event: &&LeaseEvent| matches!(event, LeaseEvent::Conflict(LeaseConflict::DuplicateName { .. }));
+    assert_eq!(events.iter().filter(duplicate).count(), 2, "one a family: {events:?}");
+    assert!(a.held().is_empty());
+    assert_eq!(clone.held().len(), 2);
+    assert_eq!(world.keys().len(), 2);
+}
+
+#[test]
+fn a_reinstalled_node_with_a_new_key_takes_another_subnet() {
+    let mut world = World::new();
+    let mut a = node(&world, 1, DUAL);
+    let before = acquired(&world.run(&mut a));
+    let mut config = config(1, DUAL, "boot-1b");
+    config.key = key(99);
+    let mut again = Leasing::new(config, Vec::new(), SEED, world.now);
+    let after = acquired(&world.run(&mut again));
+    assert_ne!(before[0].subnet, after[0].subnet);
+    assert_eq!(world.keys().len(), 4);
+}
+
+#[test]
+fn a_rotated_key_reaches_the_store_and_keeps_the_epoch() {
+    let mut world = World::new();
+    let mut a = node(&world, 1, ONE);
+    let lease = acquired(&world.run(&mut a))[0];
+    a.rotate_key(key(50), world.now);
+    assert_eq!(a.held(), [lease], "the old key until the store has the new one");
+    let rotated = HeldLease { key: key(50), ..lease };
+    assert_eq!(world.run(&mut a), [LeaseEvent::Renewed(rotated)]);
+    assert_eq!(world.value(lease.subnet).expect("stored").key, key(50));
+    // Rotated while the daemon was down: the persisted lease names the key that the store still has.
+    let mut config = config(1, ONE, "boot-1b");
+    config.key = key(51);
+    let mut again = Leasing::new(config, a.held(), SEED, world.now);
+    assert_eq!(world.run(&mut again), [LeaseEvent::Renewed(HeldLease { key: key(51), ..lease })]);
+}
+
+#[test]
+fn leases_cut_with_different_prefix_lengths_never_overlap() {
+    let mut world = World::new();
+    let (mut a, mut b) = (node(&world, 1, ONE), node(&world, 2, &[("10.32.4.0/24", 25)]));
+    // Both write before either lists: different keys, so both writes succeed.
+    let empty = world.map.list("s");
+    for node in [&mut a, &mut b] {
+        node.poll_output(world.now);
+        node.handle_snapshot(&empty, world.now);
+        let Output::Put { key, expect, value } = node.poll_output(world.now) else { panic!("no claim") };
+        node.handle_put(key, world.map.put_if(key, expect, value), world.now);
+    }
+    assert_eq!(world.keys().len(), 2);
+    world.pass(Duration::from_secs(600), &mut [&mut a, &mut b]);
+    let (a, b) = (a.held(), b.held());
+    assert_eq!(a.len() + b.len(), 1, "{a:?} {b:?}");
+}
+
+#[test]
+fn an_epoch_is_never_below_the_revision_that_created_the_lease() {
+    let mut world = World::new();
+    let mut a = node(&world, 1, DUAL);
+    a.poll_output(world.now);
+    a.handle_snapshot(&world.map.list("s"), world.now);
+    let Output::Put { key, expect, value } = a.poll_output(world.now) else { panic!("no claim") };
+    // Another owner had the subnet meanwhile, and gave it back.
+    let passing = world.map.put_if(key, Expect::Absent, value.clone()).expect("free");
+    world.map.delete_if(key, passing).expect("current");
+    a.handle_put(key, world.map.put_if(key, expect, value), world.now);
+    let lease = acquired(&world.run(&mut a))[0];
+    assert!(lease.epoch.0 >= 3, "{lease:?}");
+    assert_eq!(world.value(lease.subnet).expect("stored").epoch, lease.epoch);
+}
+
+#[test]
+fn an_emptied_store_gets_its_leases_back_with_higher_epochs() {
+    let mut world = World::new();
+    let (mut a, mut b) = (node(&world, 1, DUAL), node(&world, 2, DUAL));
+    world.run(&mut a);
+    let before = acquired(&world.run(&mut b));
+    b.set_may_renumber(false, world.now);
+    world.map = MemoryMap::default();
+    world.store_id = "another";
+    let after = acquired(&world.pass(Duration::from_secs(120), &mut [&mut b]));
+    for (before, after) in before.iter().zip(&after) {
+        assert_eq!(before.subnet, after.subnet);
+        assert!(before.epoch < after.epoch);
+    }
+}
+
+#[test]
+fn an_entry_deleted_by_hand_is_claimed_again() {
+    let mut world = World::new();
+    let mut a = node(&world, 1, ONE);
+    let lease = acquired(&world.run(&mut a))[0];
+    a.set_may_renumber(false, world.now);
+    let revision = world.map.list("").entries[&lease.subnet].revision;
+    let deleted = world.map.delete_if(lease.subnet, revision).expect("current");
+    a.handle_change(&Change::Delete { key: lease.subnet, revision: deleted }, world.now);
+    assert_eq!(a.held(), [lease]);
+    let again = acquired(&world.run(&mut a))[0];
+    assert!(again.subnet == lease.subnet && again.epoch > lease.epoch);
+}
+
+#[test]
+fn an_unreadable_entry_is_reported_once_and_left_alone() {
+    let mut world = World::new();
+    world.map.put_if(subnet("10.32.4.0/24"), Expect::Absent, b"{}".to_vec()).expect("free");
+    let mut a = node(&world, 1, ONE);
+    let events = world.pass(TTL * 3, &mut [&mut a]);
+    assert_eq!(events.len(), 2, "{events:?}");
+    assert!(matches!(events[0], LeaseEvent::Conflict(LeaseConflict::Unreadable { .. })));
+    assert!(matches!(events[1], LeaseEvent::Exhausted { .. }));
+}
+
+#[test]
+fn a_fixed_subnet_is_leased_or_its_owner_is_named() {
+    let mut world = World::new();
+    let fixed =
+        |number, boot| LeaseConfig { fixed: vec![subnet("10.32.9.0/24")], ..config(number, DUAL, boot) };
+    let mut a = Leasing::new(fixed(1, "boot-1"), Vec::new(), SEED, world.now);
+    let leases = acquired(&world.run(&mut a));
+    assert_eq!(leases[0].subnet, subnet("10.32.9.0/24"));
+    assert_eq!(leases.len(), 2, "IPv6 from the CIDR");
+    let mut b = Leasing::new(fixed(2, "boot-2"), Vec::new(), SEED, world.now);
+    let events = world.run(&mut b);
+    let taken =
+        LeaseConflict::FixedTaken { subnet: subnet("10.32.9.0/24"), owner: "n1".parse().expect("a name") };
+    assert!(events.contains(&LeaseEvent::Conflict(taken)), "{events:?}");
+    assert_eq!(b.held().len(), 1);
+}
+
+#[test]
+fn a_subnet_outside_new_ranges_is_kept_while_pods_live_and_then_exchanged() {
+    let mut world = World::new();
+    let mut a = node(&world, 1, ONE);
+    let held = acquired(&world.run(&mut a));
+    let config = config(1, &[("10.40.0.0/16", 24)], "boot-1b");
+    let mut again = Leasing::new(config, held.clone(), SEED, world.now);
+    let events = world.pass(TTL, &mut [&mut again]);
+    assert_eq!(events[0], LeaseEvent::Conflict(LeaseConflict::Outside { subnet: held[0].subnet }));
+    assert_eq!(again.held(), held);
+    again.set_may_renumber(true, world.now);
+    let events = world.run(&mut again);
+    assert_eq!(events[0], LeaseEvent::Released(held[0].subnet));
+    assert_eq!(world.keys(), [again.held()[0].subnet.to_string()]);
+    assert!(again.held()[0].subnet.net().to_string().starts_with("10.40."));
+}
+
+#[test]
+fn a_change_of_the_store_wakes_a_waiting_node() {
+    let mut world = World::new();
+    let mut a = node(&world, 1, ONE);
+    world.run(&mut a);
+    world.now += Duration::from_secs(1);
+    a.handle_change(&Change::Relist, world.now);
+    assert_eq!(a.poll_output(world.now), Output::List);
+    a.handle_snapshot(&world.map.list("s"), world.now);
+    // A second change at once is put off a little.
+    a.handle_change(&Change::Relist, world.now);
+    let Output::Wait { until } = a.poll_output(world.now) else { panic!("too soon") };
+    assert_eq!(until, world.now + Duration::from_millis(500));
+}
+
+#[test]
+fn an_old_snapshot_is_not_believed() {
+    let mut world = World::new();
+    let mut a = node(&world, 1, ONE);
+    let empty = world.map.list("s");
+    let lease = acquired(&world.run(&mut a))[0];
+    world.now += TTL / 20;
+    assert_eq!(a.poll_output(world.now), Output::List);
+    a.handle_snapshot(&empty, world.now);
+    assert!(matches!(a.poll_output(world.now), Output::Wait { .. }));
+    assert_eq!(a.held(), [lease]);
+    assert_eq!(a.table(world.now).len(), 1);
+}
+
+#[test]
+fn the_lease_value_is_the_documented_json() {
+    let text = format!(
+        r#"{{"subnet":"10.32.4.0/24","node":"n1","site":"default","key":"{}","epoch":17,"ttl_ms":3600000,"renewals":4,"boot":"b"}}"#,
+        "07".repeat(32)
+    );
+    let value = LeaseValue::decode(subnet("10.32.4.0/24"), text.as_bytes()).expect("a lease");
+    assert_eq!(value.ttl, TTL);
+    assert_eq!(String::from_utf8(value.encode()).expect("text"), text);
+    let other = LeaseValue::decode(subnet("10.32.5.0/24"), text.as_bytes()).expect_err("another key");
+    assert_eq!(other.to_string(), "the value is for 10.32.4.0/24");
+    let entry = Entry { value: text.into_bytes(), revision: 1 };
+    assert!(LeaseValue::decode(subnet("10.32.4.0/24"), &entry.value[1..]).is_err());
+}

@@ -1,0 +1,74 @@
+//! What a lease looks like in the store: one JSON object an entry.
+//!
+//! ```json
+//! {"subnet":"10.32.4.0/24","node":"n1","site":"default","key":"<64 hex>","epoch":17,
+//!  "ttl_ms":3600000,"renewals":4,"boot":"<text>"}
+//! ```
+//! Unknown members are ignored, so later versions may add some. There is no time of day in it: expiry is
+//! judged by each observer's own clock (docs/decisions/0002-lease-expiry-without-clocks.md).
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use weft_wire::types::{Epoch, NodeName, PublicKey, SiteName, Subnet};
+
+/// One lease as written in the store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaseValue {
+    /// The leased subnet; the same as the entry's key.
+    pub subnet: Subnet,
+    /// The owner.
+    pub node: NodeName,
+    /// The owner's site.
+    pub site: SiteName,
+    /// The key that signs the owner's records.
+    pub key: PublicKey,
+    /// The fencing number of this tenure; unchanged by renewals.
+    pub epoch: Epoch,
+    /// How long the lease outlives its last write, in milliseconds in the JSON.
+    #[serde(rename = "ttl_ms", with = "millis")]
+    pub ttl: Duration,
+    /// Counts the writes of this tenure, so that every renewal differs.
+    pub renewals: u64,
+    /// Names the run of the owner's daemon that wrote it.
+    pub boot: String,
+}
+
+/// An entry that is no lease of this version.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ValueError {
+    /// The bytes are not the JSON of a lease.
+    #[error("the value is no lease: {0}")]
+    Json(String),
+    /// The value names another subnet than its key.
+    #[error("the value is for {0}")]
+    OtherSubnet(Subnet),
+}
+
+impl LeaseValue {
+    /// Writes the JSON.
+    pub fn encode(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("a lease value has only text keys and finite numbers")
+    }
+
+    /// Reads the JSON of the entry `key`.
+    pub fn decode(key: Subnet, bytes: &[u8]) -> Result<Self, ValueError> {
+        let value: Self =
+            serde_json::from_slice(bytes).map_err(|error| ValueError::Json(error.to_string()))?;
+        if value.subnet == key { Ok(value) } else { Err(ValueError::OtherSubnet(value.subnet)) }
+    }
+}
+
+mod millis {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u64(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+        u64::deserialize(deserializer).map(Duration::from_millis)
+    }
+}

@@ -1,0 +1,365 @@
+//! The values that go into and come out of a [`Mesh`](super::Mesh).
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use crate::record::{NodeKey, NodeRecord};
+use crate::seal::{KeyRing, OpenError};
+use crate::types::{Epoch, NodeName, PublicKey, SiteName, Subnet};
+
+/// What a [`Mesh`](super::Mesh) needs to start.
+#[derive(Debug, Clone)]
+pub struct MeshConfig {
+    /// The cluster's id; it is part of every seal and signature.
+    pub cluster: String,
+    /// The node's name, which no other node of the mesh has.
+    pub node: NodeName,
+    /// The node's site.
+    pub site: SiteName,
+    /// The node's signing key.
+    pub key: NodeKey,
+    /// The cluster keys.
+    pub ring: KeyRing,
+    /// Where to look for a first peer, and for lost ones.
+    pub seeds: Vec<SocketAddr>,
+    /// Counts the starts of this node and is persisted: the first record version is `incarnation << 32`.
+    /// A node whose count is lost (0) catches up from what its peers remember.
+    pub incarnation: u64,
+    /// How fast things happen.
+    pub timing: Timing,
+}
+
+/// The intervals of the protocol; [`Timing::default`] suits a cluster of any size.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Timing {
+    /// Between two probes; default 1 s.
+    pub probe_interval: Duration,
+    /// How long a probe waits for its direct answer; default 500 ms, less than `probe_interval`.
+    pub probe_timeout: Duration,
+    /// Between two rounds of gossip while there is something to tell; default 200 ms.
+    pub gossip_interval: Duration,
+    /// Between two anti-entropy exchanges with a random member; default 10 s.
+    pub sync_interval: Duration,
+    /// Between two exchanges while the last one found differences; default 300 ms.
+    pub sync_fast: Duration,
+    /// Between two attempts to reach a dead member or a seed; default 5 s.
+    pub rejoin_interval: Duration,
+    /// How long a dead or departed member is kept; default 10 min.
+    pub reap: Duration,
+    /// Suspicion lasts at least this many probe intervals, times log10 of the number of members; default 4.
+    pub suspicion_factor: u32,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self {
+            probe_interval: Duration::from_secs(1),
+            probe_timeout: Duration::from_millis(500),
+            gossip_interval: Duration::from_millis(200),
+            sync_interval: Duration::from_secs(10),
+            sync_fast: Duration::from_millis(300),
+            rejoin_interval: Duration::from_secs(5),
+            reap: Duration::from_secs(600),
+            suspicion_factor: 4,
+        }
+    }
+}
+
+/// Who may announce a subnet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Authority {
+    /// The lease table of the shared store: an announcement needs a lease.
+    Store(BTreeMap<Subnet, Owner>),
+    /// There is no shared view: the first claim that the node sees stays.
+    Claims,
+}
+
+/// Who holds a lease.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Owner {
+    /// The node.
+    pub node: NodeName,
+    /// The key that may announce the subnet.
+    pub key: PublicKey,
+    /// The epoch of the lease.
+    pub epoch: Epoch,
+}
+
+/// What a member is thought to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum MemberState {
+    /// It answers.
+    Alive,
+    /// It did not answer a probe and has some seconds to object.
+    Suspect,
+    /// It did not object. Its routes stay until its lease goes away or it is reaped.
+    Dead,
+    /// It left the mesh on purpose. It has no routes.
+    Left,
+}
+
+impl MemberState {
+    /// Returns the state in lower case, for people and JSON.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Alive => "alive",
+            Self::Suspect => "suspect",
+            Self::Dead => "dead",
+            Self::Left => "left",
+        }
+    }
+}
+
+impl std::fmt::Display for MemberState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// Whether a member's subnets may be routed to it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// Every subnet of the record is the member's.
+    Accepted,
+    /// The record is ahead of the lease table; it is judged again with the next table.
+    Pending {
+        /// One sentence for people.
+        why: String,
+    },
+    /// A subnet of the record is not the member's.
+    Refused {
+        /// One sentence for people.
+        why: String,
+    },
+}
+
+impl Verdict {
+    /// Returns whether the member's routes may be installed.
+    pub fn is_accepted(&self) -> bool {
+        matches!(self, Self::Accepted)
+    }
+}
+
+/// A peer as the node sees it.
+#[derive(Debug, Clone)]
+pub struct MemberView<'a> {
+    /// Its name.
+    pub node: &'a NodeName,
+    /// Its site.
+    pub site: &'a SiteName,
+    /// Whether it answers.
+    pub state: MemberState,
+    /// Its latest record.
+    pub record: &'a NodeRecord,
+    /// The record whose routes are to be installed: `record` if it is accepted; while `record` is pending
+    /// the last accepted one, as long as the authority does not contradict it; else none.
+    pub routed: Option<&'a NodeRecord>,
+    /// The smoothed round-trip time of direct probes, if one was ever answered.
+    pub rtt: Option<Duration>,
+    /// The smoothed share of direct probes without an answer, 0 to 1.
+    pub loss: f32,
+    /// When this node last received a datagram from it.
+    pub last_seen: Option<Instant>,
+    /// Whether its routes may be installed.
+    pub verdict: &'a Verdict,
+}
+
+/// What the caller does next.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Output {
+    /// Send the datagram; losing it does no harm.
+    Send {
+        /// The receiver.
+        to: SocketAddr,
+        /// At most 1,200 bytes.
+        datagram: Vec<u8>,
+    },
+    /// Something that the rest of the node wants to know.
+    Event(MeshEvent),
+    /// Nothing more: call `handle_timeout` at `until`, or earlier input.
+    Wait {
+        /// When.
+        until: Instant,
+        /// What happens then, for logs.
+        reason: &'static str,
+    },
+}
+
+/// Something that the rest of the node wants to know.
+#[derive(Debug, Clone, PartialEq)]
+pub enum MeshEvent {
+    /// The accepted set, an accepted record or its liveness changed: coalesce and plan again.
+    RoutesChanged,
+    /// A member came, went, or is thought to be in another state.
+    MemberChanged {
+        /// The member.
+        node: NodeName,
+        /// Its state now.
+        state: MemberState,
+    },
+    /// The answer to [`Mesh::ping`](super::Mesh::ping).
+    Pong {
+        /// Who answered.
+        node: NodeName,
+        /// What `ping` was called with.
+        token: u64,
+        /// The round-trip time.
+        rtt: Duration,
+    },
+    /// Two nodes claim addresses of one subnet. Reported once a claim.
+    Conflict {
+        /// The subnet that was refused.
+        subnet: Subnet,
+        /// Who keeps it here.
+        kept: NodeName,
+        /// Whose record was refused.
+        refused: NodeName,
+    },
+    /// Another living node has the name of this one and another key. Reported at most every ten seconds.
+    /// The one that started later must not announce.
+    DuplicateName {
+        /// Where the other node receives gossip, or who told.
+        from: SocketAddr,
+        /// The other node's key.
+        key: PublicKey,
+    },
+    /// Datagrams come that no key of the ring opens. Reported at most every ten seconds.
+    WrongKey {
+        /// Who sent the latest one.
+        from: SocketAddr,
+    },
+}
+
+/// Why a datagram was dropped. The state of the mesh is unchanged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, thiserror::Error)]
+pub enum Rejected {
+    /// Longer than the budget.
+    #[error("longer than 1,200 bytes")]
+    TooLong,
+    /// Too short for an envelope.
+    #[error("truncated")]
+    Truncated,
+    /// Another envelope version.
+    #[error("unknown envelope version")]
+    Version,
+    /// No key of the ring opens it.
+    #[error("sealed with a key that is not in the ring")]
+    UnknownKey,
+    /// Its seal does not hold.
+    #[error("forged, or of another cluster")]
+    Forged,
+    /// Its content does not decode, or a value is out of range.
+    #[error("malformed")]
+    Malformed,
+    /// It was meant for another node.
+    #[error("meant for another node")]
+    Misdirected,
+    /// It was received before, or is too old to tell.
+    #[error("replayed")]
+    Replayed,
+    /// The node's own datagram came back.
+    #[error("the node's own datagram")]
+    Reflected,
+    /// Its sender has the name of this node.
+    #[error("sent by another node of the same name")]
+    OwnName,
+    /// A record in it has a signature that does not hold.
+    #[error("a record's signature does not hold")]
+    BadSignature,
+}
+
+impl Rejected {
+    /// Every reason, in the order of the counters.
+    pub const ALL: [Self; 11] = [
+        Self::TooLong,
+        Self::Truncated,
+        Self::Version,
+        Self::UnknownKey,
+        Self::Forged,
+        Self::Malformed,
+        Self::Misdirected,
+        Self::Replayed,
+        Self::Reflected,
+        Self::OwnName,
+        Self::BadSignature,
+    ];
+
+    /// Returns a short name, for metric labels.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::TooLong => "too_long",
+            Self::Truncated => "truncated",
+            Self::Version => "version",
+            Self::UnknownKey => "unknown_key",
+            Self::Forged => "forged",
+            Self::Malformed => "malformed",
+            Self::Misdirected => "misdirected",
+            Self::Replayed => "replayed",
+            Self::Reflected => "reflected",
+            Self::OwnName => "own_name",
+            Self::BadSignature => "bad_signature",
+        }
+    }
+}
+
+impl From<OpenError> for Rejected {
+    fn from(error: OpenError) -> Self {
+        match error {
+            OpenError::TooLong => Self::TooLong,
+            OpenError::Truncated => Self::Truncated,
+            OpenError::Version(_) => Self::Version,
+            OpenError::UnknownKey => Self::UnknownKey,
+            OpenError::Forged => Self::Forged,
+        }
+    }
+}
+
+/// A node that is not in the mesh, or has no address.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("node {0} is not a member of the mesh; `weft peers` lists the members")]
+pub struct UnknownNode(pub NodeName);
+
+/// What the mesh counted since it was made.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Datagrams handed in.
+    pub received: u64,
+    /// Their bytes.
+    pub received_bytes: u64,
+    /// Datagrams handed out.
+    pub sent: u64,
+    /// Their bytes.
+    pub sent_bytes: u64,
+    /// Probes of members.
+    pub probes: u64,
+    /// Probes without a direct or indirect answer.
+    pub probes_failed: u64,
+    /// How often a member came under suspicion here first.
+    pub suspicions: u64,
+    /// How often the node objected to being suspected or dead.
+    pub refutations: u64,
+    /// Signed records verified.
+    pub verified: u64,
+    /// Records dropped because another key holds their node's name.
+    pub refused_keys: u64,
+    /// Records dropped because the table is full.
+    pub refused_full: u64,
+    /// Anti-entropy exchanges started.
+    pub syncs: u64,
+    /// Records that anti-entropy sent or asked for.
+    pub sync_differences: u64,
+    pub(super) rejected: [u64; Rejected::ALL.len()],
+}
+
+impl Counters {
+    /// Returns how many datagrams were dropped for this reason.
+    pub fn rejected(&self, reason: Rejected) -> u64 {
+        self.rejected[reason as usize]
+    }
+
+    /// Returns every reason with its count.
+    pub fn rejections(&self) -> impl Iterator<Item = (Rejected, u64)> + '_ {
+        Rejected::ALL.into_iter().zip(self.rejected)
+    }
+}

@@ -1,0 +1,248 @@
+//! What to tell the others, and how often: news ride on every datagram until told often enough.
+//!
+//! The queue holds topics, not texts: what is told about a member is read from the table when a datagram is
+//! packed, so it is never stale and costs a few bytes. Invariant: a datagram keeps the budget.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+
+use prost::Message;
+use rand_core::RngCore;
+
+use super::Mesh;
+use super::api::Output;
+use super::membership::{Id, Tombstone};
+use super::proto::{self, Body, Liveness};
+use super::timer::Timer;
+use crate::seal::MAX_CONTENT;
+
+/// News is told to so many members at a time.
+const FANOUT: usize = 3;
+/// Each piece of news is told so many times log10 of the number of members.
+const REPEAT: u32 = 4;
+/// How many topics that do not fit are passed over when a datagram is packed.
+const MISFITS: usize = 4;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Topic {
+    Record(u64),
+    Liveness(u64),
+    Forgotten(u64),
+}
+
+/// News, the least told first and among those the latest first.
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    order: BTreeSet<(u32, u64, Topic)>,
+    topics: BTreeMap<Topic, (u32, u64)>,
+    count: u64,
+}
+
+impl Queue {
+    /// Starts to tell `topic`, or starts again.
+    pub(super) fn push(&mut self, topic: Topic) {
+        self.drop(topic);
+        self.count += 1;
+        self.insert(topic, 0, u64::MAX - self.count);
+    }
+
+    pub(super) fn drop(&mut self, topic: Topic) {
+        if let Some((told, age)) = self.topics.remove(&topic) {
+            self.order.remove(&(told, age, topic));
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.topics.len()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.topics.is_empty()
+    }
+
+    fn insert(&mut self, topic: Topic, told: u32, age: u64) {
+        self.topics.insert(topic, (told, age));
+        self.order.insert((told, age, topic));
+    }
+
+    fn told(&mut self, topic: Topic, limit: u32) {
+        if let Some((told, age)) = self.topics.get(&topic).copied() {
+            self.drop(topic);
+            if told + 1 < limit {
+                self.insert(topic, told + 1, age);
+            }
+        }
+    }
+}
+
+/// log10 of the number of members, rounded up, at least 1.
+pub(super) fn log10_ceil(members: usize) -> u32 {
+    (members.max(2) as f64 + 1.0).log10().ceil() as u32
+}
+
+impl Mesh {
+    /// Tells a few random members what is new.
+    pub(super) fn on_gossip_timer(&mut self) {
+        self.gossip_armed = false;
+        if self.queue.is_empty() {
+            return;
+        }
+        for id in self.table.sample(&mut self.rng, FANOUT, None) {
+            if self.queue.is_empty() {
+                break;
+            }
+            self.send_to_member(id, Body::Push(proto::Push { sync: false }), Vec::new());
+        }
+        if self.table.living() == 0 {
+            // Nobody to tell: whoever comes gets it by anti-entropy.
+            self.queue = Queue::default();
+        }
+    }
+
+    pub(super) fn arm_gossip(&mut self) {
+        if !self.queue.is_empty() && !self.gossip_armed {
+            self.gossip_armed = true;
+            self.timers.set(self.now + self.config.timing.gossip_interval, Timer::Gossip);
+        }
+    }
+
+    /// Where to send to a member: the address that answered last, else its first.
+    pub(super) fn address(&self, id: Id) -> Option<SocketAddr> {
+        let member = self.table.at(id);
+        let addresses = &member.signed.record().facts.gossip;
+        let contact = member.contact.as_deref();
+        let place = contact.map_or(0, |contact| contact.preferred as usize);
+        addresses.get(place).or(addresses.first()).copied().or(contact.map(|contact| contact.from))
+    }
+
+    pub(super) fn send_to_member(&mut self, id: Id, body: Body, first: Vec<proto::Update>) {
+        if let Some(to) = self.address(id) {
+            let name = self.table.at(id).name().to_string();
+            self.send(to, &name, body, first);
+        }
+    }
+
+    /// Seals and queues one datagram: the body, `first`, then as much news as fits.
+    pub(super) fn send(&mut self, to: SocketAddr, name: &str, body: Body, first: Vec<proto::Update>) {
+        let mut updates = first;
+        updates.extend(self.objection(name));
+        let (version, incarnation) = self
+            .table
+            .me
+            .map_or((0, self.incarnation), |me| (self.table.at(me).item().version, self.incarnation));
+        self.seq += 1;
+        let mut datagram = proto::Datagram {
+            from: self.config.node.to_string(),
+            to: name.to_string(),
+            session: self.session,
+            seq: self.seq,
+            version,
+            incarnation,
+            updates: Vec::new(),
+            body: Some(body),
+        };
+        let mut used = datagram.encoded_len();
+        for update in updates {
+            let length = framed_len(&update);
+            if used + length <= MAX_CONTENT {
+                used += length;
+                datagram.updates.push(update);
+            }
+        }
+        self.piggyback(&mut datagram, used);
+        let mut nonce = [0; 24];
+        self.rng.fill_bytes(&mut nonce);
+        let datagram = self.config.ring.seal(&self.config.cluster, nonce, &datagram.encode_to_vec());
+        self.counters.sent += 1;
+        self.counters.sent_bytes += datagram.len() as u64;
+        self.outputs.push_back(Output::Send { to, datagram });
+    }
+
+    fn piggyback(&mut self, datagram: &mut proto::Datagram, mut used: usize) {
+        let limit = REPEAT * log10_ceil(self.table.len());
+        let (mut told, mut gone, mut misfits) = (Vec::new(), Vec::new(), 0);
+        for (_, _, topic) in &self.queue.order {
+            let Some(update) = self.tell(*topic) else {
+                gone.push(*topic);
+                continue;
+            };
+            let length = framed_len(&update);
+            if used + length <= MAX_CONTENT {
+                used += length;
+                datagram.updates.push(update);
+                told.push(*topic);
+            } else {
+                misfits += 1;
+            }
+            if misfits > MISFITS || used + 16 > MAX_CONTENT {
+                break;
+            }
+        }
+        gone.into_iter().for_each(|topic| self.queue.drop(topic));
+        told.into_iter().for_each(|topic| self.queue.told(topic, limit));
+    }
+
+    fn tell(&self, topic: Topic) -> Option<proto::Update> {
+        match topic {
+            Topic::Record(hash) => self.table.find(hash).map(|id| self.full_update(id)),
+            Topic::Liveness(hash) => self.table.find(hash).map(|id| self.rumor(id)),
+            Topic::Forgotten(hash) => self.table.tombstones.get(&hash).map(forgotten),
+        }
+    }
+
+    /// The member's record and liveness.
+    pub(super) fn full_update(&self, id: Id) -> proto::Update {
+        let mut update = self.rumor(id);
+        update.node = String::new();
+        update.record = Some(self.table.at(id).signed.to_proto());
+        // A datagram must hold the largest record; accusations travel as rumors.
+        update.accusers = Vec::new();
+        update
+    }
+
+    /// The member's liveness alone.
+    pub(super) fn rumor(&self, id: Id) -> proto::Update {
+        let member = self.table.at(id);
+        let accusers = member.suspicion.iter().flat_map(|suspicion| &suspicion.accusers);
+        proto::Update {
+            node: member.name().to_string(),
+            liveness: member.liveness as i32,
+            incarnation: member.incarnation,
+            accusers: accusers.map(ToString::to_string).collect(),
+            record: None,
+        }
+    }
+
+    /// What a receiver must hear first: that this node thinks it is suspect, dead or forgotten.
+    fn objection(&self, name: &str) -> Option<proto::Update> {
+        if name.is_empty() {
+            return None;
+        }
+        let hash = super::membership::name_hash(name);
+        match self.table.find(hash) {
+            Some(id) if self.table.at(id).liveness != Liveness::Alive => Some(self.rumor(id)),
+            Some(_) => None,
+            None => self
+                .table
+                .tombstones
+                .get(&hash)
+                .map(|tombstone| proto::Update { liveness: Liveness::Dead as i32, ..forgotten(tombstone) }),
+        }
+    }
+}
+
+fn forgotten(tombstone: &Tombstone) -> proto::Update {
+    proto::Update {
+        node: tombstone.node.to_string(),
+        liveness: Liveness::Forgotten as i32,
+        incarnation: tombstone.incarnation,
+        accusers: Vec::new(),
+        record: None,
+    }
+}
+
+/// The bytes that one more update adds to a datagram.
+pub(super) fn framed_len(update: &proto::Update) -> usize {
+    let length = update.encoded_len();
+    1 + prost::length_delimiter_len(length) + length
+}

@@ -1,0 +1,214 @@
+//! The messages of `proto/mesh.proto`, as prost sees them. Field comments are in that file.
+//!
+//! Nothing here is trusted: `record` and the parts of `mesh` check every value that they take out.
+
+use prost::{Enumeration, Message, Oneof};
+
+#[derive(Clone, PartialEq, Message)]
+pub struct LeasedSubnet {
+    #[prost(bytes = "vec", tag = "1")]
+    pub subnet: Vec<u8>,
+    #[prost(uint64, tag = "2")]
+    pub epoch: u64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Endorsement {
+    #[prost(bytes = "vec", tag = "1")]
+    pub key: Vec<u8>,
+    #[prost(bytes = "vec", tag = "2")]
+    pub signature: Vec<u8>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Record {
+    #[prost(string, tag = "1")]
+    pub node: String,
+    #[prost(string, tag = "2")]
+    pub site: String,
+    #[prost(bytes = "vec", tag = "3")]
+    pub key: Vec<u8>,
+    #[prost(uint64, tag = "4")]
+    pub version: u64,
+    #[prost(message, repeated, tag = "5")]
+    pub subnets: Vec<LeasedSubnet>,
+    #[prost(bytes = "vec", repeated, tag = "6")]
+    pub gossip: Vec<Vec<u8>>,
+    #[prost(bytes = "vec", repeated, tag = "7")]
+    pub underlay: Vec<Vec<u8>>,
+    #[prost(bytes = "vec", tag = "8")]
+    pub vtep_v4: Vec<u8>,
+    #[prost(bytes = "vec", tag = "9")]
+    pub vtep_v6: Vec<u8>,
+    #[prost(uint32, tag = "10")]
+    pub vni: u32,
+    #[prost(uint32, tag = "11")]
+    pub vxlan_port: u32,
+    #[prost(uint32, tag = "12")]
+    pub mtu: u32,
+    #[prost(uint64, tag = "13")]
+    pub capabilities: u64,
+    #[prost(message, repeated, tag = "14")]
+    pub endorsements: Vec<Endorsement>,
+    #[prost(bool, tag = "15")]
+    pub left: bool,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct SignedRecord {
+    #[prost(bytes = "vec", tag = "1")]
+    pub record: Vec<u8>,
+    #[prost(bytes = "vec", tag = "2")]
+    pub signature: Vec<u8>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Enumeration)]
+#[repr(i32)]
+pub enum Liveness {
+    Alive = 0,
+    Suspect = 1,
+    Dead = 2,
+    Forgotten = 3,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Update {
+    #[prost(string, tag = "1")]
+    pub node: String,
+    #[prost(enumeration = "Liveness", tag = "2")]
+    pub liveness: i32,
+    #[prost(uint64, tag = "3")]
+    pub incarnation: u64,
+    #[prost(string, repeated, tag = "4")]
+    pub accusers: Vec<String>,
+    #[prost(message, optional, tag = "5")]
+    pub record: Option<SignedRecord>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Ping {
+    #[prost(fixed64, tag = "1")]
+    pub token: u64,
+    #[prost(uint64, tag = "2")]
+    pub have: u64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Ack {
+    #[prost(fixed64, tag = "1")]
+    pub token: u64,
+    #[prost(uint64, tag = "2")]
+    pub have: u64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Nack {
+    #[prost(fixed64, tag = "1")]
+    pub token: u64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct PingRequest {
+    #[prost(fixed64, tag = "1")]
+    pub token: u64,
+    #[prost(string, tag = "2")]
+    pub target: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Push {
+    #[prost(bool, tag = "1")]
+    pub sync: bool,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct SyncRoot {
+    #[prost(fixed64, tag = "1")]
+    pub hash: u64,
+    #[prost(uint32, tag = "2")]
+    pub count: u32,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct SyncBuckets {
+    #[prost(uint32, tag = "1")]
+    pub depth: u32,
+    #[prost(uint32, tag = "2")]
+    pub prefix: u32,
+    #[prost(fixed64, repeated, tag = "3")]
+    pub hashes: Vec<u64>,
+    #[prost(uint32, repeated, tag = "4")]
+    pub counts: Vec<u32>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct SyncItem {
+    #[prost(fixed64, tag = "1")]
+    pub name_hash: u64,
+    #[prost(uint64, tag = "2")]
+    pub version: u64,
+    #[prost(fixed32, tag = "3")]
+    pub tag: u32,
+    #[prost(uint64, tag = "4")]
+    pub incarnation: u64,
+    #[prost(bool, tag = "5")]
+    pub dead: bool,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct SyncItems {
+    #[prost(fixed64, tag = "1")]
+    pub first: u64,
+    #[prost(fixed64, tag = "2")]
+    pub last: u64,
+    #[prost(message, repeated, tag = "3")]
+    pub items: Vec<SyncItem>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct SyncWant {
+    #[prost(fixed64, repeated, tag = "1")]
+    pub name_hashes: Vec<u64>,
+}
+
+#[derive(Clone, PartialEq, Oneof)]
+pub enum Body {
+    #[prost(message, tag = "8")]
+    Ping(Ping),
+    #[prost(message, tag = "9")]
+    Ack(Ack),
+    #[prost(message, tag = "10")]
+    Nack(Nack),
+    #[prost(message, tag = "11")]
+    PingRequest(PingRequest),
+    #[prost(message, tag = "12")]
+    Push(Push),
+    #[prost(message, tag = "13")]
+    SyncRoot(SyncRoot),
+    #[prost(message, tag = "14")]
+    SyncBuckets(SyncBuckets),
+    #[prost(message, tag = "15")]
+    SyncItems(SyncItems),
+    #[prost(message, tag = "16")]
+    SyncWant(SyncWant),
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Datagram {
+    #[prost(string, tag = "1")]
+    pub from: String,
+    #[prost(string, tag = "2")]
+    pub to: String,
+    #[prost(fixed64, tag = "3")]
+    pub session: u64,
+    #[prost(uint64, tag = "4")]
+    pub seq: u64,
+    #[prost(uint64, tag = "5")]
+    pub version: u64,
+    #[prost(uint64, tag = "6")]
+    pub incarnation: u64,
+    #[prost(message, repeated, tag = "7")]
+    pub updates: Vec<Update>,
+    #[prost(oneof = "Body", tags = "8, 9, 10, 11, 12, 13, 14, 15, 16")]
+    pub body: Option<Body>,
+}

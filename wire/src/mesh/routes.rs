@@ -1,0 +1,241 @@
+//! Which record's subnets may be routed to its node.
+//!
+//! With a shared store the lease table decides; without one the first claim stays. Nothing here is learnt
+//! from gossip alone. Invariants: routes that are in use are never withdrawn for the sake of a later claim;
+//! of two accepted claims none overlaps the other.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use super::Mesh;
+use super::api::{Authority, MeshEvent, Owner, Verdict};
+use super::membership::{Id, MAX_MEMBERS};
+use crate::record::{LeasedSubnet, NodeRecord};
+use crate::types::{Epoch, NodeName, PublicKey, Subnet};
+
+#[derive(Debug)]
+pub(super) struct Routes {
+    authority: Authority,
+    /// The highest epoch in the lease table: a higher one may be a lease that the table does not show yet.
+    latest: Epoch,
+    owners: BTreeSet<(NodeName, PublicKey)>,
+    /// Without a store: who has which subnet. No two overlap.
+    claims: BTreeMap<Subnet, u64>,
+    /// Without a store: the name hashes of those that were refused.
+    contested: BTreeSet<u64>,
+}
+
+impl Default for Routes {
+    /// An empty lease table: nothing is accepted before the caller sets an authority.
+    fn default() -> Self {
+        Self::new(Authority::Store(BTreeMap::new()))
+    }
+}
+
+impl Routes {
+    fn new(authority: Authority) -> Self {
+        let (mut latest, mut owners) = (Epoch(0), BTreeSet::new());
+        if let Authority::Store(table) = &authority {
+            for owner in table.values() {
+                latest = latest.max(owner.epoch);
+                owners.insert((owner.node.clone(), owner.key));
+            }
+        }
+        Self { authority, latest, owners, claims: BTreeMap::new(), contested: BTreeSet::new() }
+    }
+
+    /// Whether the store says that `key` speaks for `node`.
+    pub(super) fn is_owner(&self, node: &NodeName, key: &PublicKey) -> bool {
+        self.owners.contains(&(node.clone(), *key))
+    }
+
+    /// Who claims an address of `subnet`. Claims do not overlap, so the last one that starts in or before
+    /// the subnet is the only candidate before it and the first of those inside it otherwise.
+    fn claimed(&self, subnet: Subnet, except: u64) -> Option<(Subnet, u64)> {
+        let last = ipnet::IpNet::new(subnet.net().broadcast(), subnet.net().max_prefix_len())
+            .ok()
+            .and_then(|net| Subnet::try_from(net).ok())?;
+        let mut candidates = self.claims.range(..=last).rev();
+        candidates
+            .by_ref()
+            .take_while(|(other, _)| other.overlaps(subnet))
+            .find(|(_, holder)| **holder != except)
+            .map(|(other, holder)| (*other, *holder))
+    }
+}
+
+enum Judgement {
+    Accepted,
+    Pending(String),
+    Refused(String),
+    Conflict { subnet: Subnet, kept: NodeName },
+}
+
+impl Mesh {
+    /// Judges a member's record. `fresh`: the record is new, so a conflict is worth an event.
+    pub(super) fn judge(&mut self, id: Id, fresh: bool) {
+        let member = self.table.at(id);
+        let (hash, name) = (member.hash, member.name().clone());
+        let signed = Arc::clone(&member.signed);
+        let was_routed = member.routed.clone();
+        let judgement = if signed.record().left {
+            Judgement::Refused("it left the mesh".into())
+        } else {
+            self.judgement(
+                signed.record(),
+                hash,
+                was_routed.as_ref().is_some_and(|routed| **routed == *signed),
+            )
+        };
+        let (verdict, routed) = match judgement {
+            Judgement::Accepted => (Verdict::Accepted, Some(signed)),
+            Judgement::Pending(why) => {
+                // What was accepted stays in use while the table does not contradict it.
+                let kept = was_routed.clone().filter(|routed| {
+                    matches!(self.judgement(routed.record(), hash, true), Judgement::Accepted)
+                });
+                (Verdict::Pending { why }, kept)
+            }
+            Judgement::Refused(why) => (Verdict::Refused { why }, None),
+            Judgement::Conflict { subnet, kept } => {
+                let why = format!("{subnet} belongs to node {kept}");
+                if fresh || !matches!(member.verdict, Verdict::Refused { .. }) {
+                    let event = MeshEvent::Conflict { subnet, kept, refused: name };
+                    self.outputs.push_back(super::Output::Event(event));
+                }
+                (Verdict::Refused { why }, None)
+            }
+        };
+        if self.routes.authority == Authority::Claims {
+            self.claim(hash, routed.as_deref().map(|routed| routed.record()), &verdict);
+        }
+        let member = self.table.at_mut(id);
+        if member.routed != routed {
+            self.routes_dirty = true;
+        }
+        if member.verdict != verdict {
+            self.routes_dirty = true;
+            member.verdict = verdict;
+        }
+        member.routed = routed;
+    }
+
+    fn claim(&mut self, hash: u64, record: Option<&NodeRecord>, verdict: &Verdict) {
+        let claims = &mut self.routes.claims;
+        for leased in record.iter().flat_map(|record| &record.facts.subnets) {
+            claims.insert(leased.subnet, hash);
+        }
+        if verdict.is_accepted() {
+            self.routes.contested.remove(&hash);
+        } else if self.routes.contested.len() < MAX_MEMBERS {
+            self.routes.contested.insert(hash);
+        }
+    }
+
+    /// Takes a member's claims away, before its record is replaced or dropped.
+    pub(super) fn withdraw(&mut self, id: Id) {
+        let member = self.table.at(id);
+        let Some(routed) = &member.routed else { return };
+        for leased in &routed.record().facts.subnets {
+            if self.routes.claims.get(&leased.subnet) == Some(&member.hash) {
+                self.routes.claims.remove(&leased.subnet);
+                self.routes_released = true;
+            }
+        }
+    }
+
+    /// Judges those again that a withdrawn claim had kept out: the lower epoch first, then the lower key.
+    pub(super) fn judge_contested(&mut self) {
+        if !std::mem::take(&mut self.routes_released) || self.routes.contested.is_empty() {
+            return;
+        }
+        let contested = std::mem::take(&mut self.routes.contested);
+        let ids = contested.into_iter().filter_map(|hash| self.table.find(hash)).collect();
+        self.judge_in_order(ids);
+    }
+
+    fn judge_in_order(&mut self, mut ids: Vec<Id>) {
+        ids.sort_by_key(|id| {
+            let record = self.table.at(*id).signed.record();
+            (record.facts.subnets.iter().map(|leased| leased.epoch).min(), record.key)
+        });
+        ids.into_iter().for_each(|id| self.judge(id, false));
+    }
+
+    pub(super) fn replace_authority(&mut self, authority: Authority) {
+        if authority == self.routes.authority {
+            return;
+        }
+        self.routes = Routes::new(authority);
+        // Whoever has routes keeps them against other claims, so they are judged first.
+        let (installed, others): (Vec<Id>, Vec<Id>) =
+            self.table.range(..).map(|(id, _)| id).partition(|id| self.table.at(*id).routed.is_some());
+        self.judge_in_order(installed);
+        self.judge_in_order(others);
+    }
+
+    fn judgement(&self, record: &NodeRecord, hash: u64, in_use: bool) -> Judgement {
+        match &self.routes.authority {
+            Authority::Store(table) => {
+                for leased in &record.facts.subnets {
+                    match self.judge_lease(table, record, *leased, in_use) {
+                        Judgement::Accepted => {}
+                        other => return other,
+                    }
+                }
+                Judgement::Accepted
+            }
+            Authority::Claims => {
+                for leased in &record.facts.subnets {
+                    if let Some((_, holder)) = self.routes.claimed(leased.subnet, hash) {
+                        let kept = self.table.find_member(holder).map(|member| member.name().clone());
+                        let kept = kept.unwrap_or_else(|| self.config.node.clone());
+                        return Judgement::Conflict { subnet: leased.subnet, kept };
+                    }
+                }
+                Judgement::Accepted
+            }
+        }
+    }
+
+    fn judge_lease(
+        &self,
+        table: &BTreeMap<Subnet, Owner>,
+        record: &NodeRecord,
+        leased: LeasedSubnet,
+        in_use: bool,
+    ) -> Judgement {
+        let LeasedSubnet { subnet, epoch } = leased;
+        let Some(owner) = table.get(&subnet) else {
+            return if epoch > self.routes.latest {
+                Judgement::Pending(format!("the lease table does not show the lease on {subnet} yet"))
+            } else {
+                Judgement::Refused(format!("no node has a lease on {subnet}"))
+            };
+        };
+        if owner.node == record.node && in_use {
+            // The table and the record change at different moments when a node renews with another key;
+            // the traffic goes to the same node either way.
+            return Judgement::Accepted;
+        }
+        if epoch > owner.epoch {
+            let (seen, here) = (epoch, owner.epoch);
+            return Judgement::Pending(format!("{subnet} has epoch {seen}, the lease table still {here}"));
+        }
+        if owner.node != record.node {
+            return Judgement::Conflict { subnet, kept: owner.node.clone() };
+        }
+        if epoch < owner.epoch {
+            let here = owner.epoch;
+            return Judgement::Refused(format!("{subnet} has epoch {epoch}, the lease is of epoch {here}"));
+        }
+        if owner.key != record.key && !record.succeeds(&owner.key) {
+            return Judgement::Refused(format!(
+                "{subnet} is leased with key {}, the record is signed with key {}",
+                owner.key.short(),
+                record.key.short()
+            ));
+        }
+        Judgement::Accepted
+    }
+}

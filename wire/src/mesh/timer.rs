@@ -1,0 +1,62 @@
+//! The moments at which the mesh wants to be woken.
+//!
+//! Nothing is cancelled: whoever handles a timer looks whether it still matters.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::time::Instant;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Timer {
+    Probe,
+    /// The direct answer to the probe with this token is late.
+    ProbeLate(u64),
+    Gossip,
+    Sync,
+    Rejoin,
+    /// Suspicion of the member with this name hash may be over.
+    Suspicion(u64),
+    /// The member, or tombstone, with this name hash may be dropped.
+    Reap(u64),
+    /// The request with this token is given up.
+    Expire(u64),
+}
+
+impl Timer {
+    fn reason(self) -> &'static str {
+        match self {
+            Self::Probe => "probe the next member",
+            Self::ProbeLate(_) => "probe through others",
+            Self::Gossip => "gossip",
+            Self::Sync => "compare with a random member",
+            Self::Rejoin => "look for lost members",
+            Self::Suspicion(_) => "judge a suspect",
+            Self::Reap(_) => "drop a member that is long gone",
+            Self::Expire(_) => "give up a request",
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Timers {
+    heap: BinaryHeap<Reverse<(Instant, u64, Timer)>>,
+    count: u64,
+}
+
+impl Timers {
+    pub(super) fn set(&mut self, at: Instant, timer: Timer) {
+        self.count += 1;
+        self.heap.push(Reverse((at, self.count, timer)));
+    }
+
+    pub(super) fn next(&self) -> Option<(Instant, &'static str)> {
+        self.heap.peek().map(|Reverse((at, _, timer))| (*at, timer.reason()))
+    }
+
+    pub(super) fn pop_due(&mut self, now: Instant) -> Option<(Instant, Timer)> {
+        if self.heap.peek()?.0.0 > now {
+            return None;
+        }
+        self.heap.pop().map(|Reverse((at, _, timer))| (at, timer))
+    }
+}
