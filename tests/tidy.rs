@@ -136,7 +136,7 @@ fn cores_have_no_clock_no_socket_and_no_randomness_of_their_own() {
 fn the_cni_shim_is_wire_and_std_alone() {
     assert_absent(
         &["daemon/src/bin/weft-cni.rs"],
-        &["tokio", "weft_daemon", "weft_ipam", "nix::", "clap", "anyhow"],
+        &["tokio", "weft_daemon", "weft_ipam", "use nix", "clap", "anyhow"],
         "the shim is started for every pod: it uses weft-wire and std",
     );
 }

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use weft_tests::lab::{Handle, Lab, LabOptions, Presence, Request};
+use weft_tests::lab::{Handle, Lab, LabOptions, Presence, Request, executable, skip};
 
 /// What the machine's own network namespace holds.
 fn machine() -> String {
@@ -94,4 +94,60 @@ fn requests_that_make_no_sense_are_refused_with_a_sentence() {
     let running = refused(Request::Start { node: "n1".into() });
     assert!(running.contains("runs already"), "{running}");
     assert!(lab.state().ready);
+}
+
+/// A directory of its own that anybody may read, gone when dropped.
+struct Open(std::path::PathBuf);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        std::fs::remove_dir_all(&self.0).ok();
+    }
+}
+
+#[test]
+fn an_ordinary_user_brings_up_a_lab_uses_it_and_takes_it_down() {
+    if !nix::unistd::geteuid().is_root() {
+        // Then every other test shows it.
+        return;
+    }
+    let nobody = |words: &[&str], open: &std::path::Path| {
+        Command::new("setpriv")
+            .args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "--"])
+            .args(words)
+            .env("XDG_RUNTIME_DIR", open.join("run"))
+            .env_remove("WEFT_BIN_DIR")
+            .current_dir("/")
+            .output()
+            .expect("setpriv runs")
+    };
+    let open = Open(std::env::temp_dir().join(format!("weft-test-{}", std::process::id())));
+    std::fs::create_dir_all(open.0.join("run")).expect("a directory can be made");
+    if !nobody(&["unshare", "--user", "--map-root-user", "true"], &open.0).status.success() {
+        return skip("this kernel does not let ordinary users make user namespaces");
+    }
+    for name in ["weftd", "weft", "weft-cni", "weft-lab"] {
+        std::fs::copy(executable(name), open.0.join(name)).expect("the executable can be copied");
+    }
+    nix::unistd::chown(&open.0.join("run"), Some(65534.into()), Some(65534.into()))
+        .expect("root may do this");
+    let program = open.0.join("weft-lab");
+    let program = program.to_str().expect("the path is text");
+    let lab = |words: &[&str]| {
+        let all: Vec<&str> = std::iter::once(program).chain(words.iter().copied()).collect();
+        let output = nobody(&all, &open.0);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{words:?}: {said}");
+        serde_json::from_slice::<serde_json::Value>(&output.stdout).expect("the lab answers in JSON")
+    };
+    let state = lab(&["--json", "up", "--nodes", "2", "--dual-stack"]);
+    assert_eq!(state["nodes"].as_array().map(Vec::len), Some(2));
+    assert_eq!(lab(&["--json", "ping"])["lost"], 0);
+    let again = lab(&["--json", "up", "--nodes", "2", "--dual-stack"]);
+    assert_eq!(again["nodes"], state["nodes"], "a second up changed something");
+    lab(&["--json", "cut", "n1", "n2"]);
+    lab(&["--json", "heal", "n1", "n2"]);
+    assert_eq!(lab(&["--json", "down"])["down"], serde_json::json!(["lab"]));
+    let left: Vec<_> = std::fs::read_dir(open.0.join("run")).expect("the directory is there").collect();
+    assert!(left.is_empty(), "{left:?}");
 }

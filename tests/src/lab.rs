@@ -22,7 +22,7 @@ mod underlay;
 mod witness;
 
 pub use enter::Place;
-pub use harness::{Background, Lab, LabOptions, Ping, skip, wait_until};
+pub use harness::{Background, Lab, LabOptions, Ping, executable, skip, wait_until};
 pub use home::{Handle, Presence};
 pub use keeper::keep;
 pub use matrix::{Matrix, Pair};

@@ -126,6 +126,17 @@ fn directory_with(names: &[&str]) -> anyhow::Result<PathBuf> {
     })
 }
 
+/// Where one of weft's executables is.
+///
+/// # Panics
+/// When it was not built.
+pub fn executable(name: &str) -> PathBuf {
+    match directory_with(&[name]) {
+        Ok(directory) => directory.join(name),
+        Err(error) => panic!("{error:#}"),
+    }
+}
+
 /// A running lab. Dropping it takes the lab down, and so does the end of the process that holds it.
 #[derive(Debug)]
 pub struct Lab {
