@@ -32,14 +32,21 @@ fn all_alive(lab: &Lab) -> bool {
 fn the_cluster_key_is_changed_while_traffic_flows() {
     let lab = Lab::up(LabOptions::new("ringkey").pods(1));
     let pings = traffic(&lab);
-    let old = lab.run("n1", &["cat", "/run/weft-lab/shared/cluster.key"]).trim().to_owned();
-    let new = lab.run("n1", &["weft", "genkey"]).trim().to_owned();
-    assert_ne!(old, new);
+    let ids = |node: &str| -> Vec<String> {
+        let list = lab.weft(node, &["cluster-key", "list"])["ids"].as_array().cloned().unwrap_or_default();
+        list.iter().filter_map(|id| Some(id.as_str()?.to_owned())).collect()
+    };
+    let old = ids("n1");
+    let secret = lab.run("n1", &["weft", "cluster-key", "generate"]).trim().to_owned();
     let on_all = |words: &[&str]| NODES.iter().for_each(|node| drop(lab.run(*node, words)));
-    on_all(&["weft", "cluster-key", "add", &new]);
+    on_all(&["weft", "cluster-key", "add", &secret]);
+    let new = ids("n1").into_iter().find(|id| !old.contains(id)).expect("the new key is listed");
     on_all(&["weft", "cluster-key", "use", &new]);
     assert!(all_alive(&lab), "a member was lost while both keys are known");
-    on_all(&["weft", "cluster-key", "remove", &old]);
+    on_all(&["weft", "cluster-key", "remove", &old[0]]);
+    for node in NODES {
+        assert_eq!(ids(node), [new.clone()], "{node}");
+    }
     // Members that no longer understood each other would suspect each other now, one probe after the other.
     for node in NODES {
         lab.run(node, &["weft", "ping"]);
