@@ -284,3 +284,16 @@ fn lab_commands_that_the_documents_name_exist() {
         }
     }
 }
+
+#[test]
+fn the_samples_in_deploy_are_valid() {
+    let path = root().join("deploy/weft.toml");
+    let config =
+        weft_daemon::config::Config::parse(&read(&path), &path, "worker-1").expect("the sample is valid");
+    assert_eq!(config.node.name.as_str(), "worker-1");
+    let network: serde_json::Value =
+        serde_json::from_str(&read(&root().join("deploy/cni/10-weft.conflist"))).expect("the sample is JSON");
+    assert_eq!(network["plugins"][0]["type"], "weft-cni");
+    let unit = read(&root().join("deploy/systemd/weftd.service"));
+    assert!(unit.contains("Type=notify") && unit.contains("--config /etc/weft/weft.toml"));
+}

@@ -41,6 +41,8 @@ fn twelve_nodes_join_leave_part_and_meet_with_every_route_right() {
     lab.ping_all();
 
     // n11 leaves in order: its routes go everywhere, and nothing of weft's stays on it.
+    assert!(!lab.exec("n11", &["weft", "leave"]).status.success(), "n11 left while it had a pod");
+    lab.ping_all();
     lab.tell(Request::PodRemove { node: "n11".into(), pod: "a".into() });
     lab.run("n11", &["weft", "leave"]);
     settle(&lab, "n11 left", &all[..10]);
