@@ -74,9 +74,8 @@ impl Lab {
         let mut subnets = BTreeSet::new();
         for family in ["-4", "-6"] {
             // The kernel derives a connected route from each address.
-            let routes =
-                self.json(node, &["ip", "-j", family, "route", "show", "dev", "weft0", "proto", "kernel"]);
-            for route in routes.as_array().into_iter().flatten() {
+            let routes = self.json(node, &["ip", "-j", family, "route", "show", "proto", "kernel"]);
+            for route in routes.as_array().into_iter().flatten().filter(|route| route["dev"] == "weft0") {
                 let prefix = route["dst"].as_str().unwrap_or_default();
                 if !prefix.starts_with("fe80") {
                     subnets.insert(prefix.to_owned());
