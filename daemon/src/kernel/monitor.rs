@@ -29,7 +29,7 @@ pub fn watch(changed: mpsc::Sender<()>) -> io::Result<()> {
     Ok(())
 }
 
-async fn read(mut socket: TokioSocket, changed: mpsc::Sender<()>) {
+async fn read(socket: TokioSocket, changed: mpsc::Sender<()>) {
     let mut buffer = Vec::with_capacity(BUFFER);
     loop {
         buffer.clear();
