@@ -77,7 +77,8 @@ pub fn purge(kernel: &mut dyn Kernel) -> Vec<String> {
     match kernel.dump(&BTreeSet::new()) {
         Err(error) => vec![error.to_string()],
         Ok(actual) => {
-            let ops = crate::plan::diff::diff(&Desired::default(), &actual);
+            let nothing = Desired { strays: actual.veths.keys().cloned().collect(), ..Desired::default() };
+            let ops = crate::plan::diff::diff(&nothing, &actual);
             let answers = kernel.apply(&ops);
             ops.iter().zip(answers).filter_map(|(op, answer)| answer.err().map(|e| format!("{op}: {e}"))).collect()
         }

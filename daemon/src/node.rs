@@ -12,7 +12,7 @@ mod start;
 mod view;
 mod worker;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
@@ -100,6 +100,8 @@ pub struct Node {
     /// The next node key, until the leases carry it.
     endorsed: Option<NodeKey>,
     preflight: Vec<String>,
+    /// Host ends to remove; no pod is attached under their names while they are here.
+    strays: BTreeSet<String>,
 }
 
 /// The receiving ends of all shells.
@@ -387,6 +389,11 @@ impl Node {
                 for failure in &report.failed {
                     warn!(what = failure.what, err = failure.error, "kernel refused a change");
                 }
+                self.pass.due.get_or_insert(now + RETRY);
+            }
+            let unknown = std::mem::take(&mut self.strays);
+            self.strays = report.unknown_veths.iter().filter(|name| !unknown.contains(*name)).cloned().collect();
+            if !self.strays.is_empty() {
                 self.pass.due.get_or_insert(now + RETRY);
             }
             self.pass.report = Some(report);

@@ -124,6 +124,7 @@ pub fn start(config: Config) -> Result<Node, Fatal> {
         leaving: None,
         inbox,
         preflight: Vec::new(),
+        strays: std::collections::BTreeSet::new(),
         ring,
         authority: None,
         next_token: 1,

@@ -17,7 +17,8 @@ const OVERHEAD_V6: u32 = 70;
 
 /// Computes what the kernel should hold. Total, and independent of the order of peers and pods.
 pub fn desired(inputs: &Inputs) -> Desired {
-    let mut plan = Desired { hairpin: inputs.dataplane.hairpin, ..Desired::default() };
+    let mut plan =
+        Desired { hairpin: inputs.dataplane.hairpin, strays: inputs.strays.clone(), ..Desired::default() };
     if inputs.subnets.is_empty() {
         return plan;
     }

@@ -39,6 +39,9 @@ pub struct Inputs {
     pub peers: Vec<Peer>,
     /// The host ends of the pods.
     pub attachments: Vec<HostVeth>,
+    /// Host ends that an earlier pass found and no pod accounts for: they go. A pod may be attached between
+    /// the making of the inputs and the look at the kernel, so what one pass finds unknown is not a stray yet.
+    pub strays: BTreeSet<String>,
 }
 
 /// What the operator chose.
@@ -153,6 +156,8 @@ pub struct Desired {
     pub pod_mtu: u32,
     /// The host ends that should be there; they are mended, never made.
     pub veths: BTreeMap<String, u32>,
+    /// The host ends to remove.
+    pub strays: BTreeSet<String>,
     /// Whether host ends reflect to themselves.
     pub hairpin: bool,
     /// What a person should hear.
