@@ -43,7 +43,8 @@ impl<'lab> Engine<'lab> {
     fn start(lab: &'lab Lab, node: &'static str) -> Self {
         lab.sh(node, &format!("mkdir -p {HOME} && cat > {HOME}/config.toml <<'END'{CONFIG}END\n"));
         lab.sh(node, MAKE_IMAGE);
-        let daemon = lab.background(node, &["sh", "-c", "exec containerd -c /run/engine/config.toml 2>/run/engine/log"]);
+        let daemon = lab
+            .background(node, &["sh", "-c", "exec containerd -c /run/engine/config.toml 2>/run/engine/log"]);
         let engine = Self { lab, node, _daemon: daemon };
         let answers = || lab.exec(node, &["ctr", "-a", "/run/engine/socket", "version"]).status.success();
         wait_until("containerd answers", Duration::from_secs(30), answers);
@@ -52,19 +53,23 @@ impl<'lab> Engine<'lab> {
     }
 
     fn ctr(&self, words: &str) -> String {
-        let words: Vec<&str> = ["ctr", "-a", "/run/engine/socket"].into_iter().chain(words.split(' ')).collect();
+        let words: Vec<&str> =
+            ["ctr", "-a", "/run/engine/socket"].into_iter().chain(words.split(' ')).collect();
         self.lab.run(self.node, &words)
     }
 
     /// Runs a container to its end and returns what it wrote.
     fn run(&self, name: &str, words: &str) -> String {
-        self.ctr(&format!("run --rm --cni --snapshotter native --cgroup {} {IMAGE} {name} {words}", self.cgroup(name)))
+        self.ctr(&format!(
+            "run --rm --cni --snapshotter native --cgroup {} {IMAGE} {name} {words}",
+            self.cgroup(name)
+        ))
     }
 
     /// Starts a container that stays until it is removed.
-    fn start_container(&self, name: &str, words: &str) {
+    fn start_container(&self, name: &str) {
         self.ctr(&format!(
-            "run --detach --cni --snapshotter native --cgroup {} {IMAGE} {name} {words}",
+            "run --detach --cni --snapshotter native --cgroup {} {IMAGE} {name} /bin/busybox sleep 3600",
             self.cgroup(name)
         ));
     }
@@ -91,9 +96,17 @@ impl<'lab> Engine<'lab> {
         format!("/weft-{}-{}-{name}", std::process::id(), self.node)
     }
 
+    /// The process id of a container, as the node's processes see it.
+    fn process(&self, name: &str) -> String {
+        let tasks = self.ctr("tasks ls");
+        let line = tasks.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{tasks}"));
+        line.split_whitespace().nth(1).unwrap().to_owned()
+    }
+
     fn stop_container(&self, name: &str) {
         self.ctr(&format!("tasks kill --signal SIGKILL {name}"));
-        let ended = || !self.ctr("tasks ls").lines().any(|line| line.contains(name) && line.contains("RUNNING"));
+        let ended =
+            || !self.ctr("tasks ls").lines().any(|line| line.contains(name) && line.contains("RUNNING"));
         wait_until("the container ended", Duration::from_secs(30), ended);
         self.ctr(&format!("tasks rm {name}"));
         self.ctr(&format!("containers rm {name}"));
@@ -118,12 +131,15 @@ fn a_container_of_one_node_pings_a_container_of_another() {
     }
     let lab = Lab::up(LabOptions::new("containers").nodes(2).pods(0));
     let [first, second] = ["n1", "n2"].map(|node| Engine::start(&lab, node));
-    second.start_container("server", "/bin/busybox tcpsvd :: 9000 /bin/busybox env");
+    second.start_container("server");
     let targets = second.addresses("server");
     assert_eq!(targets.len(), 2, "{targets:?}: one address a family");
     let known = pods(&lab, "n2");
     assert_eq!(known.len(), 1, "{known:?}");
-    assert!(targets.iter().all(|target| known[0]["ips"].to_string().contains(target)), "{known:?} {targets:?}");
+    assert!(
+        targets.iter().all(|target| known[0]["ips"].to_string().contains(target)),
+        "{known:?} {targets:?}"
+    );
     for target in &targets {
         wait_until("the nodes know each other's pods", Duration::from_secs(30), || {
             lab.exec("n1", &["ping", "-c1", "-W1", target]).status.success()
@@ -132,12 +148,19 @@ fn a_container_of_one_node_pings_a_container_of_another() {
         assert!(said.contains("3 packets received"), "{said}");
     }
     // The server sees the caller's own address: there is no NAT between pods.
-    first.start_container("caller", "/bin/busybox sleep 3600");
+    first.start_container("caller");
     let callers = first.addresses("caller");
+    let server = second.process("server");
     for (target, caller) in targets.iter().zip(&callers) {
-        let said = first.exec("caller", &format!("/bin/busybox nc -w 5 {target} 9000"));
-        let seen = said.lines().find_map(|line| line.strip_prefix("TCPREMOTEADDR=")).unwrap_or_else(|| panic!("{said}"));
-        assert!(seen.trim_matches('[').starts_with(caller.as_str()), "{caller} is seen as {seen}");
+        let requests = "icmp[icmptype]=8 or (icmp6 and ip6[40]=128)";
+        let inside = [
+            "nsenter", "--net", "--target", &server, "timeout", "60", "tcpdump", "-n", "-l", "-c1", requests,
+        ];
+        let witness = lab.background("n2", &inside);
+        // The first of them may pass before the witness looks.
+        first.exec("caller", &format!("/bin/busybox ping -c 5 {target}"));
+        let seen = witness.finish();
+        assert!(seen.contains(&format!("{caller} > {target}")), "{caller} is seen as {seen}");
     }
     first.stop_container("caller");
     second.stop_container("server");
