@@ -108,7 +108,8 @@ impl<'lab> Engine<'lab> {
         let ended =
             || !self.ctr("tasks ls").lines().any(|line| line.contains(name) && line.contains("RUNNING"));
         wait_until("the container ended", Duration::from_secs(30), ended);
-        self.ctr(&format!("tasks rm {name}"));
+        // It exits as the container did, which was killed.
+        self.lab.exec(self.node, &["ctr", "-a", "/run/engine/socket", "tasks", "rm", name]);
         self.ctr(&format!("containers rm {name}"));
     }
 }
