@@ -136,7 +136,7 @@ fn cores_have_no_clock_no_socket_and_no_randomness_of_their_own() {
 fn the_cni_shim_is_wire_and_std_alone() {
     assert_absent(
         &["daemon/src/bin/weft-cni.rs"],
-        &["tokio", "weft_daemon", "weft_ipam", "nix::", "clap", "anyhow"],
+        &["tokio", "weft_daemon", "weft_ipam", "use nix", "clap", "anyhow"],
         "the shim is started for every pod: it uses weft-wire and std",
     );
 }
@@ -283,4 +283,17 @@ fn lab_commands_that_the_documents_name_exist() {
             assert!(known, "{}: weft-lab {verb} is not a command", document.display());
         }
     }
+}
+
+#[test]
+fn the_samples_in_deploy_are_valid() {
+    let path = root().join("deploy/weft.toml");
+    let config =
+        weft_daemon::config::Config::parse(&read(&path), &path, "worker-1").expect("the sample is valid");
+    assert_eq!(config.node.name.as_str(), "worker-1");
+    let network: serde_json::Value =
+        serde_json::from_str(&read(&root().join("deploy/cni/10-weft.conflist"))).expect("the sample is JSON");
+    assert_eq!(network["plugins"][0]["type"], "weft-cni");
+    let unit = read(&root().join("deploy/systemd/weftd.service"));
+    assert!(unit.contains("Type=notify") && unit.contains("--config /etc/weft/weft.toml"));
 }

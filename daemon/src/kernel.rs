@@ -7,11 +7,14 @@ pub mod netlink;
 pub mod nft;
 mod rtnl;
 mod sysctl;
+mod tlv;
 
 
 use std::collections::BTreeSet;
 use std::fmt;
 use std::net::IpAddr;
+
+use ipnet::IpNet;
 
 use crate::plan::model::{Actual, Desired, Op, Underlay};
 
@@ -27,7 +30,7 @@ pub trait Kernel: fmt::Debug + Send {
     fn underlay(&mut self, spec: &UnderlaySpec) -> Result<Underlay, UnderlayError>;
 
     /// Looks for what cuts pods off though weft did its part; one sentence each.
-    fn obstacles(&mut self) -> Vec<String>;
+    fn obstacles(&mut self, cluster: &[IpNet]) -> Vec<String>;
 }
 
 /// Something that the kernel refused, in words for people.
@@ -74,7 +77,8 @@ pub fn purge(kernel: &mut dyn Kernel) -> Vec<String> {
     match kernel.dump(&BTreeSet::new()) {
         Err(error) => vec![error.to_string()],
         Ok(actual) => {
-            let ops = crate::plan::diff::diff(&Desired::default(), &actual);
+            let nothing = Desired { strays: actual.veths.keys().cloned().collect(), ..Desired::default() };
+            let ops = crate::plan::diff::diff(&nothing, &actual);
             let answers = kernel.apply(&ops);
             ops.iter().zip(answers).filter_map(|(op, answer)| answer.err().map(|e| format!("{op}: {e}"))).collect()
         }

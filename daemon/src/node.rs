@@ -12,7 +12,7 @@ mod start;
 mod view;
 mod worker;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
@@ -20,7 +20,7 @@ use tokio::sync::mpsc;
 use tokio::time::sleep_until;
 use tracing::{debug, error, info, warn};
 use weft_ipam::lease::{LeaseConflict, LeaseEvent};
-use weft_wire::mesh::{Mesh, MeshEvent, Output, Owner};
+use weft_wire::mesh::{Mesh, MeshEvent, NodeKey, Output, Owner};
 use weft_wire::seal::KeyRing;
 use weft_wire::types::{PublicKey, Subnet};
 
@@ -97,7 +97,11 @@ pub struct Node {
     ring: KeyRing,
     authority: Option<BTreeMap<Subnet, Owner>>,
     next_token: u64,
+    /// The next node key, until the leases carry it.
+    endorsed: Option<NodeKey>,
     preflight: Vec<String>,
+    /// Host ends to remove; no pod is attached under their names while they are here.
+    strays: BTreeSet<String>,
 }
 
 /// The receiving ends of all shells.
@@ -236,6 +240,7 @@ impl Node {
         match event {
             LeaseEvent::Acquired(held) | LeaseEvent::Renewed(held) => {
                 debug!(subnet = %held.subnet, epoch = %held.epoch, "lease held");
+                self.use_next_key(now);
                 self.problems.lease.clear();
             }
             LeaseEvent::Lost { subnet, to } => {
@@ -384,6 +389,11 @@ impl Node {
                 for failure in &report.failed {
                     warn!(what = failure.what, err = failure.error, "kernel refused a change");
                 }
+                self.pass.due.get_or_insert(now + RETRY);
+            }
+            let unknown = std::mem::take(&mut self.strays);
+            self.strays = report.unknown_veths.iter().filter(|name| !unknown.contains(*name)).cloned().collect();
+            if !self.strays.is_empty() {
                 self.pass.due.get_or_insert(now + RETRY);
             }
             self.pass.report = Some(report);

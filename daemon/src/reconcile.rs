@@ -25,6 +25,8 @@ pub struct Report {
     pub routes: Vec<RouteStatus>,
     /// The MTU of pods in bytes.
     pub pod_mtu: u32,
+    /// Host ends that are in the kernel and not in the inputs.
+    pub unknown_veths: Vec<String>,
 }
 
 /// A change that the kernel refused.
@@ -86,7 +88,9 @@ pub fn reconcile(kernel: &mut dyn Kernel, inputs: &Inputs) -> Report {
         tracing::debug!(applied = report.applied, failed = report.failed.len(), "kernel changed");
     }
     report.routes = statuses(&plan, &refused);
-    report.warnings.extend(kernel.obstacles());
+    report.warnings.extend(kernel.obstacles(&inputs.dataplane.cluster_cidrs));
+    let unknown = actual.veths.keys().filter(|name| !plan.veths.contains_key(*name) && !plan.strays.contains(*name));
+    report.unknown_veths = unknown.cloned().collect();
     for name in plan.veths.keys().filter(|name| !actual.veths.contains_key(*name)) {
         tracing::debug!(iface = name, "host end of a pod is not there");
     }

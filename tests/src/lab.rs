@@ -19,10 +19,12 @@ mod relay;
 mod runtime;
 mod tools;
 mod underlay;
+mod witness;
 
 pub use enter::Place;
-pub use harness::{Background, Lab, LabOptions, Ping, skip, wait_until};
+pub use harness::{Background, Lab, LabOptions, Ping, executable, skip, wait_until};
 pub use home::{Handle, Presence};
 pub use keeper::keep;
 pub use matrix::{Matrix, Pair};
 pub use model::{Backend, Families, NodeView, Options, PodView, Request, State, Store};
+pub use witness::names;

@@ -25,7 +25,9 @@ impl Node {
         let peers = self.planned_peers(now);
         self.remember_peers(&peers, now);
         let unknown = || model::Underlay { device: String::new(), index: 0, mtu: 0, addresses: Vec::new() };
+        self.strays.retain(|name| !self.pods.attachments().any(|attachment| attachment.host_ifname() == *name));
         Inputs {
+            strays: self.strays.clone(),
             node: self.config.node.name.clone(),
             dataplane: self.dataplane(),
             underlay: self.underlay.clone().unwrap_or_else(|_| unknown()),

@@ -106,7 +106,15 @@ impl Pods {
     }
 
     /// Answers a call of the shim, now or when a worker is done.
-    pub fn handle_call(&mut self, request: CniRequest, answer: Answer, ready: Readiness) {
+    ///
+    /// `strays` are host ends that are being removed: their names are not to be used meanwhile.
+    pub fn handle_call(
+        &mut self,
+        request: CniRequest,
+        answer: Answer,
+        ready: Readiness,
+        strays: &BTreeSet<String>,
+    ) {
         let parsed = attach::parse(&request);
         let call = Call { request, answer };
         match parsed {
@@ -116,6 +124,7 @@ impl Pods {
                 Ok(_) => Ok(Success::Done),
                 Err(blocked) => Err(CniError::new(Code::NotAvailable, blocked)),
             }),
+            Ok(Command::Add(pod)) if strays.contains(&pod.id.host_ifname()) => call.reply(Err(in_progress(&pod.id))),
             Ok(Command::Add(pod)) => self.add(call, pod, ready),
             Ok(Command::Del(request)) => self.del(call, request),
             Ok(Command::Check(request)) => self.check(call, request, ready),

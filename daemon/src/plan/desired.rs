@@ -17,7 +17,8 @@ const OVERHEAD_V6: u32 = 70;
 
 /// Computes what the kernel should hold. Total, and independent of the order of peers and pods.
 pub fn desired(inputs: &Inputs) -> Desired {
-    let mut plan = Desired { hairpin: inputs.dataplane.hairpin, ..Desired::default() };
+    let mut plan =
+        Desired { hairpin: inputs.dataplane.hairpin, strays: inputs.strays.clone(), ..Desired::default() };
     if inputs.subnets.is_empty() {
         return plan;
     }
@@ -36,6 +37,7 @@ pub fn desired(inputs: &Inputs) -> Desired {
         masquerade: inputs.dataplane.masquerade,
         vxlan_port: inputs.dataplane.vxlan_port,
         bridge: BRIDGE.into(),
+        version: crate::kernel::nft::VERSION,
     };
     plan.state.nft = Some(table.digest());
     plan.nft = Some(table);

@@ -117,7 +117,7 @@ fn remove(desired: &Desired, actual: &Actual, left: &State, ops: &mut Vec<Op>) {
             ops.push(Op::DelAddress(dev.clone(), *address));
         }
     }
-    for name in actual.veths.keys().filter(|name| !desired.veths.contains_key(*name)) {
+    for name in actual.veths.keys().filter(|name| desired.strays.contains(*name)) {
         ops.push(Op::DelVeth(name.clone()));
     }
     for name in left.links.keys().filter(|name| !wanted.links.contains_key(*name)) {

@@ -8,6 +8,8 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use weft_wire::types::{MacAddress, NodeName, Subnet};
 
+pub use crate::kernel::nft::Table as NftTable;
+
 /// The bridge that all pods of the node join.
 pub const BRIDGE: &str = "weft0";
 /// The VXLAN device over an IPv4 underlay.
@@ -37,6 +39,9 @@ pub struct Inputs {
     pub peers: Vec<Peer>,
     /// The host ends of the pods.
     pub attachments: Vec<HostVeth>,
+    /// Host ends that an earlier pass found and no pod accounts for: they go. A pod may be attached between
+    /// the making of the inputs and the look at the kernel, so what one pass finds unknown is not a stray yet.
+    pub strays: BTreeSet<String>,
 }
 
 /// What the operator chose.
@@ -151,6 +156,8 @@ pub struct Desired {
     pub pod_mtu: u32,
     /// The host ends that should be there; they are mended, never made.
     pub veths: BTreeMap<String, u32>,
+    /// The host ends to remove.
+    pub strays: BTreeSet<String>,
     /// Whether host ends reflect to themselves.
     pub hairpin: bool,
     /// What a person should hear.
@@ -183,21 +190,6 @@ pub struct State {
     pub sysctls: BTreeMap<String, String>,
     /// The digest of the nftables table.
     pub nft: Option<String>,
-}
-
-/// What weft's one nftables table does.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NftTable {
-    /// The pod ranges of the cluster: pods see each other unmasqueraded.
-    pub cluster: Vec<IpNet>,
-    /// Other destinations that see pod addresses.
-    pub except: Vec<IpNet>,
-    /// Whether what else leaves gets the node's address.
-    pub masquerade: bool,
-    /// The port that masquerading never uses as a source.
-    pub vxlan_port: u16,
-    /// The bridge whose traffic is forwarded.
-    pub bridge: String,
 }
 
 /// A device of weft's.

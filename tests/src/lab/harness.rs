@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Output, Stdio};
+use std::sync::{Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use nix::fcntl::Flock;
 use nix::unistd::geteuid;
 use serde_json::Value;
 
-use super::enter::Place;
+use super::enter::{self, Place};
 use super::home::{Handle, KeeperId, Presence};
 use super::keeper::{LET_GO, Word};
 use super::matrix::Matrix;
@@ -126,12 +127,49 @@ fn directory_with(names: &[&str]) -> anyhow::Result<PathBuf> {
     })
 }
 
+/// Where one of weft's executables is.
+///
+/// # Panics
+/// When it was not built.
+pub fn executable(name: &str) -> PathBuf {
+    match directory_with(&[name]) {
+        Ok(directory) => directory.join(name),
+        Err(error) => panic!("{error:#}"),
+    }
+}
+
 /// A running lab. Dropping it takes the lab down, and so does the end of the process that holds it.
 #[derive(Debug)]
 pub struct Lab {
     handle: Handle,
     /// None once the lab was let go.
     keeper: Option<(Child, ChildStdin)>,
+    /// Held by a test's lab until it is down.
+    slot: Option<Slot>,
+}
+
+/// Leave to have a lab. Tests measure times, so only a few labs of a process run at once, whatever the number of cores.
+#[derive(Debug)]
+struct Slot;
+
+static TAKEN: (Mutex<usize>, Condvar) = (Mutex::new(0), Condvar::new());
+
+impl Slot {
+    const ALL: usize = 2;
+
+    fn wait() -> Self {
+        let taken = TAKEN.0.lock().expect("no thread panics with the lock");
+        let full = |taken: &mut usize| *taken >= Slot::ALL;
+        *TAKEN.1.wait_while(taken, full).expect("no thread panics with the lock") += 1;
+        Slot
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        *TAKEN.0.lock().expect("no thread panics with the lock") -= 1;
+        TAKEN.1.notify_one();
+    }
 }
 
 impl Lab {
@@ -140,9 +178,13 @@ impl Lab {
     /// # Panics
     /// When it does not come up; the message says why.
     pub fn up(options: LabOptions) -> Lab {
+        let slot = Slot::wait();
         let name = options.0.name.clone();
         match Lab::try_up(options.0, &mut |line| eprintln!("{name}: {line}")) {
-            Ok(lab) => lab,
+            Ok(mut lab) => {
+                lab.slot = Some(slot);
+                lab
+            }
             Err(error) => panic!("the lab did not come up: {error:#}"),
         }
     }
@@ -207,6 +249,8 @@ impl Lab {
             .arg(lab_program)
             .args(["--name", handle.name(), "keeper"])
             .arg(handle.dir())
+            // An ordinary user's path lacks the directories of ip, bridge and nft.
+            .env("PATH", enter::path())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(log);
@@ -218,7 +262,7 @@ impl Lab {
         let stdin = child.stdin.take().expect("standard input was asked to be a pipe");
         let stdout = child.stdout.take().expect("standard output was asked to be a pipe");
         // From here on a failure drops the lab, which ends the keeper.
-        let lab = Lab { handle: handle.clone(), keeper: Some((child, stdin)) };
+        let lab = Lab { handle: handle.clone(), keeper: Some((child, stdin)), slot: None };
         for line in BufReader::new(stdout).lines() {
             match serde_json::from_str(&line?)? {
                 Word::Progress(what) => progress(&what),

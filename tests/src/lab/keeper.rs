@@ -309,7 +309,7 @@ impl Keeper {
 
     fn wait_for_subnets(&mut self, name: &str) -> anyhow::Result<()> {
         let mut last = String::new();
-        self.wait_for(name, "waits for a subnet", |keeper| {
+        self.wait_for(name, "gets ready", |keeper| {
             let ended =
                 keeper.daemons.get_mut(name).is_none_or(|child| !matches!(child.try_wait(), Ok(None)));
             if ended {
@@ -317,10 +317,14 @@ impl Keeper {
                 bail!("the daemon of {name} ended while it started. Its last words:\n{end}");
             }
             let answer = node::status(&keeper.state, name)?;
-            let done = answer
-                .as_ref()
-                .is_ok_and(|status| status["subnets"].as_array().is_some_and(|subnets| !subnets.is_empty()));
-            last = answer.map_or_else(|said| said, |status| status["warnings"].to_string());
+            let done = answer.as_ref().is_ok_and(|status| {
+                let some = status["subnets"].as_array().is_some_and(|subnets| !subnets.is_empty());
+                some && status["ready"] != false
+            });
+            last = answer.map_or_else(
+                |said| said,
+                |status| format!("{} {}", status["blocked"].as_str().unwrap_or_default(), status["warnings"]),
+            );
             Ok(if done { None } else { Some(last.clone()) })
         })
     }

@@ -53,6 +53,7 @@ exec sleep infinity >/dev/null
 
 /// Where a node's own files are, inside the node.
 const CONFIG: &str = "/etc/weft/weft.toml";
+const KEY: &str = "/etc/weft/cluster.key";
 const CONFLIST: &str = "/etc/cni/net.d/10-weft.conflist";
 
 /// The CNI configuration of every node.
@@ -113,6 +114,8 @@ pub(crate) fn make(handle: &Handle, options: &Options, index: usize) -> anyhow::
     }
     run(&mut within(&view, &["ip", "link", "set", "eth0", "up"]))?;
     write_inside(&view, CONFIG, &config(options, &view, index)?)?;
+    // A copy for each node: a rotation rewrites it.
+    write_inside(&view, KEY, &fs::read_to_string(handle.shared().join("cluster.key"))?)?;
     write_inside(&view, CONFLIST, NETWORK)?;
     Ok((view, holder))
 }
@@ -128,7 +131,7 @@ fn within(view: &NodeView, words: &[&str]) -> Command {
 }
 
 fn write_inside(view: &NodeView, path: &str, text: &str) -> anyhow::Result<()> {
-    let output = tools::feed(&mut within(view, &["tee", path]), text)?;
+    let output = tools::feed(&mut within(view, &["sh", "-c", "umask 077; cat > \"$0\"", path]), text)?;
     anyhow::ensure!(
         output.status.success(),
         "cannot write {path} in {}: {}",
@@ -164,7 +167,7 @@ fn config(options: &Options, view: &NodeView, index: usize) -> anyhow::Result<St
     };
     let text = format!(
         "[node]\nname = \"{name}\"\n\
-         [cluster]\nid = \"{lab}\"\nkey_file = \"/run/weft-lab/shared/cluster.key\"\ncidrs = [{cidrs}]\n\
+         [cluster]\nid = \"{lab}\"\nkey_file = \"{KEY}\"\ncidrs = [{cidrs}]\n\
          [store]\n{store}\n\
          [gossip]\nseeds = [{seeds}]\n\
          [underlay]\ndevice = \"eth0\"\naddress = [{addresses}]\n",
