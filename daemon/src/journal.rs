@@ -57,6 +57,12 @@ pub enum JournalError {
         /// What is wrong with it.
         why: String,
     },
+    /// Another process has the journal open. Nothing was written.
+    #[error("the pod journal {} is in use by another process; a second weftd needs a state_dir of its own", .path.display())]
+    InUse {
+        /// The journal's file.
+        path: PathBuf,
+    },
     /// The file cannot be read or written. Nothing was written.
     #[error("the pod journal {} cannot be used; check that its directory exists and belongs to the user of weftd", .path.display())]
     Io {
@@ -113,7 +119,14 @@ impl Journal {
     pub fn open(path: &Path, boot: &str) -> Result<(Self, Recovered), JournalError> {
         let fail = |source| failure(path, source);
         let db = Connection::open(path).map_err(fail)?;
-        db.busy_timeout(Duration::from_secs(5)).map_err(fail)?;
+        // A daemon that was told to stop may still be about to.
+        db.busy_timeout(Duration::from_secs(1)).map_err(fail)?;
+        // One daemon, so the index of the log can be in memory: a restart needs no room on the disk. NORMAL
+        // syncs at checkpoints only, which keeps the file sound and an ADD fast.
+        db.execute_batch(
+            "PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;",
+        )
+        .map_err(fail)?;
         let version: i64 = db.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(fail)?;
         if version > VERSION {
             return Err(JournalError::Broken {
@@ -121,13 +134,16 @@ impl Journal {
                 why: format!("its format {version} is of a later release"),
             });
         }
-        // NORMAL syncs at checkpoints only, which keeps the file sound and an ADD fast.
-        db.execute_batch("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;").map_err(fail)?;
         if version == 0 {
             db.execute_batch(&format!("BEGIN IMMEDIATE; {SCHEMA}; PRAGMA user_version = {VERSION}; COMMIT"))
                 .map_err(fail)?;
         }
-        let stale = db.execute("DELETE FROM attachment WHERE boot <> ?1", [boot]).map_err(fail)?;
+        let stale = db
+            .query_row("SELECT count(*) FROM attachment WHERE boot <> ?1", [boot], |row| row.get::<_, i64>(0))
+            .map_err(fail)?;
+        // They are void whether the disk has room to remove them or not.
+        let _ = db.execute("DELETE FROM attachment WHERE boot <> ?1", [boot]);
+        let stale = usize::try_from(stale).unwrap_or_default();
         let journal = Self { db, path: path.into(), boot: boot.into(), unremoved: Vec::new() };
         let attachments = journal.load()?;
         Ok((journal, Recovered { attachments, stale }))
@@ -214,10 +230,10 @@ impl Journal {
             .db
             .prepare(
                 "SELECT container, ifname, network, netns, netns_dev, netns_ino, pod_namespace, pod_name, pod_uid,
-                        addresses, mac, mtu, since_unix_s FROM attachment ORDER BY container, ifname",
+                        addresses, mac, mtu, since_unix_s FROM attachment WHERE boot = ?1 ORDER BY container, ifname",
             )
             .map_err(fail)?;
-        let mut rows = statement.query([]).map_err(fail)?;
+        let mut rows = statement.query([&self.boot]).map_err(fail)?;
         let mut attachments = Vec::new();
         while let Some(row) = rows.next().map_err(fail)? {
             let attachment = read(row).map_err(fail)?.ok_or_else(|| JournalError::Broken {
@@ -262,6 +278,7 @@ fn failure(path: &Path, source: rusqlite::Error) -> JournalError {
     let path = path.into();
     match source.sqlite_error_code() {
         Some(ErrorCode::DiskFull) => JournalError::Full { path, source },
+        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => JournalError::InUse { path },
         Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => {
             JournalError::Broken { path, why: source.to_string() }
         }

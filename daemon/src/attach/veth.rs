@@ -481,7 +481,11 @@ pub(super) fn family(address: IpAddr) -> AddressFamily {
 
 /// Writes below `/proc/sys/net` of the calling thread's namespace; `{}` in `knob` stands for the interface.
 fn set_sysctl(knob: &str, ifname: &str, value: &str) -> std::io::Result<()> {
-    std::fs::write(format!("/proc/sys/net/{}", knob.replace("{}", ifname)), value)
+    use std::io::Write;
+    // Open, not create: a knob that this kernel does not have must not become a file anywhere.
+    let mut file =
+        std::fs::File::options().write(true).open(format!("/proc/sys/net/{}", knob.replace("{}", ifname)))?;
+    file.write_all(value.as_bytes())
 }
 
 /// Waits until the bridge forwards what the pod sends: the kernel opens a new port from a work queue, and

@@ -54,10 +54,22 @@ fn what_is_written_is_there_after_a_restart() {
     let mut changed = attachment("c1");
     changed.netns = "/run/netns/green".into();
     journal.insert(&changed).unwrap();
-    // As after a kill: nothing is closed.
-    std::mem::forget(journal);
-    let (_, recovered) = Journal::open(&dir.file(), "boot-1").unwrap();
+    // As after a kill: the files as they are while the journal is open.
+    let copy = Dir::new();
+    for file in std::fs::read_dir(&dir.0).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), copy.0.join(file.file_name())).unwrap();
+    }
+    let (_, recovered) = Journal::open(&copy.file(), "boot-1").unwrap();
     assert_eq!(recovered, Recovered { attachments: vec![changed], stale: 0 });
+}
+
+#[test]
+fn a_second_daemon_is_refused() {
+    let dir = Dir::new();
+    let (_journal, _) = Journal::open(&dir.file(), "boot-1").unwrap();
+    let error = Journal::open(&dir.file(), "boot-1").expect_err("in use");
+    assert!(error.to_string().contains("in use by another process"), "{error}");
 }
 
 #[test]
@@ -149,6 +161,10 @@ fn a_full_disk_refuses_the_insert_with_a_sentence_and_holds_no_removal_back() {
         let error = CniError::from(error);
         assert_eq!(error.code, Code::InputOutput);
         assert!(error.message.contains("is full; free some space"), "{error}");
+        // A daemon that starts now finds what is there.
+        drop(journal);
+        let (mut journal, recovered) = Journal::open(&path, "boot-1").expect("a restart needs no room");
+        assert_eq!(recovered.attachments, held);
         let removed = journal.remove(&held[0].id);
         assert_eq!(journal.removals_waiting(), usize::from(removed.is_err()));
         // Room again: what waited is done with the next write.
