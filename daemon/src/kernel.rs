@@ -1,1 +1,87 @@
-//! To be written.
+//! The kernel behind one seam: dump what is there, apply changes. Everything below blocks and belongs on a
+//! thread of its own; everything above is pure.
+
+pub mod linux;
+pub mod monitor;
+pub mod netlink;
+pub mod nft;
+mod rtnl;
+mod sysctl;
+
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::net::IpAddr;
+
+use crate::plan::model::{Actual, Desired, Op, Underlay};
+
+/// A kernel, real or in memory.
+pub trait Kernel: fmt::Debug + Send {
+    /// Reads everything that carries weft's mark, and the settings named.
+    fn dump(&mut self, settings: &BTreeSet<String>) -> Result<Actual, KernelError>;
+
+    /// Makes changes in order; one answer for each. A change that fails does not stop those after it.
+    fn apply(&mut self, ops: &[Op]) -> Vec<Result<(), KernelError>>;
+
+    /// Finds the device that carries the tunnels.
+    fn underlay(&mut self, spec: &UnderlaySpec) -> Result<Underlay, UnderlayError>;
+
+    /// Looks for what cuts pods off though weft did its part; one sentence each.
+    fn obstacles(&mut self) -> Vec<String>;
+}
+
+/// Something that the kernel refused, in words for people.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct KernelError(pub String);
+
+/// How to find the underlay.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct UnderlaySpec {
+    /// The device; by default the one that holds `addresses`, or that of the default route.
+    pub device: Option<String>,
+    /// The addresses, at most one a family; by default the device's first of each.
+    pub addresses: Vec<IpAddr>,
+    /// The MTU in bytes; by default the device's.
+    pub mtu: Option<u32>,
+}
+
+/// Why there is no underlay; each says what to do.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum UnderlayError {
+    /// The device is not there.
+    #[error("underlay.device {0} does not exist; set it to one of `ip link`")]
+    NoDevice(String),
+    /// No device holds the address.
+    #[error("no device has the address {0} of underlay.address; set it to one of `ip address`")]
+    NoAddress(IpAddr),
+    /// There is no default route to tell the device by.
+    #[error("there is no default route to tell the underlay by; set underlay.device or underlay.address")]
+    NoDefaultRoute,
+    /// The device has no usable address.
+    #[error("the underlay {0} has no global address; give it one, or set underlay.address")]
+    NoGlobalAddress(String),
+    /// The device is down.
+    #[error("the underlay {0} is down; bring it up with `ip link set {0} up`")]
+    Down(String),
+    /// The kernel does not answer.
+    #[error("the kernel does not answer over netlink: {0}")]
+    Kernel(String),
+}
+
+/// Removes everything that carries weft's mark; returns what could not be removed.
+pub fn purge(kernel: &mut dyn Kernel) -> Vec<String> {
+    match kernel.dump(&BTreeSet::new()) {
+        Err(error) => vec![error.to_string()],
+        Ok(actual) => {
+            let ops = crate::plan::diff::diff(&Desired::default(), &actual);
+            let answers = kernel.apply(&ops);
+            ops.iter().zip(answers).filter_map(|(op, answer)| answer.err().map(|e| format!("{op}: {e}"))).collect()
+        }
+    }
+}
+
+/// Returns the settings that a plan is about.
+pub fn settings_of(plan: &Desired) -> BTreeSet<String> {
+    plan.state.sysctls.keys().cloned().collect()
+}

@@ -17,11 +17,12 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
-use tokio::time::{sleep_until, timeout};
+use tokio::time::sleep_until;
 use tracing::{debug, error, info, warn};
 use weft_ipam::lease::{LeaseConflict, LeaseEvent};
-use weft_wire::mesh::{Mesh, MeshEvent, Output};
-use weft_wire::types::PublicKey;
+use weft_wire::mesh::{Mesh, MeshEvent, Output, Owner};
+use weft_wire::seal::KeyRing;
+use weft_wire::types::{PublicKey, Subnet};
 
 use crate::config::Config;
 use crate::gossip::{Received, Sockets};
@@ -93,6 +94,9 @@ pub struct Node {
     pings: BTreeMap<u64, calls::PendingPing>,
     leaving: Option<calls::Leaving>,
     inbox: Inbox,
+    ring: KeyRing,
+    authority: Option<BTreeMap<Subnet, Owner>>,
+    next_token: u64,
     preflight: Vec<String>,
 }
 
@@ -148,7 +152,7 @@ impl Node {
                 }
                 event => self.handle(event, Instant::now())?,
             }
-            if self.left() {
+            if self.left(Instant::now()) {
                 info!("left the cluster");
                 return Ok(());
             }
@@ -183,7 +187,7 @@ impl Node {
             Event::Kernel(worker::Done::Reconciled { underlay, report }) => {
                 self.take_pass(underlay, report, now);
             }
-            Event::Kernel(worker::Done::Purged(left)) => self.take_purged(left),
+            Event::Kernel(worker::Done::Purged(left)) => self.take_purged(&left),
             Event::KernelChanged => self.wake(now),
             Event::Pod(done) => {
                 if self.pods.handle_done(done) {
@@ -412,7 +416,3 @@ fn duplicate_name(name: &str, what: &str, key: &PublicKey) -> String {
     )
 }
 
-/// Waits for `future` at most as long as leaving may take.
-async fn bounded<T>(future: impl Future<Output = T>) -> Option<T> {
-    timeout(LEAVE, future).await.ok()
-}

@@ -1,1 +1,112 @@
-//! To be written.
+//! One pass: read the inputs and the kernel, compare, change, report. It knows no history.
+//!
+//! Invariant: a change that fails is reported and stops nothing else.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use weft_wire::types::NodeName;
+
+use crate::kernel::{Kernel, settings_of};
+use crate::plan::desired::desired;
+use crate::plan::diff::diff;
+use crate::plan::model::{Desired, Inputs, Op, Transport};
+
+/// What a pass did.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Report {
+    /// How many changes were made.
+    pub applied: usize,
+    /// The changes that the kernel refused.
+    pub failed: Vec<Failure>,
+    /// What a person should hear, one sentence each.
+    pub warnings: Vec<String>,
+    /// Every peer subnet with its way.
+    pub routes: Vec<RouteStatus>,
+    /// The MTU of pods in bytes.
+    pub pod_mtu: u32,
+}
+
+/// A change that the kernel refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// The change.
+    pub what: String,
+    /// The kernel's reason, and what to do.
+    pub error: String,
+}
+
+/// A peer subnet with its way.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RouteStatus {
+    /// The subnet.
+    pub prefix: IpNet,
+    /// Whose it is.
+    pub node: NodeName,
+    /// How it is reached.
+    pub transport: Transport,
+    /// The device; empty where there is no way.
+    pub dev: String,
+    /// The next hop.
+    pub via: Option<IpAddr>,
+    /// What a packet may have at most, in bytes.
+    pub mtu: u32,
+    /// Whether the kernel has the route.
+    pub installed: bool,
+    /// Why it is so.
+    pub reason: String,
+}
+
+/// Brings the kernel to what the inputs ask for.
+pub fn reconcile(kernel: &mut dyn Kernel, inputs: &Inputs) -> Report {
+    let plan = desired(inputs);
+    let mut report = Report { pod_mtu: plan.pod_mtu, warnings: plan.warnings.clone(), ..Report::default() };
+    let actual = match kernel.dump(&settings_of(&plan)) {
+        Ok(actual) => actual,
+        Err(error) => {
+            report.failed.push(Failure { what: "read the kernel's state".into(), error: error.to_string() });
+            return report;
+        }
+    };
+    let ops = diff(&plan, &actual);
+    let answers = kernel.apply(&ops);
+    let mut refused = Vec::new();
+    for (op, answer) in ops.iter().zip(answers) {
+        match answer {
+            Ok(()) => report.applied += 1,
+            Err(error) => {
+                if let Op::SetRoute(prefix, _) = op {
+                    refused.push((*prefix, error.to_string()));
+                }
+                report.failed.push(Failure { what: op.to_string(), error: error.to_string() });
+            }
+        }
+    }
+    if !ops.is_empty() {
+        tracing::debug!(applied = report.applied, failed = report.failed.len(), "kernel changed");
+    }
+    report.routes = statuses(&plan, &refused);
+    report.warnings.extend(kernel.obstacles());
+    for name in plan.veths.keys().filter(|name| !actual.veths.contains_key(*name)) {
+        tracing::debug!(iface = name, "host end of a pod is not there");
+    }
+    report
+}
+
+fn statuses(plan: &Desired, refused: &[(IpNet, String)]) -> Vec<RouteStatus> {
+    let statuses = plan.routes.iter().map(|planned| {
+        let refusal = refused.iter().find(|(prefix, _)| *prefix == planned.prefix);
+        let way = planned.route.as_ref();
+        RouteStatus {
+            prefix: planned.prefix,
+            node: planned.node.clone(),
+            transport: planned.transport,
+            dev: way.map(|way| way.dev.clone()).unwrap_or_default(),
+            via: way.and_then(|way| way.via),
+            mtu: way.and_then(|way| way.mtu).unwrap_or(plan.pod_mtu),
+            installed: way.is_some() && refusal.is_none(),
+            reason: refusal.map_or_else(|| planned.reason.clone(), |(_, error)| error.clone()),
+        }
+    });
+    statuses.collect()
+}

@@ -127,7 +127,7 @@ fn call(verb: &str, container: &str, ifname: &str, netns: &str, stdin: &Value) -
 }
 
 fn config() -> Value {
-    serde_json::json!({"cniVersion": "1.1.0", "name": "podnet", "type": "weft"})
+    serde_json::json!({"cniVersion": "1.1.0", "name": "podnet", "type": "weft-cni"})
 }
 
 fn request(container: &str, ifname: &str, pod: &Pod) -> PodRequest {

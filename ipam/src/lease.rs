@@ -39,6 +39,8 @@ pub struct LeaseConfig {
     pub site: SiteName,
     /// The key that signs the node's records.
     pub key: PublicKey,
+    /// Keys that the node had before: entries under them are still its own.
+    pub old_keys: Vec<PublicKey>,
     /// Where blocks come from; one lease is held for each family that has a CIDR.
     pub carver: Carver,
     /// Subnets that the operator chose for this node; a family named here leases nothing else.
@@ -61,6 +63,7 @@ impl LeaseConfig {
             node,
             site,
             key,
+            old_keys: Vec::new(),
             carver,
             fixed: Vec::new(),
             ttl,

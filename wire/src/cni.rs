@@ -23,8 +23,8 @@ pub use outcome::{CniResult, Dns, Interface, IpConfig, RouteEntry, Success};
 use std::fmt;
 use std::str::FromStr;
 
-/// Names the plugin in a network configuration (`"type": "weft"`).
-pub const PLUGIN_TYPE: &str = "weft";
+/// Names the plugin in a network configuration: the name of its executable.
+pub const PLUGIN_TYPE: &str = "weft-cni";
 
 /// The longest standard input and `CNI_ARGS` together that weft reads, in bytes.
 ///

@@ -86,6 +86,8 @@ pub struct Mesh {
     outputs: VecDeque<Output>,
     last_duplicate: Option<Instant>,
     last_wrong_key: Option<Instant>,
+    /// Since when, and how often, records of this node turned up that it does not remember.
+    own_records: (Instant, u32),
     counters: Counters,
 }
 
@@ -102,7 +104,8 @@ impl Mesh {
     ///
     /// No record with subnets is accepted before [`Mesh::set_authority`]; nothing is told about the node
     /// before [`Mesh::announce`], though it joins and listens.
-    pub fn new(config: MeshConfig, seed: [u8; 32], now: Instant) -> Self {
+    pub fn new(mut config: MeshConfig, seed: [u8; 32], now: Instant) -> Self {
+        config.timing = config.timing.bounded();
         let mut rng = ChaCha8Rng::from_seed(seed);
         // Later starts have higher sessions, so a replayed earlier session is known as such.
         let starts = config.incarnation.min(MOST >> 33);
@@ -138,6 +141,7 @@ impl Mesh {
             outputs: VecDeque::new(),
             last_duplicate: None,
             last_wrong_key: None,
+            own_records: (now, 0),
             counters: Counters::default(),
             config,
         }
@@ -454,7 +458,9 @@ impl Mesh {
             if let Some(contact) = self.table.contact_mut(reply.hash) {
                 contact.challenge = Some(challenge);
             }
-            self.reply(reply, Body::Ping(proto::Ping { token, have: MOST }), Vec::new());
+            // With the record that is known: who lost its state catches up, who is a clone learns of it.
+            let first = self.table.find(reply.hash).map(|id| self.full_update(id)).into_iter().collect();
+            self.reply(reply, Body::Ping(proto::Ping { token, have: MOST }), first);
         }
         Err(Rejected::Replayed)
     }
@@ -491,3 +497,6 @@ impl Mesh {
         Rejected::OwnName
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,7 @@
 //! Meshes of 3 to 60 nodes in virtual time: whatever the network does, they come to agree.
 #![allow(clippy::unwrap_used)]
 
+#[allow(dead_code)]
 #[path = "mesh_sim/net.rs"]
 mod net;
 

@@ -327,7 +327,7 @@ impl Leasing {
     }
 
     pub(super) fn is_own_key(&self, key: PublicKey) -> bool {
-        key == self.config.key || self.old_keys.contains(&key)
+        key == self.config.key || self.config.old_keys.contains(&key)
     }
 
     /// Asks to write a claim: over our own entry at a revision, or where there is none.

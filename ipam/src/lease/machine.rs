@@ -95,7 +95,6 @@ pub(super) enum Request {
 /// The lease state machine of one node.
 pub struct Leasing {
     pub(super) config: LeaseConfig,
-    pub(super) old_keys: Vec<PublicKey>,
     pub(super) rng: ChaCha8Rng,
     pub(super) view: View,
     pub(super) slots: [Slot; 2],
@@ -103,6 +102,8 @@ pub struct Leasing {
     pub(super) events: VecDeque<LeaseEvent>,
     pub(super) list_now: bool,
     pub(super) list_at: Instant,
+    /// When a list was last asked for.
+    pub(super) asked_at: Option<Instant>,
     pub(super) retry_at: Option<Instant>,
     pub(super) failures: u32,
     pub(super) may_renumber: bool,
@@ -149,13 +150,13 @@ impl Leasing {
         };
         Self {
             slots: Family::ALL.map(slot),
-            old_keys: Vec::new(),
             rng: ChaCha8Rng::from_seed(seed),
             view: View::default(),
             in_flight: None,
             events: VecDeque::new(),
             list_now: true,
             list_at: now,
+            asked_at: None,
             retry_at: None,
             failures: 0,
             may_renumber: persisted.is_empty(),
@@ -276,8 +277,10 @@ impl Leasing {
                 }
             }
             _ => {
-                let soonest = self.view.seen_at.map_or(now, |seen| seen + RELIST_GAP);
-                self.list_at = self.list_at.min(soonest.max(now));
+                // A sign of life: after failures, try at once. A store that flaps is not asked in a row.
+                let soonest = self.asked_at.map_or(now, |asked| asked + RELIST_GAP).max(now);
+                self.list_at = self.list_at.min(soonest);
+                self.retry_at = self.retry_at.map(|at| at.min(soonest));
             }
         }
     }
@@ -306,7 +309,8 @@ impl Leasing {
     /// Sign with the new key only then, or peers refuse the record.
     pub fn rotate_key(&mut self, key: PublicKey, now: Instant) {
         if key != self.config.key {
-            self.old_keys.push(std::mem::replace(&mut self.config.key, key));
+            let old = std::mem::replace(&mut self.config.key, key);
+            self.config.old_keys.push(old);
             self.slots.iter_mut().filter_map(|slot| slot.held.as_mut()).for_each(|held| held.renew_at = now);
         }
     }
@@ -318,7 +322,10 @@ impl Leasing {
             if let Some((request, output)) = self.next_request(now) {
                 let key = match &output {
                     Output::Put { key, .. } | Output::Delete { key, .. } => Some(*key),
-                    _ => None,
+                    _ => {
+                        self.asked_at = Some(now);
+                        None
+                    }
                 };
                 self.in_flight = Some((request, key));
                 return output;

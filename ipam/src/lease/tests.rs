@@ -428,6 +428,74 @@ fn a_change_of_the_store_wakes_a_waiting_node() {
 }
 
 #[test]
+fn a_change_ends_the_wait_after_failures() {
+    let mut world = World::new();
+    let mut a = node(&world, 1, ONE);
+    world.down = true;
+    world.pass(TTL, &mut [&mut a]);
+    world.down = false;
+    assert!(world.run(&mut a).is_empty(), "it waits out its pause");
+    world.now += Duration::from_millis(500);
+    a.handle_change(&Change::Relist, world.now);
+    assert_eq!(acquired(&world.run(&mut a)).len(), 1);
+}
+
+#[test]
+fn after_a_failed_write_the_store_is_listed_before_the_next_one() {
+    let mut world = World::new();
+    let mut a = node(&world, 1, ONE);
+    a.poll_output(world.now);
+    a.handle_snapshot(&world.map.list("s"), world.now);
+    let Output::Put { key, expect, value } = a.poll_output(world.now) else { panic!("no claim") };
+    // The write happened, and its answer was lost.
+    world.map.put_if(key, expect, value).expect("free");
+    a.handle_store_error(world.now);
+    world.now += Duration::from_secs(1);
+    assert_eq!(a.poll_output(world.now), Output::List);
+    a.handle_snapshot(&world.map.list("s"), world.now);
+    assert_eq!(acquired(&world.run(&mut a))[0].subnet, key);
+    assert_eq!(world.keys().len(), 1);
+}
+
+#[test]
+fn a_claim_is_no_lease_before_a_list_although_the_watch_has_news() {
+    let mut world = World::new();
+    let mut a = node(&world, 1, ONE);
+    a.poll_output(world.now);
+    a.handle_snapshot(&world.map.list("s"), world.now);
+    let Output::Put { key, expect, value } = a.poll_output(world.now) else { panic!("no claim") };
+    a.handle_put(key, world.map.put_if(key, expect, value.clone()), world.now);
+    let entry = Entry { value, revision: 9 };
+    a.handle_change(&Change::Put { key: subnet("10.99.0.0/24"), entry }, world.now);
+    assert_eq!(a.poll_output(world.now), Output::List);
+    assert!(a.held().is_empty());
+}
+
+#[test]
+fn a_write_that_arrives_after_it_was_given_up_is_cleared_away() {
+    let mut world = World::new();
+    let cidrs = &[("10.32.4.0/23", 24)];
+    let mut a = node(&world, 1, cidrs);
+    a.poll_output(world.now);
+    a.handle_snapshot(&world.map.list("s"), world.now);
+    let Output::Put { key, expect, value } = a.poll_output(world.now) else { panic!("no claim") };
+    a.handle_store_error(world.now);
+    // Meanwhile another node leases that block and gives it back, so `a` leases the other one.
+    let other = LeaseValue {
+        node: "n9".parse().expect("a name"),
+        ..LeaseValue::decode(key, &value).expect("a lease")
+    };
+    let revision = world.map.put_if(key, Expect::Absent, other.encode()).expect("free");
+    let events = world.pass(Duration::from_secs(60), &mut [&mut a]);
+    assert_ne!(acquired(&events)[0].subnet, key);
+    world.map.delete_if(key, revision).expect("current");
+    world.map.put_if(key, expect, value).expect("free");
+    assert_eq!(world.keys().len(), 2);
+    world.pass(Duration::from_secs(120), &mut [&mut a]);
+    assert_eq!(world.keys(), [a.held()[0].subnet.to_string()]);
+}
+
+#[test]
 fn an_old_snapshot_is_not_believed() {
     let mut world = World::new();
     let mut a = node(&world, 1, ONE);

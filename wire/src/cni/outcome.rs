@@ -31,7 +31,7 @@ pub struct CniResult {
     #[serde(default)]
     pub routes: Vec<RouteEntry>,
     /// What the runtime should write into `resolv.conf`.
-    #[serde(default, skip_serializing_if = "Dns::is_empty")]
+    #[serde(default)]
     pub dns: Dns,
 }
 
@@ -92,13 +92,6 @@ pub struct Dns {
     /// Options of the resolver.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub options: Vec<String>,
-}
-
-impl Dns {
-    /// Returns whether nothing is set.
-    pub fn is_empty(&self) -> bool {
-        *self == Self::default()
-    }
 }
 
 impl CniResult {

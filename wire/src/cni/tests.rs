@@ -16,7 +16,7 @@ fn call(verb: &str, stdin: &Value) -> CniRequest {
 }
 
 fn config(version: &str) -> Value {
-    json!({"cniVersion": version, "name": "dbnet", "type": "weft"})
+    json!({"cniVersion": version, "name": "dbnet", "type": "weft-cni"})
 }
 
 fn with(key: &str, value: Value) -> Value {
@@ -56,7 +56,7 @@ fn the_specs_example_configuration_is_an_add() {
     let request = call(
         "ADD",
         &json!({
-            "cniVersion": "1.1.0", "name": "dbnet", "type": "weft", "bridge": "cni0", "keyA": ["some more", "values"],
+            "cniVersion": "1.1.0", "name": "dbnet", "type": "weft-cni", "bridge": "cni0", "keyA": ["some more", "values"],
             "ipam": {"type": "host-local", "subnet": "10.1.0.0/16", "gateway": "10.1.0.1"},
             "dns": {"nameservers": ["10.1.0.1"]}
         }),

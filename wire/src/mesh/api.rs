@@ -51,6 +51,25 @@ pub struct Timing {
     pub suspicion_factor: u32,
 }
 
+impl Timing {
+    /// The same with no interval below 10 ms, so that time always moves on.
+    pub(super) fn bounded(mut self) -> Self {
+        let least = Duration::from_millis(10);
+        for interval in [
+            &mut self.probe_interval,
+            &mut self.probe_timeout,
+            &mut self.gossip_interval,
+            &mut self.sync_interval,
+            &mut self.sync_fast,
+            &mut self.rejoin_interval,
+            &mut self.reap,
+        ] {
+            *interval = (*interval).max(least);
+        }
+        self
+    }
+}
+
 impl Default for Timing {
     fn default() -> Self {
         Self {

@@ -42,7 +42,7 @@ pub(super) struct Contact {
     pub(super) from: SocketAddr,
     pub(super) last_seen: Instant,
     /// Which of the record's gossip addresses answered last.
-    pub(super) preferred: u8,
+    pub(super) preferred: Option<u8>,
     pub(super) rtt: Option<Duration>,
     pub(super) loss: f32,
     pub(super) challenge: Option<Challenge>,
@@ -66,7 +66,7 @@ impl Contact {
             window: Window::default(),
             from,
             last_seen: now,
-            preferred: 0,
+            preferred: None,
             rtt: None,
             loss: 0.0,
             challenge: None,

@@ -106,13 +106,20 @@ impl Mesh {
         }
     }
 
-    /// Where to send to a member: the address that answered last, else its first.
+    /// Where to send to a member: the address that answered last, else its first of a family that this
+    /// node has too, else its first.
     pub(super) fn address(&self, id: Id) -> Option<SocketAddr> {
         let member = self.table.at(id);
         let addresses = &member.signed.record().facts.gossip;
         let contact = member.contact.as_deref();
-        let place = contact.map_or(0, |contact| contact.preferred as usize);
-        addresses.get(place).or(addresses.first()).copied().or(contact.map(|contact| contact.from))
+        let answered = contact.and_then(|contact| addresses.get(usize::from(contact.preferred?)));
+        let common = || addresses.iter().find(|address| self.has_family(address));
+        answered.or_else(common).or(addresses.first()).copied().or(contact.map(|contact| contact.from))
+    }
+
+    fn has_family(&self, address: &SocketAddr) -> bool {
+        let own = self.facts.iter().flat_map(|facts| &facts.gossip);
+        own.into_iter().any(|own| own.is_ipv4() == address.is_ipv4())
     }
 
     pub(super) fn send_to_member(&mut self, id: Id, body: Body, first: Vec<proto::Update>) {

@@ -108,7 +108,7 @@ pub(super) fn name_hash(node: &str) -> u64 {
 
 /// Picks a number below `limit`, which is not 0; the bias is below 2^-32.
 pub(super) fn below(rng: &mut ChaCha8Rng, limit: usize) -> usize {
-    (u128::from(rng.next_u64()) * limit as u128 >> 64) as usize
+    ((u128::from(rng.next_u64()) * limit as u128) >> 64) as usize
 }
 
 impl Table {

@@ -20,6 +20,9 @@ const MAX_ACCUSERS: usize = 4;
 /// So much news from anti-entropy is told on at once; more is left to anti-entropy.
 const RETELL: usize = 16;
 
+/// So many unknown records of this node may turn up in ten seconds after a restart with lost state.
+const OWN_RECORDS: u32 = 3;
+
 /// An update whose values are in range and whose signature holds.
 #[derive(Debug)]
 pub(super) enum Checked {
@@ -117,9 +120,7 @@ impl Mesh {
         let relevant = if mine {
             ahead && version >= self.version
         } else {
-            !claim.left
-                && liveness == Liveness::Alive
-                && self.last_duplicate.is_none_or(|last| self.now >= last + super::REPORT_INTERVAL)
+            !claim.left && liveness == Liveness::Alive && !self.reported_duplicate()
         };
         let rumor = Checked::Rumor { hash: self.hash, liveness, incarnation, accusers: Vec::new() };
         if !relevant {
@@ -162,9 +163,17 @@ impl Mesh {
             Checked::OwnRecord { version } => {
                 // Signed in an earlier life that this one does not remember.
                 self.version = self.version.max(version);
-                self.resign();
+                if self.has_twin() {
+                    let key = self.config.key.public();
+                    self.apply(Checked::Duplicate { key, address: None }, from, sync);
+                } else {
+                    self.resign();
+                }
             }
             Checked::Duplicate { key, address } => {
+                if self.reported_duplicate() {
+                    return;
+                }
                 self.last_duplicate = Some(self.now);
                 let from = address.unwrap_or(from);
                 self.outputs.push_back(Output::Event(MeshEvent::DuplicateName { from, key }));
@@ -173,6 +182,19 @@ impl Mesh {
             Checked::Full => self.counters.refused_full += 1,
             Checked::Nothing => {}
         }
+    }
+
+    /// Whether records under this node's own key keep coming: a clone of the machine signs them, and
+    /// bumping above each other would never end.
+    fn has_twin(&mut self) -> bool {
+        let (since, count) = self.own_records;
+        let recent = self.now < since + super::REPORT_INTERVAL;
+        self.own_records = if recent { (since, count + 1) } else { (self.now, 1) };
+        recent && count >= OWN_RECORDS
+    }
+
+    fn reported_duplicate(&self) -> bool {
+        self.last_duplicate.is_some_and(|last| self.now < last + super::REPORT_INTERVAL)
     }
 
     fn merge_record(&mut self, signed: Arc<SignedRecord>, liveness: Liveness, incarnation: u64, sync: bool) {

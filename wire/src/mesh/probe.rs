@@ -95,7 +95,12 @@ impl Mesh {
             self.send_to_member(relay, Body::PingRequest(request), Vec::new());
         }
         let have = self.table.at(id).item().version;
-        for to in self.table.at(id).signed.record().facts.gossip.clone() {
+        let member = self.table.at(id);
+        let mut addresses = member.signed.record().facts.gossip.clone();
+        // A translated address is in no record.
+        addresses
+            .extend(member.contact.iter().map(|contact| contact.from).find(|from| !addresses.contains(from)));
+        for to in addresses {
             self.send(to, &name, Body::Ping(proto::Ping { token, have }), Vec::new());
         }
     }
@@ -202,15 +207,14 @@ impl Mesh {
         } else if seeds > 0 {
             let seed = self.config.seeds[below(&mut self.rng, seeds)];
             let owner = self.seed_owners.get(&seed).and_then(|hash| self.table.find_member(*hash));
-            if !owner.is_some_and(|owner| owner.gone_since.is_none()) {
+            if owner.is_none_or(|owner| owner.gone_since.is_some()) {
                 self.ping_seed(seed);
             }
         }
     }
 
     fn ping_seed(&mut self, seed: SocketAddr) {
-        let own = self.table.me.filter(|me| self.address(*me) == Some(seed));
-        if own.is_some() {
+        if self.facts.as_ref().is_some_and(|facts| facts.gossip.contains(&seed)) {
             return;
         }
         let Some(token) = self.expect_ack(None, Purpose::Seed(seed)) else { return };
@@ -334,7 +338,7 @@ impl Mesh {
         let gossip = &self.table.at(id).signed.record().facts.gossip;
         let place = gossip.iter().position(|address| *address == reply.to);
         if let Some(contact) = &mut self.table.at_mut(id).contact {
-            contact.preferred = place.map_or(contact.preferred, |place| place as u8);
+            contact.preferred = place.map(|place| place as u8).or(contact.preferred);
             if let Some(rtt) = rtt {
                 contact.on_rtt(rtt);
             }

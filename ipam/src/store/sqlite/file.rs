@@ -38,6 +38,20 @@ struct Open {
     store_id: String,
 }
 
+#[derive(Debug, thiserror::Error)]
+enum OpenError {
+    #[error(transparent)]
+    Sqlite(#[from] rusqlite::Error),
+    #[error(transparent)]
+    Path(std::io::Error),
+    #[error("read-only")]
+    ReadOnly,
+    #[error("not a store of weft")]
+    Foreign,
+    #[error("layout {0}")]
+    Layout(i32),
+}
+
 /// What the watch compares: which store, and SQLite's own counter of foreign changes.
 type Version = Option<(String, i64)>;
 
@@ -173,27 +187,57 @@ impl File {
                 })?;
             }
         }
-        let open = self.connect().map_err(|error| self.sentence(&error))?;
+        let open = self.connect(identity).map_err(|error| self.open_sentence(error))?;
         self.open = Some(open);
         self.known = true;
         Ok(())
     }
 
-    fn connect(&self) -> rusqlite::Result<Open> {
+    fn connect(&self, before: Option<(u64, u64)>) -> Result<Open, OpenError> {
         let mut flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         if !self.known {
             flags |= OpenFlags::SQLITE_OPEN_CREATE;
         }
         let mut connection = Connection::open_with_flags(&self.path, flags)?;
+        // SQLite falls back to read-only. Go no further then: it would give its side files the mode of the
+        // database, and they would stay read-only when the database no longer is.
+        if connection.is_readonly("main")? {
+            return Err(OpenError::ReadOnly);
+        }
         connection.busy_timeout(self.options.busy_timeout)?;
         // WAL: readers do not wait for writers. FULL: an answered write survives a power cut.
         connection.pragma_update(None, "journal_mode", "wal")?;
         connection.pragma_update(None, "synchronous", "full")?;
         connection.pragma_update(None, "max_page_count", self.options.max_pages)?;
         let store_id = initialise(&mut connection)?;
-        let metadata =
-            std::fs::metadata(&self.path).map_err(|_| rusqlite::Error::InvalidPath(self.path.clone()))?;
-        Ok(Open { connection, identity: identity(&metadata), store_id })
+        let metadata = std::fs::metadata(&self.path).map_err(OpenError::Path)?;
+        let identity = identity(&metadata);
+        if before.is_some_and(|before| before != identity) {
+            return Err(OpenError::Path(std::io::Error::other("it was replaced while it was opened")));
+        }
+        Ok(Open { connection, identity, store_id })
+    }
+
+    fn open_sentence(&self, error: OpenError) -> StoreError {
+        let path = self.path.display();
+        StoreError(match error {
+            OpenError::Sqlite(error) => return self.sentence(&error),
+            OpenError::Path(error) => format!("the store {path} cannot be reached: {error}"),
+            OpenError::ReadOnly => return self.read_only(),
+            OpenError::Foreign => format!(
+                "{path} is not a store of weft: name another file in [store] path, or move this one away"
+            ),
+            OpenError::Layout(layout) => format!(
+                "the store {path} has layout {layout}, and this weftd knows only {LAYOUT}: upgrade weftd"
+            ),
+        })
+    }
+
+    fn read_only(&self) -> StoreError {
+        let path = self.path.display();
+        StoreError(format!(
+            "the store {path} is read-only: make the file and its directory writable for weftd"
+        ))
     }
 
     /// Says what happened, where, and what to do.
@@ -204,9 +248,7 @@ impl File {
                 "the store {path} was locked for {:?} by another process: find it with `fuser {path}`",
                 self.options.busy_timeout
             ),
-            Some(ErrorCode::ReadOnly) => {
-                format!("the store {path} is read-only: make the file and its directory writable for weftd")
-            }
+            Some(ErrorCode::ReadOnly) => return self.read_only(),
             Some(ErrorCode::DiskFull) => {
                 format!(
                     "no room to write the store {path}: free space on its disk (its limit is {} pages)",
@@ -229,45 +271,38 @@ impl File {
             Some(ErrorCode::DatabaseCorrupt) => format!(
                 "the store {path} is damaged: move it away and restart every weftd on it; the nodes claim their subnets again"
             ),
-            _ if matches!(error, rusqlite::Error::InvalidPath(_)) => {
-                format!(
-                    "the store {path} is not as it should be: it was removed or written by another program or version; put it back, or name another file in [store] path"
-                )
-            }
             _ => format!("the store {path} failed: {error}"),
         })
     }
 }
 
 /// Returns the store's name, after making the tables if the file is new.
-fn initialise(connection: &mut Connection) -> rusqlite::Result<String> {
-    let foreign = || rusqlite::Error::InvalidPath(PathBuf::new());
-    let transaction = connection.transaction_with_behavior(TransactionBehavior::Deferred)?;
-    let pragma = |transaction: &Transaction<'_>, name: &str| -> rusqlite::Result<i32> {
-        transaction.pragma_query_value(None, name, |row| row.get(0))
+fn initialise(connection: &mut Connection) -> Result<String, OpenError> {
+    let number = |connection: &Connection, name: &str| -> rusqlite::Result<i32> {
+        connection.pragma_query_value(None, name, |row| row.get(0))
     };
-    let layout = (pragma(&transaction, "application_id")?, pragma(&transaction, "user_version")?);
-    drop(transaction);
-    match layout {
-        (APPLICATION_ID, LAYOUT) => {}
-        (0, 0) => {
-            let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-            // Another daemon may have made them since, and a file with tables is somebody else's.
-            if pragma(&transaction, "application_id")? == 0 {
-                let tables: i64 =
-                    transaction.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
-                if tables > 0 {
-                    return Err(foreign());
-                }
-                transaction.execute_batch(SCHEMA)?;
-                transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
-                transaction.pragma_update(None, "user_version", LAYOUT)?;
-                transaction.commit()?;
+    if number(connection, "application_id")? == 0 {
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        // Another daemon may have made the tables since; a file with other tables is somebody else's.
+        if number(&transaction, "application_id")? == 0 {
+            let tables: i64 =
+                transaction.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
+            if tables > 0 {
+                return Err(OpenError::Foreign);
             }
+            transaction.execute_batch(SCHEMA)?;
+            transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
+            transaction.pragma_update(None, "user_version", LAYOUT)?;
+            transaction.commit()?;
         }
-        _ => return Err(foreign()),
     }
-    connection.query_row("SELECT id FROM store", [], |row| row.get(0))
+    if number(connection, "application_id")? != APPLICATION_ID {
+        return Err(OpenError::Foreign);
+    }
+    match number(connection, "user_version")? {
+        LAYOUT => Ok(connection.query_row("SELECT id FROM store", [], |row| row.get(0))?),
+        layout => Err(OpenError::Layout(layout)),
+    }
 }
 
 fn revision(transaction: &Transaction<'_>) -> rusqlite::Result<u64> {

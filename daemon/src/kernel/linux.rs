@@ -1,0 +1,190 @@
+//! The kernel of the running thread's network namespace.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use nix::errno::Errno;
+
+use super::netlink::{Conn, Refusal};
+use super::{Kernel, KernelError, UnderlayError, UnderlaySpec, rtnl, sysctl};
+use crate::plan::model::{Actual, Op, Underlay};
+
+/// The real kernel.
+#[derive(Debug)]
+pub struct Linux {
+    conn: Conn,
+    /// Device names to indices, as of the last dump or change.
+    index: BTreeMap<String, u32>,
+}
+
+impl Linux {
+    /// Opens a socket in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// Where the kernel gives none.
+    pub fn open() -> io::Result<Self> {
+        Ok(Self { conn: Conn::open()?, index: BTreeMap::new() })
+    }
+
+    fn dump_all(&mut self, settings: &BTreeSet<String>) -> Result<Actual, Refusal> {
+        let mut actual = Actual::default();
+        let links = rtnl::links(&mut self.conn)?;
+        self.index = links.iter().map(|link| (link.name.clone(), link.index)).collect();
+        rtnl::read_links(&links, &mut actual);
+        rtnl::read_addresses(&mut self.conn, &links, &mut actual.state)?;
+        rtnl::read_neighbours(&mut self.conn, &links, &mut actual.state)?;
+        rtnl::read_routes(&mut self.conn, &links, &mut actual.state)?;
+        for name in settings {
+            if let Some(value) = sysctl::read(name) {
+                actual.state.sysctls.insert(name.clone(), value);
+            }
+        }
+        Ok(actual)
+    }
+
+    /// Makes the changes of one run of netlink operations.
+    fn apply_batch(&mut self, ops: &[Op], answers: &mut Vec<Result<(), KernelError>>) {
+        let encoded: Vec<_> = ops.iter().map(|op| rtnl::encode(op, &self.index)).collect();
+        let messages = encoded.iter().flatten().cloned().collect();
+        let mut told = self.conn.change(messages).into_iter();
+        for (op, message) in ops.iter().zip(&encoded) {
+            answers.push(match message {
+                None => Err(KernelError(format!("{op}: its device is gone"))),
+                Some(_) => match told.next() {
+                    Some(Err(refusal)) if !rtnl::tolerated(op, refusal.errno) => Err(explain(op, &refusal)),
+                    _ => Ok(()),
+                },
+            });
+        }
+    }
+}
+
+fn explain(op: &Op, refusal: &Refusal) -> KernelError {
+    KernelError(match (refusal.errno, op) {
+        (Errno::EPERM, _) => {
+            format!("{refusal}: weftd needs the capability CAP_NET_ADMIN; run it as root, or grant it")
+        }
+        (Errno::EOPNOTSUPP, Op::AddLink(name, _)) => format!(
+            "{refusal}: this kernel has no {} devices; load the module ({}), or use a kernel that has it",
+            if name.contains("vx") { "vxlan" } else { "bridge" },
+            if name.contains("vx") { "modprobe vxlan" } else { "modprobe bridge" },
+        ),
+        (Errno::EEXIST, Op::AddLink(name, _)) if name.contains("vx") => format!(
+            "{refusal}: another VXLAN device has this VNI and port; set overlay.vni or overlay.port to another value on all nodes"
+        ),
+        _ => refusal.to_string(),
+    })
+}
+
+impl Kernel for Linux {
+    fn dump(&mut self, settings: &BTreeSet<String>) -> Result<Actual, KernelError> {
+        let mut actual = self.dump_all(settings).map_err(|refusal| KernelError(refusal.to_string()))?;
+        actual.state.nft = super::nft::dump().map_err(|error| KernelError(error.to_string()))?;
+        Ok(actual)
+    }
+
+    fn apply(&mut self, ops: &[Op]) -> Vec<Result<(), KernelError>> {
+        let mut answers = Vec::with_capacity(ops.len());
+        // Runs of netlink operations go out together; a new device ends a run, for its index is not known yet.
+        let mut run = 0;
+        for (place, op) in ops.iter().enumerate() {
+            match op {
+                Op::SetSysctl(..) | Op::SetNft(_) | Op::DelNft => {
+                    self.apply_batch(&ops[run..place], &mut answers);
+                    answers.push(self.apply_other(op));
+                    run = place + 1;
+                }
+                Op::AddLink(name, _) => {
+                    self.apply_batch(&ops[run..=place], &mut answers);
+                    if let Ok(links) = rtnl::links(&mut self.conn) {
+                        let made = links.into_iter().find(|link| link.name == *name);
+                        self.index.extend(made.map(|link| (link.name, link.index)));
+                    }
+                    run = place + 1;
+                }
+                _ => {}
+            }
+        }
+        self.apply_batch(&ops[run..], &mut answers);
+        answers
+    }
+
+    fn underlay(&mut self, spec: &UnderlaySpec) -> Result<Underlay, UnderlayError> {
+        find_underlay(&mut self.conn, spec)
+    }
+
+    fn obstacles(&mut self) -> Vec<String> {
+        super::nft::foreign_drops()
+    }
+}
+
+impl Linux {
+    fn apply_other(&mut self, op: &Op) -> Result<(), KernelError> {
+        match op {
+            Op::SetSysctl(name, value) => sysctl::write(name, value)
+                .map_err(|error| KernelError(format!("{error}: /proc/sys must be writable for weftd"))),
+            Op::SetNft(table) => super::nft::apply(table).map_err(|error| KernelError(error.to_string())),
+            Op::DelNft => super::nft::remove().map_err(|error| KernelError(error.to_string())),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn find_underlay(conn: &mut Conn, spec: &UnderlaySpec) -> Result<Underlay, UnderlayError> {
+    let kernel = |refusal: Refusal| UnderlayError::Kernel(refusal.to_string());
+    let links = rtnl::links(conn).map_err(kernel)?;
+    let addresses = rtnl::addresses(conn).map_err(kernel)?;
+    let index = match (&spec.device, spec.addresses.first()) {
+        (Some(name), _) => links.iter().find(|link| link.name == *name).map(|link| link.index),
+        (None, Some(address)) => Some(
+            addresses
+                .iter()
+                .find(|(_, held)| held.addr() == *address)
+                .map(|(index, _)| *index)
+                .ok_or(UnderlayError::NoAddress(*address))?,
+        ),
+        (None, None) => {
+            Some(rtnl::default_device(conn).map_err(kernel)?.ok_or(UnderlayError::NoDefaultRoute)?)
+        }
+    };
+    let link = links
+        .iter()
+        .find(|link| Some(link.index) == index)
+        .ok_or_else(|| UnderlayError::NoDevice(spec.device.clone().unwrap_or_default()))?;
+    if !link.up {
+        return Err(UnderlayError::Down(link.name.clone()));
+    }
+    let own: Vec<IpNet> =
+        addresses.iter().filter(|(index, _)| *index == link.index).map(|(_, address)| *address).collect();
+    let chosen: Vec<IpNet> = if spec.addresses.is_empty() {
+        [true, false]
+            .into_iter()
+            .filter_map(|v4| own.iter().copied().find(|held| held.addr().is_ipv4() == v4 && is_global(held.addr())))
+            .collect()
+    } else {
+        spec.addresses
+            .iter()
+            .map(|wanted| {
+                own.iter().copied().find(|held| held.addr() == *wanted).ok_or(UnderlayError::NoAddress(*wanted))
+            })
+            .collect::<Result<_, _>>()?
+    };
+    if chosen.is_empty() {
+        return Err(UnderlayError::NoGlobalAddress(link.name.clone()));
+    }
+    Ok(Underlay {
+        device: link.name.clone(),
+        index: link.index,
+        mtu: spec.mtu.unwrap_or(link.mtu),
+        addresses: chosen,
+    })
+}
+
+fn is_global(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => !address.is_loopback() && !address.is_link_local(),
+        IpAddr::V6(address) => !address.is_loopback() && !address.is_unicast_link_local(),
+    }
+}

@@ -1,0 +1,231 @@
+//! From what the cores know to what the plan needs and what peers are told. Pure but for the logging.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::time::Instant;
+
+use tracing::{info, warn};
+use weft_ipam::lease::LeaseView;
+use weft_wire::mesh::{Authority, Capabilities, Facts, LeasedSubnet, MemberState, MemberView, Owner};
+use weft_wire::types::{MacAddress, NodeName, Subnet};
+
+use super::{Node, REMEMBER, REMEMBERED_PEER};
+use crate::config::{OverlayConfig, StoreKind, TxChecksum};
+use crate::plan::model::{self, Dataplane, HostVeth, Inputs, Peer};
+use crate::state::{RememberedLease, RememberedPeer};
+
+/// Derives the Ethernet address of a node's VXLAN device of one family.
+fn vtep(node: &NodeName, v4: bool) -> MacAddress {
+    MacAddress::derived(node, if v4 { "v4" } else { "v6" })
+}
+
+impl Node {
+    /// Puts together everything that a pass reads.
+    pub(super) fn inputs(&mut self, now: Instant) -> Inputs {
+        let peers = self.planned_peers(now);
+        self.remember_peers(&peers, now);
+        let unknown = || model::Underlay { device: String::new(), index: 0, mtu: 0, addresses: Vec::new() };
+        Inputs {
+            node: self.config.node.name.clone(),
+            dataplane: self.dataplane(),
+            underlay: self.underlay.clone().unwrap_or_else(|_| unknown()),
+            subnets: self.subnets(),
+            peers: peers.into_values().map(|remembered| remembered.peer).collect(),
+            attachments: self
+                .pods
+                .attachments()
+                .map(|attachment| HostVeth { ifname: attachment.host_ifname(), mtu: attachment.mtu })
+                .collect(),
+        }
+    }
+
+    fn dataplane(&self) -> Dataplane {
+        let OverlayConfig { vni, port, direct_routing, mtu, .. } = self.config.overlay;
+        Dataplane {
+            vni,
+            vxlan_port: port,
+            direct_routing,
+            masquerade: self.config.masquerade.enabled,
+            cluster_cidrs: self.config.cluster.carver.cidrs().iter().map(|cidr| cidr.cidr).collect(),
+            non_masquerade: self.config.masquerade.except.clone(),
+            mtu,
+            tx_checksum: match self.config.overlay.tx_checksum {
+                TxChecksum::On => true,
+                TxChecksum::Off => false,
+                TxChecksum::Auto => !self.memory.tx_checksum_off,
+            },
+            hairpin: self.config.pods.hairpin,
+        }
+    }
+
+    /// Returns the node's subnets: those whose leases it holds.
+    pub(super) fn subnets(&self) -> Vec<Subnet> {
+        self.leases.core.held().iter().map(|held| held.subnet).collect()
+    }
+
+    /// Returns the peers to have routes to: those whose records are accepted, and those that an earlier run
+    /// knew and nothing has contradicted yet.
+    fn planned_peers(&self, now: Instant) -> BTreeMap<NodeName, RememberedPeer> {
+        let mut heard = BTreeSet::new();
+        let mut peers = BTreeMap::new();
+        for member in self.mesh.members() {
+            let pending = matches!(member.verdict, weft_wire::mesh::Verdict::Pending { .. });
+            if member.state == MemberState::Left || !pending {
+                heard.insert(member.node.clone());
+            }
+            if member.state != MemberState::Left && member.verdict.is_accepted() {
+                peers.insert(member.node.clone(), planned(&member));
+            }
+        }
+        let table = self.table(now);
+        let young = now.duration_since(self.started) < REMEMBERED_PEER;
+        for (node, remembered) in &self.memory.peers {
+            let still_owned = match &self.config.store.kind {
+                StoreKind::Static(_) => young,
+                StoreKind::Sqlite(_) => remembered
+                    .peer
+                    .subnets
+                    .iter()
+                    .all(|subnet| table.get(subnet).is_some_and(|owner| owner.node == *node)),
+            };
+            if !heard.contains(node) && still_owned && !peers.contains_key(node) {
+                peers.insert(node.clone(), remembered.clone());
+            }
+        }
+        peers
+    }
+
+    fn remember_peers(&mut self, peers: &BTreeMap<NodeName, RememberedPeer>, now: Instant) {
+        if *peers != self.memory.peers {
+            self.memory.peers.clone_from(peers);
+            self.touch_memory(now);
+        }
+    }
+
+    pub(super) fn touch_memory(&mut self, now: Instant) {
+        self.memory_dirty.get_or_insert(now + REMEMBER);
+    }
+
+    /// Returns who owns which subnet: the store's view, or the last one remembered while it has not answered.
+    fn table(&self, now: Instant) -> BTreeMap<Subnet, Owner> {
+        if self.leases.core.staleness(now).is_none() {
+            return self.memory.leases.iter().map(|(subnet, lease)| (*subnet, lease.into())).collect();
+        }
+        self.lease_views(now)
+            .into_iter()
+            .filter(|view| !view.expired)
+            .map(|view| (view.subnet, Owner { node: view.node, key: view.key, epoch: view.epoch }))
+            .collect()
+    }
+
+    pub(super) fn lease_views(&self, now: Instant) -> Vec<LeaseView> {
+        self.leases.core.table(now)
+    }
+
+    /// Tells the mesh who may announce what, after the store spoke or time passed.
+    pub(super) fn take_lease_table(&mut self, now: Instant) {
+        if matches!(self.config.store.kind, StoreKind::Static(_)) {
+            return;
+        }
+        let table = self.table(now);
+        if self.authority.as_ref() == Some(&table) {
+            return;
+        }
+        self.memory.leases = table
+            .iter()
+            .map(|(subnet, owner)| {
+                let Owner { node, key, epoch } = owner.clone();
+                (*subnet, RememberedLease { node, key, epoch })
+            })
+            .collect();
+        self.touch_memory(now);
+        self.mesh.set_authority(Authority::Store(table.clone()), now);
+        self.authority = Some(table);
+        self.wake(now);
+    }
+
+    /// After the held leases changed: pods, peers and the memory follow.
+    pub(super) fn leases_changed(&mut self, now: Instant) {
+        let held = self.leases.core.held();
+        if self.memory.held != held {
+            let subnets: Vec<_> = held.iter().map(|held| held.subnet.to_string()).collect();
+            info!(subnets = subnets.join(", "), "node subnets");
+            self.memory.held = held;
+            self.touch_memory(now);
+            // A lease must be on the disk before it is announced: a restart announces what it finds there.
+            self.remember_now();
+        }
+        self.pods.set_subnets(&self.subnets());
+        self.take_lease_table(now);
+        self.announce(now);
+        self.wake(now);
+    }
+
+    /// After the set of pods changed.
+    pub(super) fn pods_changed(&mut self, now: Instant) {
+        let free = self.pods.is_empty();
+        self.leases.core.set_may_renumber(free, now);
+        self.wake(now);
+    }
+
+    /// After the underlay changed: gossip listens there, and peers hear of it.
+    pub(super) fn underlay_changed(&mut self, now: Instant) {
+        let Ok(underlay) = &self.underlay else { return };
+        let addresses: Vec<_> = underlay.addresses.iter().map(|address| address.addr()).collect();
+        self.problems.gossip =
+            self.sockets.set_addresses(&addresses).iter().map(ToString::to_string).collect();
+        for problem in &self.problems.gossip {
+            warn!("{problem}");
+        }
+        self.announce(now);
+        self.wake(now);
+    }
+
+    /// Announces what the node offers; the mesh signs it anew only if it differs.
+    pub(super) fn announce(&mut self, now: Instant) {
+        let Ok(underlay) = &self.underlay else { return };
+        let name = &self.config.node.name;
+        let addresses: Vec<_> = underlay.addresses.iter().map(|address| address.addr()).collect();
+        let has = |v4: bool| addresses.iter().any(|address| address.is_ipv4() == v4);
+        let capabilities = if self.config.overlay.direct_routing {
+            Capabilities::VXLAN | Capabilities::DIRECT
+        } else {
+            Capabilities::VXLAN
+        };
+        let facts = Facts {
+            subnets: self
+                .leases
+                .core
+                .held()
+                .iter()
+                .map(|held| LeasedSubnet { subnet: held.subnet, epoch: held.epoch })
+                .collect(),
+            gossip: addresses.iter().map(|address| SocketAddr::new(*address, self.config.gossip.port)).collect(),
+            underlay: addresses.clone(),
+            vtep_v4: has(true).then(|| vtep(name, true)),
+            vtep_v6: has(false).then(|| vtep(name, false)),
+            vni: self.config.overlay.vni,
+            vxlan_port: self.config.overlay.port,
+            mtu: u16::try_from(underlay.mtu).unwrap_or(u16::MAX),
+            capabilities,
+        };
+        self.mesh.announce(facts, now);
+    }
+}
+
+fn planned(member: &MemberView<'_>) -> RememberedPeer {
+    let facts = &member.record.facts;
+    RememberedPeer {
+        peer: Peer {
+            node: member.node.clone(),
+            subnets: facts.subnets.iter().map(|leased| leased.subnet).collect(),
+            underlay: facts.underlay.clone(),
+            vtep_v4: facts.vtep_v4,
+            vtep_v6: facts.vtep_v6,
+            vni: facts.vni,
+            vxlan_port: facts.vxlan_port,
+            mtu: u32::from(facts.mtu),
+        },
+        gossip: facts.gossip.clone(),
+    }
+}

@@ -1,0 +1,107 @@
+//! Rotation of the cluster keys and of the node's own key. Each change is on the disk before it is used.
+
+use std::path::Path;
+use std::time::Instant;
+
+use tracing::info;
+use weft_wire::api::{ClusterKeyRequest, ClusterKeys, Reply, ReplyBody};
+use weft_wire::mesh::NodeKey;
+use weft_wire::seal::{ClusterKey, KeyRing};
+
+use super::Node;
+use crate::state::{self, StateError};
+
+/// Reads the cluster keys: one of 64 hexadecimal digits a line, `#` starts a comment, the first one seals.
+pub(super) fn read_ring(path: &Path) -> Result<KeyRing, String> {
+    let text = state::read_secret(path).map_err(|error| error.to_string())?.ok_or_else(|| {
+        format!(
+            "{} does not exist: make one with `weft cluster-key generate` and copy it to every node of the cluster",
+            path.display()
+        )
+    })?;
+    let keys = text
+        .lines()
+        .enumerate()
+        .map(|(line, key)| (line + 1, key.split('#').next().unwrap_or_default().trim()))
+        .filter(|(_, key)| !key.is_empty())
+        .map(|(line, key)| {
+            key.parse::<ClusterKey>().map_err(|error| format!("{}:{line}: {error}", path.display()))
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    KeyRing::new(keys).map_err(|error| format!("{}: {error}", path.display()))
+}
+
+fn write_ring(path: &Path, ring: &KeyRing) -> Result<(), StateError> {
+    let text: String = ring.keys().map(|key| key.to_secret_text() + "\n").collect();
+    state::replace(path, text.as_bytes())
+}
+
+impl Node {
+    /// Lists, adds, uses or removes a cluster key.
+    pub(super) fn change_cluster_keys(&mut self, request: &ClusterKeyRequest, now: Instant) -> Reply {
+        match self.changed_ring(request) {
+            Err(reply) => return reply,
+            Ok(None) => {}
+            Ok(Some(ring)) => {
+                if let Err(error) = write_ring(&self.config.cluster.key_file, &ring) {
+                    return Reply::refusal(1, error.to_string());
+                }
+                info!(action = request.action, keys = ?ring.ids().collect::<Vec<_>>(), "cluster keys changed");
+                self.mesh.set_ring(ring.clone(), now);
+                self.ring = ring;
+            }
+        }
+        ReplyBody::ClusterKeys(ClusterKeys { ids: self.ring.ids().map(|id| id.to_string()).collect() }).into()
+    }
+
+    fn changed_ring(&self, request: &ClusterKeyRequest) -> Result<Option<KeyRing>, Reply> {
+        let mut keys: Vec<ClusterKey> = self.ring.keys().cloned().collect();
+        let place = keys.iter().position(|key| key.id().to_string() == request.key);
+        let unknown = || {
+            Reply::refusal(2, format!("no key {:?} in the ring; `weft cluster-key list` shows the ids", request.key))
+        };
+        match request.action.as_str() {
+            "" | "list" => return Ok(None),
+            "add" => {
+                let key: ClusterKey = request.key.parse().map_err(|error| Reply::refusal(1, format!("{error}")))?;
+                if keys.contains(&key) {
+                    return Ok(None);
+                }
+                keys.push(key);
+            }
+            "use" => keys[..=place.ok_or_else(unknown)?].rotate_right(1),
+            "remove" => match place.ok_or_else(unknown)? {
+                0 => {
+                    return Err(Reply::refusal(
+                        1,
+                        "this key seals what the node sends; `weft cluster-key use` another one first",
+                    ));
+                }
+                place => drop(keys.remove(place)),
+            },
+            other => return Err(Reply::refusal(1, format!("unknown action {other:?}: use list, add, use or remove"))),
+        }
+        KeyRing::new(keys).map(Some).map_err(|error| Reply::refusal(1, error.to_string()))
+    }
+
+    /// Replaces the node's signing key; the old one endorses it, so peers follow without a person.
+    pub(super) fn rotate_node_key(&mut self, now: Instant) -> Reply {
+        let rotate = || -> Result<NodeKey, StateError> {
+            let key = NodeKey::from_secret(state::random()?);
+            // The mesh endorses the same way; the file must have the endorsement before the key is used.
+            let endorsed = key.endorsed_by(self.mesh.key(), &self.config.cluster.id, &self.config.node.name);
+            self.dir.set_node_key(&endorsed)?;
+            Ok(endorsed)
+        };
+        match rotate() {
+            Err(error) => Reply::refusal(1, error.to_string()),
+            Ok(key) => {
+                let public = key.public();
+                self.leases.core.rotate_key(public, now);
+                self.mesh.rotate_key(key, now);
+                info!(key = %public.short(), "node key rotated");
+                Reply::done(format!("the node now signs with key {public}"))
+            }
+        }
+    }
+}

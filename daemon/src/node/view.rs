@@ -1,0 +1,407 @@
+//! What the loop knows, as the local socket tells it. Reads state, changes none, asks the kernel nothing.
+
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use weft_wire::api::{
+    Check, Doctor, Hop, Lease, Leases, Peer, PeerCounts, Peers, Pod, Pods, Reconcile, Route, Routes, Status, Store,
+    Trace, TraceRequest,
+};
+use weft_wire::mesh::{MemberState, Verdict};
+
+use super::Node;
+use crate::attach::Attachment;
+use crate::config::TxChecksum;
+
+/// How long a problem that has not shown again is still told.
+const MEMORY: Duration = Duration::from_secs(60);
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+impl Node {
+    pub(super) fn status(&self, now: Instant) -> Status {
+        let ready = self.ready();
+        let mut counts = PeerCounts::default();
+        for member in self.mesh.members() {
+            match member.state {
+                MemberState::Alive => counts.alive += 1,
+                MemberState::Suspect => counts.suspect += 1,
+                MemberState::Dead => counts.dead += 1,
+                MemberState::Left => {}
+            }
+        }
+        let report = self.pass.report.as_ref();
+        Status {
+            node: self.config.node.name.to_string(),
+            site: self.config.node.site.to_string(),
+            subnets: self.subnets().iter().map(ToString::to_string).collect(),
+            store: Some(Store {
+                kind: self.leases.kind().into(),
+                healthy: self.leases.error.is_none() && self.leases.core.staleness(now).is_some(),
+                stale_ms: self.leases.core.staleness(now).map(millis),
+                error: self.leases.error.clone().unwrap_or_default(),
+            }),
+            peers: Some(counts),
+            reconcile: Some(Reconcile {
+                last_ok: report.is_some_and(|report| report.failed.is_empty()),
+                pending: u32::from(self.pass.running || self.pass.due.is_some()),
+                failed: report
+                    .iter()
+                    .flat_map(|report| &report.failed)
+                    .map(|failure| format!("{}: {}", failure.what, failure.error))
+                    .collect(),
+                last_ok_ms: self.pass.last_ok.map(|at| millis(now.duration_since(at))),
+                passes: self.pass.passes,
+            }),
+            warnings: self.warnings(now),
+            ready: ready.is_ok(),
+            blocked: ready.err().unwrap_or_default(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            uptime_s: now.duration_since(self.started).as_secs(),
+            underlay: self
+                .underlay
+                .iter()
+                .flat_map(|underlay| &underlay.addresses)
+                .map(|address| address.addr().to_string())
+                .collect(),
+            pod_mtu: report.map_or(0, |report| report.pod_mtu),
+            tx_checksum: self.tx_checksum(),
+            key: self.mesh.key().public().to_string(),
+            pods: u32::try_from(self.pods.attachments().count()).unwrap_or(u32::MAX),
+        }
+    }
+
+    fn tx_checksum(&self) -> String {
+        match self.config.overlay.tx_checksum {
+            TxChecksum::On => "on (configured)".into(),
+            TxChecksum::Off => "off (configured)".into(),
+            TxChecksum::Auto if self.memory.tx_checksum_off => {
+                "off (a probe through the tunnel showed that this kernel breaks it)".into()
+            }
+            TxChecksum::Auto => format!("on ({})", self.probe.verdict()),
+        }
+    }
+
+    /// Everything that a person should hear of now, one sentence each.
+    fn warnings(&self, now: Instant) -> Vec<String> {
+        let mut warnings = self.preflight.clone();
+        if let Some(error) = &self.leases.error {
+            let age = self.leases.core.staleness(now).map_or_else(
+                || "it has not answered since the daemon started".to_owned(),
+                |age| format!("the view of it is {} s old", age.as_secs()),
+            );
+            warnings.push(format!("the lease store does not answer ({error}); {age}, and what runs goes on"));
+        }
+        warnings.extend(self.underlay.as_ref().err().cloned());
+        warnings.extend(self.problems.gossip.iter().cloned());
+        warnings.extend(self.problems.lease.keys().cloned());
+        warnings.extend(self.recent_route_conflicts(now));
+        warnings.extend(self.problems.memory.iter().cloned());
+        if let Some((from, at)) = self.problems.wrong_key {
+            if now.duration_since(at) < MEMORY {
+                warnings.push(format!(
+                    "{from} gossips with a cluster key that is not in this node's ring; compare `weft cluster-key list` on both"
+                ));
+            }
+        }
+        if let Some((from, key, at)) = &self.problems.duplicate_name {
+            if now.duration_since(*at) < MEMORY {
+                warnings.push(super::duplicate_name(
+                    self.config.node.name.as_str(),
+                    &format!("gossips at {from}"),
+                    key,
+                ));
+            }
+        }
+        for member in self.mesh.members() {
+            if let Verdict::Refused { why } | Verdict::Pending { why } = member.verdict {
+                if member.state != MemberState::Left {
+                    warnings.push(format!("no routes to {}: {why}", member.node));
+                }
+            }
+        }
+        warnings.extend(self.pass.report.iter().flat_map(|report| report.warnings.iter().cloned()));
+        warnings
+    }
+
+    fn recent_route_conflicts(&self, now: Instant) -> impl Iterator<Item = String> + '_ {
+        let recent = move |at: &Instant| now.duration_since(*at) < MEMORY * 10;
+        self.problems.route_conflicts.iter().filter(move |(_, at)| recent(at)).map(|(text, _)| text.clone())
+    }
+
+    pub(super) fn peers(&self, now: Instant) -> Peers {
+        let mut peers: Vec<_> = self
+            .mesh
+            .members()
+            .map(|member| {
+                let facts = &member.record.facts;
+                let transport = self.transport_to(member.node.as_str());
+                Peer {
+                    node: member.node.to_string(),
+                    site: member.site.to_string(),
+                    addresses: facts.underlay.iter().map(ToString::to_string).collect(),
+                    state: member.state.as_str().into(),
+                    transport,
+                    rtt_ms: member.rtt.map(|rtt| rtt.as_secs_f64() * 1e3),
+                    loss: f64::from(member.loss),
+                    mtu: u32::from(facts.mtu),
+                    subnets: facts.subnets.iter().map(|leased| leased.subnet.to_string()).collect(),
+                    last_seen_ms: member.last_seen.map(|at| millis(now.duration_since(at))),
+                    verdict: match member.verdict {
+                        Verdict::Accepted => "accepted".into(),
+                        Verdict::Pending { why } => format!("pending: {why}"),
+                        Verdict::Refused { why } => format!("refused: {why}"),
+                    },
+                    key: member.record.key.to_string(),
+                    version: member.record.version,
+                }
+            })
+            .collect();
+        peers.sort_by(|a, b| a.node.cmp(&b.node));
+        Peers { peers }
+    }
+
+    fn transport_to(&self, node: &str) -> String {
+        self.pass
+            .report
+            .iter()
+            .flat_map(|report| &report.routes)
+            .find(|route| route.node.as_str() == node)
+            .map(|route| route.transport.to_string())
+            .unwrap_or_default()
+    }
+
+    pub(super) fn routes(&self) -> Routes {
+        let routes = self.pass.report.iter().flat_map(|report| &report.routes);
+        Routes {
+            routes: routes
+                .map(|route| Route {
+                    prefix: route.prefix.to_string(),
+                    node: route.node.to_string(),
+                    transport: route.transport.to_string(),
+                    dev: route.dev.clone(),
+                    via: route.via.map(|via| via.to_string()).unwrap_or_default(),
+                    mtu: route.mtu,
+                    installed: route.installed,
+                    reason: route.reason.clone(),
+                })
+                .collect(),
+        }
+    }
+
+    pub(super) fn lease_list(&self, now: Instant) -> Leases {
+        let leases = self.lease_views(now).into_iter().map(|view| Lease {
+            subnet: view.subnet.to_string(),
+            node: view.node.to_string(),
+            site: view.site.to_string(),
+            epoch: view.epoch.0,
+            expires_in_s: view.expires_in.as_secs(),
+            own: view.own,
+        });
+        Leases { leases: leases.collect() }
+    }
+
+    pub(super) fn pod_list(&self) -> Pods {
+        let pods = self.pods.attachments().map(|attachment| Pod {
+            id: attachment.id.container().into(),
+            namespace: attachment.pod.namespace.clone(),
+            name: attachment.pod.name.clone(),
+            ips: attachment.addresses.iter().map(|address| address.address.addr().to_string()).collect(),
+            ifname: attachment.id.ifname().into(),
+            host_ifname: attachment.host_ifname(),
+            since: attachment.since_unix_s,
+        });
+        Pods { pods: pods.collect() }
+    }
+
+    /// Follows a packet from one pod to another, as far as this node can tell.
+    pub(super) fn trace(&self, request: &TraceRequest, now: Instant) -> Trace {
+        let mut hops = Vec::new();
+        let mut hop = |what: &str, ok: bool, detail: String| {
+            hops.push(Hop { what: what.into(), ok, detail });
+            ok
+        };
+        let ok = self.follow(request, now, &mut hop);
+        let verdict = match hops.iter().find(|hop: &&Hop| !hop.ok) {
+            Some(broken) => format!("broken at {}: {}", broken.what, broken.detail),
+            None => format!("{} reaches {} as far as this node can tell", request.source, request.destination),
+        };
+        Trace { hops, verdict, ok }
+    }
+
+    fn follow(
+        &self,
+        request: &TraceRequest,
+        now: Instant,
+        hop: &mut impl FnMut(&str, bool, String) -> bool,
+    ) -> bool {
+        let Some(source) = self.find_pod(&request.source) else {
+            return hop(
+                "source pod",
+                false,
+                format!("{} is no pod of this node; `weft pods` lists them, run the trace on its own node", request.source),
+            );
+        };
+        hop("source pod", true, format!("{} on {}", addresses(source), source.host_ifname()));
+        let ready = self.ready();
+        let detail = ready.as_ref().map_or_else(Clone::clone, |network| format!("{}, mtu {}", network.bridge, network.mtu));
+        if !hop("bridge", ready.is_ok(), detail) {
+            return false;
+        }
+        if let Some(local) = self.find_pod(&request.destination) {
+            return hop("destination pod", true, format!("{} on this node, {}", addresses(local), local.host_ifname()));
+        }
+        let Ok(address) = request.destination.parse::<IpAddr>() else {
+            return hop(
+                "destination pod",
+                false,
+                format!("{} is no pod of this node; give the address of a pod on another node", request.destination),
+            );
+        };
+        let owner = self.lease_views(now).into_iter().find(|view| view.subnet.contains(address));
+        let member = self
+            .mesh
+            .members()
+            .find(|member| member.record.facts.subnets.iter().any(|leased| leased.subnet.contains(address)));
+        if let Some(owner) = &owner {
+            hop("lease", true, format!("{} is leased by {} (epoch {})", owner.subnet, owner.node, owner.epoch));
+        } else if self.leases.kind() != "static" {
+            let known = format!("no lease covers {address}; it is no pod address, or its node's lease has expired");
+            return hop("lease", false, known);
+        }
+        let Some(member) = member else {
+            let node = owner.map_or_else(|| "no node".to_owned(), |owner| owner.node.to_string());
+            return hop("record", false, format!("{node} has announced no subnet with {address}; is weftd up there?"));
+        };
+        let (accepted, verdict) = match member.verdict {
+            Verdict::Accepted => (true, "accepted".to_owned()),
+            Verdict::Pending { why } | Verdict::Refused { why } => (false, why.clone()),
+        };
+        let record = format!("version {} of {}: {verdict}", member.record.version, member.node);
+        if !hop("record", accepted, record) {
+            return false;
+        }
+        let route = self
+            .pass
+            .report
+            .iter()
+            .flat_map(|report| &report.routes)
+            .find(|route| route.prefix.contains(&address));
+        let (installed, detail) = match route {
+            Some(route) => (
+                route.installed,
+                format!("{} by {} dev {} mtu {} {}", route.prefix, route.transport, route.dev, route.mtu, route.reason),
+            ),
+            None => (false, format!("none to {address} in the kernel")),
+        };
+        if !hop("route", installed, detail) {
+            return false;
+        }
+        let seen = member.last_seen.map_or_else(
+            || "never heard directly".to_owned(),
+            |at| format!("heard {} ms ago", now.duration_since(at).as_millis()),
+        );
+        let rtt = member.rtt.map_or_else(String::new, |rtt| format!(", round trip {:.2} ms", rtt.as_secs_f64() * 1e3));
+        let alive = matches!(member.state, MemberState::Alive | MemberState::Suspect);
+        hop("peer", alive, format!("{} is {}, {seen}{rtt}", member.node, member.state))
+    }
+
+    /// Finds a pod of this node by name, NAMESPACE/NAME, container id or address.
+    fn find_pod(&self, what: &str) -> Option<&Attachment> {
+        let address: Option<IpAddr> = what.parse().ok();
+        self.pods.attachments().find(|attachment| {
+            let pod = &attachment.pod;
+            attachment.id.container() == what
+                || (!pod.name.is_empty() && pod.name == what)
+                || what.split_once('/').is_some_and(|(namespace, name)| pod.namespace == namespace && pod.name == name)
+                || attachment.addresses.iter().any(|own| Some(own.address.addr()) == address)
+        })
+    }
+
+    /// Looks at everything that usually breaks.
+    pub(super) fn doctor(&self, now: Instant) -> Doctor {
+        let mut checks = Vec::new();
+        let mut check = |name: &str, problems: Vec<String>, fine: String, advice: &str| {
+            let ok = problems.is_empty();
+            checks.push(Check {
+                name: name.into(),
+                ok,
+                detail: if ok { fine } else { problems.join("; ") },
+                advice: if ok { String::new() } else { advice.into() },
+            });
+        };
+        let status = self.status(now);
+        check("ready", self.ready().err().into_iter().collect(), "pods can be attached".into(), "see the sentence above; the checks below narrow it down");
+        check(
+            "store",
+            self.leases.error.clone().into_iter().collect(),
+            format!("{} answers", self.leases.kind()),
+            "running pods are not affected; bring the store back before leases expire",
+        );
+        check(
+            "leases",
+            self.problems.lease.keys().cloned().collect(),
+            format!("holds {}", status.subnets.join(", ")),
+            "`weft leases` lists every lease",
+        );
+        let counts = status.peers.unwrap_or_default();
+        let lonely = counts.alive == 0 && !self.config.gossip.seeds.is_empty();
+        check(
+            "peers",
+            lonely
+                .then(|| "no peer answers".to_owned())
+                .into_iter()
+                .chain((counts.dead > 0).then(|| format!("{} peers are dead", counts.dead)))
+                .collect(),
+            format!("{} alive", counts.alive),
+            "check that UDP port gossip.listen_port is open between the nodes, and `weft peers`",
+        );
+        let mut identity: Vec<String> = Vec::new();
+        identity.extend(self.problems.wrong_key.filter(|(_, at)| now.duration_since(*at) < MEMORY).map(|(from, _)| {
+            format!("{from} gossips with a key that is not in this node's ring")
+        }));
+        identity.extend(self.problems.duplicate_name.as_ref().filter(|(_, _, at)| now.duration_since(*at) < MEMORY).map(
+            |(from, key, _)| {
+                super::duplicate_name(self.config.node.name.as_str(), &format!("gossips at {from}"), key)
+            },
+        ));
+        identity.extend(self.recent_route_conflicts(now));
+        check("identity", identity, "no other node has this name, key or subnet".into(), "every node needs its own name and the cluster's key");
+        check(
+            "kernel",
+            status.reconcile.map(|reconcile| reconcile.failed).unwrap_or_default(),
+            format!("as planned, after {} passes", self.pass.passes),
+            "the daemon tries again; the sentence is the kernel's own",
+        );
+        check(
+            "forwarding",
+            self.pass.report.iter().flat_map(|report| report.warnings.iter().cloned()).collect(),
+            "nothing seen that cuts pods off".into(),
+            "let the firewall's forward chain accept the cluster's CIDRs",
+        );
+        check("host", self.preflight.clone(), "no overlap with the cluster's CIDRs".into(), "choose cluster.cidrs that nothing else uses");
+        let own = self.underlay.as_ref().map_or(0, |underlay| underlay.mtu);
+        let smaller: Vec<_> = self
+            .mesh
+            .members()
+            .filter(|member| u32::from(member.record.facts.mtu) < own && member.state == MemberState::Alive)
+            .map(|member| format!("{} has underlay mtu {}, this node {own}", member.node, member.record.facts.mtu))
+            .collect();
+        check("mtu", smaller, format!("underlay {own}, pods {}", status.pod_mtu), "set underlay.mtu to the smallest of the cluster on every node");
+        let full: Vec<_> = self
+            .subnets()
+            .into_iter()
+            .filter(|subnet| self.pods.pool().free(*subnet) == 0)
+            .map(|subnet| format!("{subnet} has no free pod address"))
+            .collect();
+        check("pods", full, format!("{} attached", status.pods), "delete pods on this node, or give nodes larger blocks");
+        Doctor { ok: checks.iter().all(|check| check.ok), checks }
+    }
+}
+
+fn addresses(attachment: &Attachment) -> String {
+    let addresses: Vec<_> = attachment.addresses.iter().map(|address| address.address.addr().to_string()).collect();
+    addresses.join(", ")
+}

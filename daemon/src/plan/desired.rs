@@ -1,0 +1,181 @@
+//! From everything known to what the kernel should hold.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use weft_wire::types::{MacAddress, Subnet};
+
+use super::model::{
+    BRIDGE, Desired, Inputs, Link, LinkKind, NftTable, Peer, PlannedRoute, Route, Transport, VXLAN_V4, VXLAN_V6,
+    Vxlan,
+};
+
+/// Ethernet (14) + VXLAN (8, RFC 7348) + UDP (8) + IPv4 (20), in bytes.
+const OVERHEAD_V4: u32 = 50;
+/// The same with IPv6 (40), in bytes.
+const OVERHEAD_V6: u32 = 70;
+
+/// Computes what the kernel should hold. Total, and independent of the order of peers and pods.
+pub fn desired(inputs: &Inputs) -> Desired {
+    let mut plan = Desired { hairpin: inputs.dataplane.hairpin, ..Desired::default() };
+    if inputs.subnets.is_empty() {
+        return plan;
+    }
+    plan.pod_mtu = pod_mtu(inputs);
+    plan_bridge(inputs, &mut plan);
+    plan_tunnels(inputs, &mut plan);
+    for peer in sorted(&inputs.peers) {
+        for subnet in &peer.subnets {
+            plan_subnet(inputs, peer, *subnet, &mut plan);
+        }
+    }
+    plan_sysctls(inputs, &mut plan);
+    let table = NftTable {
+        cluster: inputs.dataplane.cluster_cidrs.clone(),
+        except: inputs.dataplane.non_masquerade.clone(),
+        masquerade: inputs.dataplane.masquerade,
+        vxlan_port: inputs.dataplane.vxlan_port,
+        bridge: BRIDGE.into(),
+    };
+    plan.state.nft = Some(table.digest());
+    plan.nft = Some(table);
+    plan.veths = inputs.attachments.iter().map(|veth| (veth.ifname.clone(), veth.mtu)).collect();
+    plan
+}
+
+fn sorted(peers: &[Peer]) -> Vec<&Peer> {
+    let mut peers: Vec<_> = peers.iter().collect();
+    peers.sort_by(|a, b| a.node.cmp(&b.node));
+    peers
+}
+
+/// Returns the name and the overhead of the VXLAN device of a family.
+fn device_of(v4: bool) -> (&'static str, u32) {
+    if v4 { (VXLAN_V4, OVERHEAD_V4) } else { (VXLAN_V6, OVERHEAD_V6) }
+}
+
+fn local(inputs: &Inputs, v4: bool) -> Option<IpNet> {
+    inputs.underlay.addresses.iter().copied().find(|address| address.addr().is_ipv4() == v4)
+}
+
+fn pod_mtu(inputs: &Inputs) -> u32 {
+    let overhead = device_of(local(inputs, true).is_some()).1;
+    inputs.dataplane.mtu.unwrap_or_else(|| inputs.underlay.mtu.saturating_sub(overhead))
+}
+
+fn plan_bridge(inputs: &Inputs, plan: &mut Desired) {
+    let mac = MacAddress::derived(&inputs.node, "bridge");
+    let bridge = Link { kind: LinkKind::Bridge, mtu: plan.pod_mtu, up: true, mac };
+    plan.state.links.insert(BRIDGE.into(), bridge);
+    for subnet in &inputs.subnets {
+        let gateway = IpNet::new(subnet.gateway(), subnet.net().prefix_len())
+            .expect("a subnet's prefix length fits its family");
+        plan.state.addresses.insert((BRIDGE.into(), gateway));
+    }
+}
+
+fn plan_tunnels(inputs: &Inputs, plan: &mut Desired) {
+    for v4 in [true, false] {
+        let Some(local) = local(inputs, v4) else { continue };
+        let (name, overhead) = device_of(v4);
+        let vxlan = Vxlan {
+            vni: inputs.dataplane.vni,
+            port: inputs.dataplane.vxlan_port,
+            local: local.addr(),
+            underlay: inputs.underlay.index,
+            learning: false,
+        };
+        let link = Link {
+            kind: LinkKind::Vxlan(vxlan),
+            mtu: inputs.underlay.mtu.saturating_sub(overhead),
+            up: true,
+            mac: MacAddress::derived(&inputs.node, if v4 { "v4" } else { "v6" }),
+        };
+        plan.state.links.insert(name.into(), link);
+    }
+}
+
+fn plan_subnet(inputs: &Inputs, peer: &Peer, subnet: Subnet, plan: &mut Desired) {
+    let mut route = |transport, route: Option<Route>, reason: String| {
+        if let Some(route) = &route {
+            plan.state.routes.insert(subnet.net(), route.clone());
+        }
+        plan.routes.push(PlannedRoute { prefix: subnet.net(), node: peer.node.clone(), transport, route, reason });
+    };
+    if let Some(own) = inputs.subnets.iter().find(|own| own.overlaps(subnet)) {
+        return route(Transport::Vxlan, None, format!("this node's own pods use {own}"));
+    }
+    if let Some(via) = direct_hop(inputs, peer, subnet) {
+        let dev = inputs.underlay.device.clone();
+        let mtu = (peer.mtu < plan.pod_mtu).then_some(peer.mtu);
+        let way = Route { dev, via: Some(via), source: source(inputs, subnet), mtu };
+        return route(Transport::Direct, Some(way), "on the same link".into());
+    }
+    if (peer.vni, peer.vxlan_port) != (inputs.dataplane.vni, inputs.dataplane.vxlan_port) {
+        return route(
+            Transport::Vxlan,
+            None,
+            format!(
+                "{} has overlay.vni {} and overlay.port {}, this node {} and {}; make them the same",
+                peer.node, peer.vni, peer.vxlan_port, inputs.dataplane.vni, inputs.dataplane.vxlan_port
+            ),
+        );
+    }
+    let common = [true, false].into_iter().find_map(|v4| {
+        let endpoint = peer.underlay.iter().copied().find(|address| address.is_ipv4() == v4)?;
+        let mac = if v4 { peer.vtep_v4 } else { peer.vtep_v6 }?;
+        local(inputs, v4).map(|_| (device_of(v4), endpoint, mac))
+    });
+    let Some(((dev, overhead), endpoint, mac)) = common else {
+        return route(
+            Transport::Vxlan,
+            None,
+            format!("{} and this node have no underlay family in common; give both an IPv4 or IPv6 address", peer.node),
+        );
+    };
+    let room = peer.mtu.min(inputs.underlay.mtu).saturating_sub(overhead);
+    let mtu = (room < plan.pod_mtu).then_some(room);
+    let via = subnet.network();
+    let way = Route { dev: dev.into(), via: Some(via), source: source(inputs, subnet), mtu };
+    route(Transport::Vxlan, Some(way), format!("to {endpoint}"));
+    plan.state.neighbours.insert((dev.into(), via), mac);
+    plan.state.fdb.insert((dev.into(), mac), endpoint);
+}
+
+/// Returns the peer's address to route to without a tunnel, where that is wanted and it is one hop away.
+fn direct_hop(inputs: &Inputs, peer: &Peer, subnet: Subnet) -> Option<IpAddr> {
+    if !inputs.dataplane.direct_routing {
+        return None;
+    }
+    let link = local(inputs, subnet.is_ipv4())?;
+    let hop = peer.underlay.iter().copied().find(|address| address.is_ipv4() == subnet.is_ipv4())?;
+    link.contains(&hop).then_some(hop)
+}
+
+/// Returns the address that the node's own packets to pods carry: the node's gateway, which peers route back.
+fn source(inputs: &Inputs, subnet: Subnet) -> Option<IpAddr> {
+    let mut own = inputs.subnets.iter().filter(|own| own.is_ipv4() == subnet.is_ipv4());
+    own.next().map(|own| own.gateway())
+}
+
+fn plan_sysctls(inputs: &Inputs, plan: &mut Desired) {
+    let mut set = |path: String, value: &str| plan.state.sysctls.insert(path, value.into());
+    let families = |v4| inputs.subnets.iter().any(|subnet| subnet.is_ipv4() == v4);
+    let devices = plan.state.links.keys();
+    if families(true) {
+        set("net/ipv4/ip_forward".into(), "1");
+    }
+    if families(false) {
+        set("net/ipv6/conf/all/forwarding".into(), "1");
+    }
+    for device in devices {
+        // The effective value is the larger of this and `all`: 2 makes it loose even where `all` is strict.
+        set(format!("net/ipv4/conf/{device}/rp_filter"), "2");
+        set(format!("net/ipv6/conf/{device}/accept_ra"), "0");
+        if families(false) {
+            set(format!("net/ipv6/conf/{device}/disable_ipv6"), "0");
+            // The addresses are the node's by lease: no probe may delay them.
+            set(format!("net/ipv6/conf/{device}/accept_dad"), "0");
+        }
+    }
+}

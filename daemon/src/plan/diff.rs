@@ -1,0 +1,126 @@
+//! From what should be and what is to the changes between them, in an order that breaks no traffic that works:
+//! what is new comes before what goes, and what changes is replaced in place.
+
+use std::collections::BTreeSet;
+
+use super::model::{Actual, Desired, LinkKind, Op, State, VethState};
+
+/// Computes the changes; none for a kernel that is as desired.
+pub fn diff(desired: &Desired, actual: &Actual) -> Vec<Op> {
+    let replaced = replaced_links(&desired.state, &actual.state);
+    // What hangs on a device that is replaced goes with it.
+    let left = without(&actual.state, &replaced);
+    let mut ops: Vec<Op> = replaced.iter().map(|name| Op::DelLink(name.clone())).collect();
+    add_links(&desired.state, &left, &mut ops);
+    add_settings(&desired.state, &left, &mut ops);
+    add_paths(&desired.state, &left, &mut ops);
+    mend_veths(desired, actual, &replaced, &mut ops);
+    set_nft(desired, actual, &mut ops);
+    remove(desired, actual, &left, &mut ops);
+    ops
+}
+
+fn replaced_links(desired: &State, actual: &State) -> BTreeSet<String> {
+    let differs = |name: &String, kind: &LinkKind| actual.links.get(name).is_some_and(|found| found.kind != *kind);
+    let wanted = desired.links.iter();
+    wanted.filter(|(name, link)| differs(name, &link.kind)).map(|(name, _)| name.clone()).collect()
+}
+
+fn without(state: &State, gone: &BTreeSet<String>) -> State {
+    let mut left = state.clone();
+    left.links.retain(|name, _| !gone.contains(name));
+    left.addresses.retain(|(dev, _)| !gone.contains(dev));
+    left.neighbours.retain(|(dev, _), _| !gone.contains(dev));
+    left.fdb.retain(|(dev, _), _| !gone.contains(dev));
+    left.routes.retain(|_, route| !gone.contains(&route.dev));
+    left.sysctls.retain(|path, _| !gone.iter().any(|dev| path.contains(&format!("/{dev}/"))));
+    left
+}
+
+fn add_links(desired: &State, left: &State, ops: &mut Vec<Op>) {
+    for (name, link) in &desired.links {
+        match left.links.get(name) {
+            None => ops.push(Op::AddLink(name.clone(), link.clone())),
+            Some(found) if found != link => ops.push(Op::SetLink(name.clone(), link.clone())),
+            Some(_) => {}
+        }
+    }
+}
+
+fn add_settings(desired: &State, left: &State, ops: &mut Vec<Op>) {
+    for (path, value) in &desired.sysctls {
+        if left.sysctls.get(path) != Some(value) {
+            ops.push(Op::SetSysctl(path.clone(), value.clone()));
+        }
+    }
+    for (dev, address) in desired.addresses.difference(&left.addresses) {
+        ops.push(Op::AddAddress(dev.clone(), *address));
+    }
+}
+
+fn add_paths(desired: &State, left: &State, ops: &mut Vec<Op>) {
+    for (key, endpoint) in &desired.fdb {
+        if left.fdb.get(key) != Some(endpoint) {
+            ops.push(Op::SetFdb(key.0.clone(), key.1, *endpoint));
+        }
+    }
+    for (key, mac) in &desired.neighbours {
+        if left.neighbours.get(key) != Some(mac) {
+            ops.push(Op::SetNeighbour(key.0.clone(), key.1, *mac));
+        }
+    }
+    for (prefix, route) in &desired.routes {
+        if left.routes.get(prefix) != Some(route) {
+            ops.push(Op::SetRoute(*prefix, route.clone()));
+        }
+    }
+}
+
+fn mend_veths(desired: &Desired, actual: &Actual, replaced: &BTreeSet<String>, ops: &mut Vec<Op>) {
+    let bridge_lost = replaced.contains(super::model::BRIDGE);
+    for (name, mtu) in &desired.veths {
+        let wanted = VethState { bridged: true, hairpin: desired.hairpin, up: true, mtu: *mtu };
+        if actual.veths.get(name).is_some_and(|found| *found != wanted || bridge_lost) {
+            ops.push(Op::SetVeth(name.clone(), wanted));
+        }
+    }
+}
+
+fn set_nft(desired: &Desired, actual: &Actual, ops: &mut Vec<Op>) {
+    match (&desired.nft, &actual.state.nft) {
+        (Some(table), found) if found.as_ref() != desired.state.nft.as_ref() => ops.push(Op::SetNft(table.clone())),
+        (None, Some(_)) => ops.push(Op::DelNft),
+        _ => {}
+    }
+}
+
+fn remove(desired: &Desired, actual: &Actual, left: &State, ops: &mut Vec<Op>) {
+    let wanted = &desired.state;
+    let gone = |dev: &str| !wanted.links.contains_key(dev) && left.links.contains_key(dev);
+    for (prefix, route) in &left.routes {
+        if !wanted.routes.contains_key(prefix) {
+            ops.push(Op::DelRoute(*prefix, route.clone()));
+        }
+    }
+    for (dev, address) in left.neighbours.keys() {
+        if !wanted.neighbours.contains_key(&(dev.clone(), *address)) && !gone(dev) {
+            ops.push(Op::DelNeighbour(dev.clone(), *address));
+        }
+    }
+    for ((dev, mac), endpoint) in &left.fdb {
+        if !wanted.fdb.contains_key(&(dev.clone(), *mac)) && !gone(dev) {
+            ops.push(Op::DelFdb(dev.clone(), *mac, *endpoint));
+        }
+    }
+    for (dev, address) in left.addresses.difference(&wanted.addresses) {
+        if !gone(dev) {
+            ops.push(Op::DelAddress(dev.clone(), *address));
+        }
+    }
+    for name in actual.veths.keys().filter(|name| !desired.veths.contains_key(*name)) {
+        ops.push(Op::DelVeth(name.clone()));
+    }
+    for name in left.links.keys().filter(|name| !wanted.links.contains_key(*name)) {
+        ops.push(Op::DelLink(name.clone()));
+    }
+}

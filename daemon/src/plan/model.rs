@@ -1,0 +1,325 @@
+//! What there is to say about a kernel, as far as weft cares. Plain values; no decisions.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+use weft_wire::types::{MacAddress, NodeName, Subnet};
+
+/// The bridge that all pods of the node join.
+pub const BRIDGE: &str = "weft0";
+/// The VXLAN device over an IPv4 underlay.
+pub const VXLAN_V4: &str = "weft-vx4";
+/// The VXLAN device over an IPv6 underlay.
+pub const VXLAN_V6: &str = "weft-vx6";
+/// Marks weft's routes (`rtm_protocol`, linux/rtnetlink.h; above 4 and unassigned there).
+pub const PROTOCOL: u8 = 117;
+
+/// Returns whether a device name is one that weft gives to a pod's host end: `weft` and 8 hex digits.
+pub fn is_host_veth(name: &str) -> bool {
+    name.strip_prefix("weft").is_some_and(|rest| rest.len() == 8 && rest.bytes().all(|b| b.is_ascii_hexdigit()))
+}
+
+/// Everything that a pass reads beside the kernel.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Inputs {
+    /// The node.
+    pub node: NodeName,
+    /// What the operator chose.
+    pub dataplane: Dataplane,
+    /// What carries the tunnels.
+    pub underlay: Underlay,
+    /// The node's own subnets.
+    pub subnets: Vec<Subnet>,
+    /// The peers to have routes to.
+    pub peers: Vec<Peer>,
+    /// The host ends of the pods.
+    pub attachments: Vec<HostVeth>,
+}
+
+/// What the operator chose.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Dataplane {
+    /// The VXLAN network identifier.
+    pub vni: u32,
+    /// The VXLAN UDP port.
+    pub vxlan_port: u16,
+    /// Whether peers on the same link are reached without a tunnel.
+    pub direct_routing: bool,
+    /// Whether pods leave the cluster under the node's address.
+    pub masquerade: bool,
+    /// The pod ranges of the cluster.
+    pub cluster_cidrs: Vec<IpNet>,
+    /// Destinations outside that see pod addresses all the same.
+    pub non_masquerade: Vec<IpNet>,
+    /// The MTU of pods, where the operator chose one.
+    pub mtu: Option<u32>,
+    /// Whether the VXLAN devices leave checksums to the network card.
+    pub tx_checksum: bool,
+    /// Whether a pod reaches itself through a service address.
+    pub hairpin: bool,
+}
+
+/// The device that carries the tunnels.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Underlay {
+    /// Its name.
+    pub device: String,
+    /// Its index.
+    pub index: u32,
+    /// Its MTU in bytes.
+    pub mtu: u32,
+    /// The node's addresses on it, at most one a family, with the prefix of the link.
+    pub addresses: Vec<IpNet>,
+}
+
+/// Another node, as far as the kernel is concerned.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Peer {
+    /// Its name.
+    pub node: NodeName,
+    /// Its pod subnets.
+    pub subnets: Vec<Subnet>,
+    /// Its tunnel endpoints, at most one a family.
+    pub underlay: Vec<IpAddr>,
+    /// The Ethernet address of its VXLAN device over IPv4.
+    pub vtep_v4: Option<MacAddress>,
+    /// The Ethernet address of its VXLAN device over IPv6.
+    pub vtep_v6: Option<MacAddress>,
+    /// Its VXLAN network identifier.
+    pub vni: u32,
+    /// Its VXLAN UDP port.
+    pub vxlan_port: u16,
+    /// The MTU of its underlay in bytes.
+    pub mtu: u32,
+}
+
+/// The host's end of a pod's veth pair.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostVeth {
+    /// Its name.
+    pub ifname: String,
+    /// Its MTU in bytes.
+    pub mtu: u32,
+}
+
+/// How pod traffic reaches a peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Transport {
+    /// Routed over the common link.
+    Direct,
+    /// In VXLAN.
+    Vxlan,
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Direct => "direct",
+            Self::Vxlan => "vxlan",
+        })
+    }
+}
+
+/// A route that the plan wants, with why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlannedRoute {
+    /// The destination.
+    pub prefix: IpNet,
+    /// Whose subnet it is.
+    pub node: NodeName,
+    /// How it is reached.
+    pub transport: Transport,
+    /// The route as the kernel has it; nothing where there is no way.
+    pub route: Option<Route>,
+    /// Why it is so, for people.
+    pub reason: String,
+}
+
+/// What the kernel should hold.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Desired {
+    /// The objects.
+    pub state: State,
+    /// The nftables table whose digest is in `state`.
+    pub nft: Option<NftTable>,
+    /// Every peer subnet with its way.
+    pub routes: Vec<PlannedRoute>,
+    /// The MTU of pods in bytes.
+    pub pod_mtu: u32,
+    /// The host ends that should be there; they are mended, never made.
+    pub veths: BTreeMap<String, u32>,
+    /// Whether host ends reflect to themselves.
+    pub hairpin: bool,
+    /// What a person should hear.
+    pub warnings: Vec<String>,
+}
+
+/// What the kernel holds, as far as it carries weft's mark, and the devices that matter to it.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Actual {
+    /// The objects with weft's mark.
+    pub state: State,
+    /// The host ends of pods.
+    pub veths: BTreeMap<String, VethState>,
+}
+
+/// The objects of weft's kinds.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct State {
+    /// The bridge and the VXLAN devices, by name.
+    pub links: BTreeMap<String, Link>,
+    /// The addresses on them: device and address with its prefix length.
+    pub addresses: BTreeSet<(String, IpNet)>,
+    /// The permanent neighbours on them: (device, address) to Ethernet address.
+    pub neighbours: BTreeMap<(String, IpAddr), MacAddress>,
+    /// The permanent forwarding entries of the VXLAN devices: (device, Ethernet address) to endpoint.
+    pub fdb: BTreeMap<(String, MacAddress), IpAddr>,
+    /// The routes with weft's protocol number, by destination.
+    pub routes: BTreeMap<IpNet, Route>,
+    /// Kernel settings by path below `/proc/sys`.
+    pub sysctls: BTreeMap<String, String>,
+    /// The digest of the nftables table.
+    pub nft: Option<String>,
+}
+
+/// What weft's one nftables table does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NftTable {
+    /// The pod ranges of the cluster: pods see each other unmasqueraded.
+    pub cluster: Vec<IpNet>,
+    /// Other destinations that see pod addresses.
+    pub except: Vec<IpNet>,
+    /// Whether what else leaves gets the node's address.
+    pub masquerade: bool,
+    /// The port that masquerading never uses as a source.
+    pub vxlan_port: u16,
+    /// The bridge whose traffic is forwarded.
+    pub bridge: String,
+}
+
+/// A device of weft's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Link {
+    /// What it is.
+    pub kind: LinkKind,
+    /// Its MTU in bytes.
+    pub mtu: u32,
+    /// Whether it is up.
+    pub up: bool,
+    /// Its Ethernet address.
+    pub mac: MacAddress,
+}
+
+/// The kinds of device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LinkKind {
+    /// The pods' bridge.
+    Bridge,
+    /// A VXLAN device; none of these can be changed once it exists.
+    Vxlan(Vxlan),
+    /// Something else with weft's name: it is replaced.
+    Other(String),
+}
+
+/// The attributes of a VXLAN device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Vxlan {
+    /// The network identifier.
+    pub vni: u32,
+    /// The UDP port.
+    pub port: u16,
+    /// The source of the tunnels.
+    pub local: IpAddr,
+    /// The index of the underlay device.
+    pub underlay: u32,
+    /// Whether it learns addresses from traffic; weft's do not.
+    pub learning: bool,
+}
+
+/// A route in the main table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Route {
+    /// The device.
+    pub dev: String,
+    /// The next hop; taken as on the link.
+    pub via: Option<IpAddr>,
+    /// The source address of the node's own packets.
+    pub source: Option<IpAddr>,
+    /// The MTU in bytes, where the route has its own.
+    pub mtu: Option<u32>,
+}
+
+/// The host's end of a pod's pair, as the kernel has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VethState {
+    /// Whether it is a port of the bridge.
+    pub bridged: bool,
+    /// Whether its port reflects.
+    pub hairpin: bool,
+    /// Whether it is up.
+    pub up: bool,
+    /// Its MTU in bytes.
+    pub mtu: u32,
+}
+
+/// One change to the kernel. Each is idempotent or names an object that was just seen.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Op {
+    /// Make a device.
+    AddLink(String, Link),
+    /// Change MTU, address or state of a device in place.
+    SetLink(String, Link),
+    /// Remove a device.
+    DelLink(String),
+    /// Add an address.
+    AddAddress(String, IpNet),
+    /// Remove an address.
+    DelAddress(String, IpNet),
+    /// Add or replace a neighbour.
+    SetNeighbour(String, IpAddr, MacAddress),
+    /// Remove a neighbour.
+    DelNeighbour(String, IpAddr),
+    /// Add or replace a forwarding entry.
+    SetFdb(String, MacAddress, IpAddr),
+    /// Remove a forwarding entry.
+    DelFdb(String, MacAddress, IpAddr),
+    /// Add or replace a route.
+    SetRoute(IpNet, Route),
+    /// Remove a route.
+    DelRoute(IpNet, Route),
+    /// Write a kernel setting.
+    SetSysctl(String, String),
+    /// Make or replace the nftables table, whole.
+    SetNft(NftTable),
+    /// Remove the nftables table.
+    DelNft,
+    /// Mend the host end of a pod: bridge, hairpin, state, MTU.
+    SetVeth(String, VethState),
+    /// Remove the host end of a pod that is gone.
+    DelVeth(String),
+}
+
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::AddLink(name, _) => write!(f, "add device {name}"),
+            Self::SetLink(name, _) => write!(f, "set device {name}"),
+            Self::DelLink(name) | Self::DelVeth(name) => write!(f, "remove device {name}"),
+            Self::AddAddress(dev, address) => write!(f, "add address {address} dev {dev}"),
+            Self::DelAddress(dev, address) => write!(f, "remove address {address} dev {dev}"),
+            Self::SetNeighbour(dev, address, mac) => write!(f, "set neighbour {address} lladdr {mac} dev {dev}"),
+            Self::DelNeighbour(dev, address) => write!(f, "remove neighbour {address} dev {dev}"),
+            Self::SetFdb(dev, mac, to) => write!(f, "set fdb {mac} dst {to} dev {dev}"),
+            Self::DelFdb(dev, mac, _) => write!(f, "remove fdb {mac} dev {dev}"),
+            Self::SetRoute(prefix, route) => write!(f, "set route {prefix} dev {}", route.dev),
+            Self::DelRoute(prefix, _) => write!(f, "remove route {prefix}"),
+            Self::SetSysctl(path, value) => write!(f, "set sysctl {path} = {value}"),
+            Self::SetNft(_) => write!(f, "set nftables table inet weft"),
+            Self::DelNft => write!(f, "remove nftables table inet weft"),
+            Self::SetVeth(name, _) => write!(f, "set pod device {name}"),
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! One contract for every store, and what only the SQLite file can suffer.
+//!
+//! A new store joins by one line in `every_store`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::runtime::{Builder, Runtime};
+use weft_ipam::store::{
+    Change, Entry, Expect, Key, MemoryStore, PutError, SqliteStore, StaticStore, Store, StoreError, Watch,
+};
+
+#[path = "contract/leases.rs"]
+mod leases;
+#[path = "contract/sqlite.rs"]
+mod sqlite;
+#[path = "contract/support.rs"]
+mod support;
+
+use support::Directory;
+
+fn key(number: u8) -> Key {
+    format!("10.32.{number}.0/24").parse().expect("a subnet")
+}
+
+fn runtime() -> Runtime {
+    Builder::new_current_thread().enable_time().build().expect("a runtime")
+}
+
+/// Runs one law against each store, on the kind of loop that the daemon has.
+fn every_store(law: impl AsyncFn(Arc<dyn Store>)) {
+    let directory = Directory::new();
+    let stores: [Arc<dyn Store>; 3] = [
+        Arc::new(MemoryStore::new()),
+        Arc::new(SqliteStore::open(directory.join("store.db"))),
+        Arc::new(StaticStore::new((0..=255).map(key).collect())),
+    ];
+    for store in stores {
+        eprintln!("store: {}", store.kind());
+        runtime().block_on(law(store));
+    }
+}
+
+async fn changed(watch: &mut Watch) -> Option<Change> {
+    tokio::time::timeout(Duration::from_secs(30), watch.changed()).await.expect("a change within 30 s")
+}
+
+#[test]
+fn an_empty_store_lists_nothing_and_keeps_its_name() {
+    every_store(async |store| {
+        let first = store.list().await.expect("up");
+        assert!(first.entries.is_empty() && first.revision == 0 && !first.store_id.is_empty());
+        assert_eq!(store.list().await.expect("up"), first);
+    });
+}
+
+#[test]
+fn a_write_happens_only_if_the_key_is_as_expected() {
+    every_store(async |store| {
+        let first = store.put_if(key(1), Expect::Absent, b"a".to_vec()).await.expect("absent");
+        let entry = Entry { value: b"a".to_vec(), revision: first };
+        let conflict = || Err(PutError::Conflict(Some(entry.clone())));
+        assert_eq!(store.put_if(key(1), Expect::Absent, b"b".to_vec()).await, conflict());
+        assert_eq!(store.put_if(key(1), Expect::Revision(first + 1), b"b".to_vec()).await, conflict());
+        assert_eq!(store.delete_if(key(1), first + 1).await, conflict());
+        let none = Err(PutError::Conflict(None));
+        assert_eq!(store.put_if(key(2), Expect::Revision(first), b"b".to_vec()).await, none);
+        assert_eq!(store.delete_if(key(2), first).await, none);
+        let snapshot = store.list().await.expect("up");
+        assert_eq!(snapshot.revision, first);
+        assert_eq!(snapshot.entries.into_iter().collect::<Vec<_>>(), [(key(1), entry)]);
+    });
+}
+
+#[test]
+fn revisions_only_grow_also_by_deletions() {
+    every_store(async |store| {
+        let mut last = 0;
+        for round in 0..5_u8 {
+            let put = store.put_if(key(round), Expect::Absent, vec![round]).await.expect("absent");
+            let over = store.put_if(key(round), Expect::Revision(put), vec![]).await.expect("current");
+            let deleted = store.delete_if(key(round), over).await.expect("current");
+            assert!(last < put && put < over && over < deleted, "{last} {put} {over} {deleted}");
+            last = deleted;
+            assert_eq!(store.list().await.expect("up").revision, last);
+        }
+    });
+}
+
+#[test]
+fn calls_are_answered_in_the_order_made_and_need_no_polling_to_happen() {
+    every_store(async |store| {
+        let first = store.put_if(key(1), Expect::Absent, b"1".to_vec());
+        drop(store.put_if(key(2), Expect::Absent, b"2".to_vec()));
+        let listed = store.list();
+        let (listed, first) = (listed.await.expect("up"), first.await.expect("absent"));
+        assert_eq!(listed.entries[&key(1)].revision, first);
+        assert_eq!(listed.entries.len(), 2, "dropping an answer does not undo the call");
+    });
+}
+
+#[test]
+fn any_bytes_come_back_as_written() {
+    every_store(async |store| {
+        let values = [vec![], vec![0, 255, 0], "ü\"'; --".as_bytes().to_vec(), vec![b'x'; 100_000]];
+        for (number, value) in (0..).zip(&values) {
+            store.put_if(key(number), Expect::Absent, value.clone()).await.expect("absent");
+        }
+        let snapshot = store.list().await.expect("up");
+        assert!(snapshot.entries.values().map(|entry| &entry.value).eq(&values));
+    });
+}
+
+#[test]
+fn every_watcher_wakes_for_a_write_and_a_deletion() {
+    every_store(async |store| {
+        let (mut one, mut two) = (store.watch(), store.watch());
+        let revision = store.put_if(key(1), Expect::Absent, b"a".to_vec()).await.expect("absent");
+        assert_eq!(changed(&mut one).await, Some(Change::Relist));
+        assert_eq!(changed(&mut two).await, Some(Change::Relist));
+        drop(two);
+        store.delete_if(key(1), revision).await.expect("current");
+        assert_eq!(changed(&mut one).await, Some(Change::Relist));
+    });
+}
+
+#[test]
+fn of_many_racing_writers_one_wins_each_round() {
+    every_store(async |store| {
+        for round in 0..20 {
+            let racers: Vec<_> =
+                (0..8).map(|racer| store.put_if(key(round), Expect::Absent, vec![racer])).collect();
+            let mut won = 0;
+            for racer in racers {
+                won += u32::from(racer.await.is_ok());
+            }
+            assert_eq!(won, 1);
+        }
+    });
+}
+
+#[test]
+fn a_static_store_takes_only_the_subnets_that_the_operator_named() {
+    let store = StaticStore::new(vec![key(1)]);
+    let error = runtime().block_on(store.put_if(key(2), Expect::Absent, vec![])).expect_err("not named");
+    assert_eq!(
+        error.to_string(),
+        "10.32.2.0/24 is not among this node's static subnets: name it in [store] subnets, or use another store type"
+    );
+}
+
+#[test]
+fn faults_of_the_memory_store_lose_the_call_or_only_its_answer() {
+    use weft_ipam::store::memory::Fault;
+    let store = MemoryStore::new();
+    runtime().block_on(async {
+        store.fault_next(Fault::Refuse, 1);
+        assert!(matches!(store.put_if(key(1), Expect::Absent, vec![]).await, Err(PutError::Store(_))));
+        assert!(store.list().await.expect("up again").entries.is_empty());
+        store.fault_next(Fault::LoseAnswer, 1);
+        assert!(matches!(store.put_if(key(1), Expect::Absent, vec![]).await, Err(PutError::Store(_))));
+        assert_eq!(store.list().await.expect("up again").entries.len(), 1);
+        store.set_fault(Some(Fault::Refuse));
+        assert!(store.list().await.is_err() && store.list().await.is_err());
+        store.set_fault(None);
+        let before = store.list().await.expect("up again");
+        store.wipe();
+        let after = store.list().await.expect("up");
+        assert!(after.entries.is_empty() && after.store_id != before.store_id);
+    });
+}
+
+fn sentence(result: Result<impl std::fmt::Debug, StoreError>) -> String {
+    result.expect_err("the store is broken").to_string()
+}
