@@ -7,11 +7,14 @@ pub mod netlink;
 pub mod nft;
 mod rtnl;
 mod sysctl;
+mod tlv;
 
 
 use std::collections::BTreeSet;
 use std::fmt;
 use std::net::IpAddr;
+
+use ipnet::IpNet;
 
 use crate::plan::model::{Actual, Desired, Op, Underlay};
 
@@ -27,7 +30,7 @@ pub trait Kernel: fmt::Debug + Send {
     fn underlay(&mut self, spec: &UnderlaySpec) -> Result<Underlay, UnderlayError>;
 
     /// Looks for what cuts pods off though weft did its part; one sentence each.
-    fn obstacles(&mut self) -> Vec<String>;
+    fn obstacles(&mut self, cluster: &[IpNet]) -> Vec<String>;
 }
 
 /// Something that the kernel refused, in words for people.

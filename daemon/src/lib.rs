@@ -4,9 +4,12 @@
 pub mod attach;
 pub mod cli;
 pub mod config;
+pub mod gossip;
 pub mod journal;
 pub mod kernel;
-pub mod metrics;
+pub mod leases;
+pub mod node;
 pub mod plan;
 pub mod reconcile;
 pub mod server;
+pub mod state;

@@ -20,7 +20,7 @@ use tokio::sync::mpsc;
 use tokio::time::sleep_until;
 use tracing::{debug, error, info, warn};
 use weft_ipam::lease::{LeaseConflict, LeaseEvent};
-use weft_wire::mesh::{Mesh, MeshEvent, Output, Owner};
+use weft_wire::mesh::{Mesh, MeshEvent, NodeKey, Output, Owner};
 use weft_wire::seal::KeyRing;
 use weft_wire::types::{PublicKey, Subnet};
 
@@ -97,6 +97,8 @@ pub struct Node {
     ring: KeyRing,
     authority: Option<BTreeMap<Subnet, Owner>>,
     next_token: u64,
+    /// The next node key, until the leases carry it.
+    endorsed: Option<NodeKey>,
     preflight: Vec<String>,
 }
 
@@ -236,6 +238,7 @@ impl Node {
         match event {
             LeaseEvent::Acquired(held) | LeaseEvent::Renewed(held) => {
                 debug!(subnet = %held.subnet, epoch = %held.epoch, "lease held");
+                self.use_next_key(now);
                 self.problems.lease.clear();
             }
             LeaseEvent::Lost { subnet, to } => {

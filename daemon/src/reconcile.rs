@@ -86,7 +86,7 @@ pub fn reconcile(kernel: &mut dyn Kernel, inputs: &Inputs) -> Report {
         tracing::debug!(applied = report.applied, failed = report.failed.len(), "kernel changed");
     }
     report.routes = statuses(&plan, &refused);
-    report.warnings.extend(kernel.obstacles());
+    report.warnings.extend(kernel.obstacles(&inputs.dataplane.cluster_cidrs));
     for name in plan.veths.keys().filter(|name| !actual.veths.contains_key(*name)) {
         tracing::debug!(iface = name, "host end of a pod is not there");
     }

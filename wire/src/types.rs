@@ -276,7 +276,8 @@ pub fn from_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
 }
 
 /// An Ethernet address (IEEE 802).
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct MacAddress(pub [u8; 6]);
 
 impl MacAddress {
@@ -295,6 +296,26 @@ impl MacAddress {
         mac.copy_from_slice(&hash[..6]);
         mac[0] = mac[0] & 0xfe | 0x02;
         Self(mac)
+    }
+}
+
+/// A text that is not six pairs of hexadecimal digits with colons, where an Ethernet address is expected.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("an Ethernet address is six pairs of hexadecimal digits with colons between them")]
+pub struct MacError;
+
+impl TryFrom<String> for MacAddress {
+    type Error = MacError;
+
+    fn try_from(text: String) -> Result<Self, MacError> {
+        let well_placed = text.len() == 17 && text.bytes().skip(2).step_by(3).all(|byte| byte == b':');
+        from_hex(&text.replace(':', "")).filter(|_| well_placed).map(Self).ok_or(MacError)
+    }
+}
+
+impl From<MacAddress> for String {
+    fn from(mac: MacAddress) -> Self {
+        mac.to_string()
     }
 }
 

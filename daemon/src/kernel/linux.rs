@@ -8,8 +8,8 @@ use ipnet::IpNet;
 use nix::errno::Errno;
 
 use super::netlink::{Conn, Refusal};
-use super::{Kernel, KernelError, UnderlayError, UnderlaySpec, rtnl, sysctl};
-use crate::plan::model::{Actual, Op, Underlay};
+use super::{Kernel, KernelError, UnderlayError, UnderlaySpec, nft, rtnl, sysctl};
+use crate::plan::model::{Actual, BRIDGE, Op, Underlay};
 
 /// The real kernel.
 #[derive(Debug)]
@@ -17,6 +17,7 @@ pub struct Linux {
     conn: Conn,
     /// Device names to indices, as of the last dump or change.
     index: BTreeMap<String, u32>,
+    nft: nft::Conn,
 }
 
 impl Linux {
@@ -25,7 +26,8 @@ impl Linux {
     /// # Errors
     /// Where the kernel gives none.
     pub fn open() -> io::Result<Self> {
-        Ok(Self { conn: Conn::open()?, index: BTreeMap::new() })
+        let nft = nft::Conn::open().map_err(io::Error::other)?;
+        Ok(Self { conn: Conn::open()?, index: BTreeMap::new(), nft })
     }
 
     fn dump_all(&mut self, settings: &BTreeSet<String>) -> Result<Actual, Refusal> {
@@ -81,7 +83,7 @@ fn explain(op: &Op, refusal: &Refusal) -> KernelError {
 impl Kernel for Linux {
     fn dump(&mut self, settings: &BTreeSet<String>) -> Result<Actual, KernelError> {
         let mut actual = self.dump_all(settings).map_err(|refusal| KernelError(refusal.to_string()))?;
-        actual.state.nft = super::nft::dump().map_err(|error| KernelError(error.to_string()))?;
+        actual.state.nft = nft::dump(&mut self.nft).map_err(|error| KernelError(error.to_string()))?;
         Ok(actual)
     }
 
@@ -115,8 +117,11 @@ impl Kernel for Linux {
         find_underlay(&mut self.conn, spec)
     }
 
-    fn obstacles(&mut self) -> Vec<String> {
-        super::nft::foreign_drops()
+    fn obstacles(&mut self, cluster: &[IpNet]) -> Vec<String> {
+        nft::foreign_drops(&mut self.nft, BRIDGE, cluster).unwrap_or_else(|error| {
+            tracing::debug!(err = %error, "foreign nftables chains not read");
+            Vec::new()
+        })
     }
 }
 
@@ -125,8 +130,8 @@ impl Linux {
         match op {
             Op::SetSysctl(name, value) => sysctl::write(name, value)
                 .map_err(|error| KernelError(format!("{error}: /proc/sys must be writable for weftd"))),
-            Op::SetNft(table) => super::nft::apply(table).map_err(|error| KernelError(error.to_string())),
-            Op::DelNft => super::nft::remove().map_err(|error| KernelError(error.to_string())),
+            Op::SetNft(table) => nft::apply(&mut self.nft, table).map_err(|error| KernelError(error.to_string())),
+            Op::DelNft => nft::remove(&mut self.nft).map_err(|error| KernelError(error.to_string())),
             _ => Ok(()),
         }
     }

@@ -98,9 +98,21 @@ impl Node {
             Ok(key) => {
                 let public = key.public();
                 self.leases.core.rotate_key(public, now);
-                self.mesh.rotate_key(key, now);
-                info!(key = %public.short(), "node key rotated");
+                self.endorsed = Some(key);
+                self.use_next_key(now);
                 Reply::done(format!("the node now signs with key {public}"))
+            }
+        }
+    }
+
+    /// Signs with the next key as soon as every lease names it, so that no peer sees a record without a lease.
+    pub(super) fn use_next_key(&mut self, now: Instant) {
+        let Some(key) = &self.endorsed else { return };
+        let public = key.public();
+        if self.leases.core.held().iter().all(|held| held.key == public) {
+            if let Some(key) = self.endorsed.take() {
+                self.mesh.rotate_key(key, now);
+                info!(key = public.short(), "node key rotated");
             }
         }
     }

@@ -6,7 +6,7 @@ use std::thread;
 
 use tokio::sync::mpsc;
 
-use crate::kernel::{Kernel, UnderlayError, UnderlaySpec, purge, underlay};
+use crate::kernel::{Kernel, UnderlayError, UnderlaySpec, purge};
 use crate::plan::model::{Inputs, Underlay};
 use crate::reconcile::{Report, reconcile};
 
@@ -23,14 +23,19 @@ pub enum Job {
 #[derive(Debug)]
 pub enum Done {
     /// A pass; no report where the underlay was not as the inputs said.
-    Reconciled { underlay: Result<Underlay, UnderlayError>, report: Option<Report> },
+    Reconciled {
+        /// The underlay as found.
+        underlay: Result<Underlay, UnderlayError>,
+        /// What was done.
+        report: Option<Report>,
+    },
     /// Everything with the mark is gone, but for what the list names.
     Purged(Vec<String>),
 }
 
 /// Starts the thread; it ends when the returned sender is dropped.
 pub fn spawn(
-    mut kernel: Box<dyn Kernel + Send>,
+    mut kernel: Box<dyn Kernel>,
     spec: UnderlaySpec,
     done: mpsc::Sender<Done>,
 ) -> std::io::Result<std::sync::mpsc::Sender<Job>> {
@@ -39,7 +44,7 @@ pub fn spawn(
         for job in inbox {
             let answer = match job {
                 Job::Reconcile(inputs) => {
-                    let underlay = underlay(&mut *kernel, &spec);
+                    let underlay = kernel.underlay(&spec);
                     let same = underlay.as_ref().is_ok_and(|found| *found == inputs.underlay);
                     let report = same.then(|| reconcile(&mut *kernel, &inputs));
                     Done::Reconciled { underlay, report }

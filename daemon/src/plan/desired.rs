@@ -36,6 +36,7 @@ pub fn desired(inputs: &Inputs) -> Desired {
         masquerade: inputs.dataplane.masquerade,
         vxlan_port: inputs.dataplane.vxlan_port,
         bridge: BRIDGE.into(),
+        version: crate::kernel::nft::VERSION,
     };
     plan.state.nft = Some(table.digest());
     plan.nft = Some(table);

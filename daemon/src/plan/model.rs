@@ -8,6 +8,8 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use weft_wire::types::{MacAddress, NodeName, Subnet};
 
+pub use crate::kernel::nft::Table as NftTable;
+
 /// The bridge that all pods of the node join.
 pub const BRIDGE: &str = "weft0";
 /// The VXLAN device over an IPv4 underlay.
@@ -183,21 +185,6 @@ pub struct State {
     pub sysctls: BTreeMap<String, String>,
     /// The digest of the nftables table.
     pub nft: Option<String>,
-}
-
-/// What weft's one nftables table does.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NftTable {
-    /// The pod ranges of the cluster: pods see each other unmasqueraded.
-    pub cluster: Vec<IpNet>,
-    /// Other destinations that see pod addresses.
-    pub except: Vec<IpNet>,
-    /// Whether what else leaves gets the node's address.
-    pub masquerade: bool,
-    /// The port that masquerading never uses as a source.
-    pub vxlan_port: u16,
-    /// The bridge whose traffic is forwarded.
-    pub bridge: String,
 }
 
 /// A device of weft's.

@@ -1,0 +1,183 @@
+//! Answers as text for people.
+
+use comfy_table::{Table, presets};
+use weft_wire::api::{ClusterKeys, Doctor, Leases, Peers, Pods, Routes, Status, Trace};
+
+fn table(head: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_header(head.iter().copied());
+    for row in rows {
+        table.add_row(row);
+    }
+    let text: Vec<String> = table.lines().map(|line| line.trim().to_owned()).collect();
+    text.join("\n") + "\n"
+}
+
+fn or_dash(text: &str) -> String {
+    if text.is_empty() { "-".into() } else { text.into() }
+}
+
+fn age(ms: Option<u64>) -> String {
+    ms.map_or_else(|| "-".into(), |ms| if ms < 10_000 { format!("{ms} ms") } else { format!("{} s", ms / 1000) })
+}
+
+pub(super) fn status(status: &Status) -> String {
+    let store = status.store.clone().unwrap_or_default();
+    let peers = status.peers.clone().unwrap_or_default();
+    let reconcile = status.reconcile.clone().unwrap_or_default();
+    let mut lines = vec![
+        format!("node       {} (site {}), weft {}, up {} s", status.node, status.site, status.version, status.uptime_s),
+        format!("ready      {}", if status.ready { "yes".into() } else { format!("no: {}", status.blocked) }),
+        format!("subnets    {}", or_dash(&status.subnets.join(", "))),
+        format!("underlay   {}", or_dash(&status.underlay.join(", "))),
+        format!(
+            "store      {}, {}, seen {} ago",
+            store.kind,
+            if store.healthy { "healthy".into() } else { format!("not healthy: {}", or_dash(&store.error)) },
+            age(store.stale_ms),
+        ),
+        format!("peers      {} alive, {} suspect, {} dead", peers.alive, peers.suspect, peers.dead),
+        format!(
+            "kernel     {}, last look {} ago",
+            if reconcile.last_ok { "as planned" } else { "not as planned" },
+            age(reconcile.last_ok_ms),
+        ),
+        format!("pods       {}, mtu {}", status.pods, status.pod_mtu),
+        format!("checksum   {}", status.tx_checksum),
+    ];
+    lines.extend(reconcile.failed.iter().map(|failed| format!("failed     {failed}")));
+    lines.extend(status.warnings.iter().map(|warning| format!("warning    {warning}")));
+    lines.join("\n") + "\n"
+}
+
+pub(super) fn status_line(status: &Status) -> String {
+    let peers = status.peers.clone().unwrap_or_default();
+    format!(
+        "{} {} peers {}/{}/{} pods {} warnings {}\n",
+        status.node,
+        if status.ready { "ready" } else { "not-ready" },
+        peers.alive,
+        peers.suspect,
+        peers.dead,
+        status.pods,
+        status.warnings.len(),
+    )
+}
+
+pub(super) fn peers(peers: &Peers, wide: bool) -> String {
+    let mut head = vec!["NODE", "SITE", "STATE", "TRANSPORT", "ADDRESSES", "SUBNETS", "RTT", "LOSS", "MTU", "SEEN"];
+    if wide {
+        head.extend(["VERDICT", "KEY", "VERSION"]);
+    }
+    table(
+        &head,
+        peers.peers.iter().map(|peer| {
+            let mut row = vec![
+                peer.node.clone(),
+                peer.site.clone(),
+                peer.state.clone(),
+                or_dash(&peer.transport),
+                peer.addresses.join(","),
+                or_dash(&peer.subnets.join(",")),
+                peer.rtt_ms.map_or_else(|| "-".into(), |rtt| format!("{rtt:.2} ms")),
+                format!("{:.0} %", peer.loss * 100.0),
+                peer.mtu.to_string(),
+                age(peer.last_seen_ms),
+            ];
+            if wide {
+                row.extend([peer.verdict.clone(), peer.key.chars().take(8).collect(), peer.version.to_string()]);
+            }
+            row
+        }),
+    )
+}
+
+pub(super) fn routes(routes: &Routes) -> String {
+    table(
+        &["PREFIX", "NODE", "TRANSPORT", "DEV", "VIA", "MTU", "INSTALLED", "REASON"],
+        routes.routes.iter().map(|route| {
+            vec![
+                route.prefix.clone(),
+                route.node.clone(),
+                route.transport.clone(),
+                or_dash(&route.dev),
+                or_dash(&route.via),
+                route.mtu.to_string(),
+                if route.installed { "yes" } else { "no" }.into(),
+                route.reason.clone(),
+            ]
+        }),
+    )
+}
+
+pub(super) fn leases(leases: &Leases) -> String {
+    table(
+        &["SUBNET", "NODE", "SITE", "EPOCH", "EXPIRES"],
+        leases.leases.iter().map(|lease| {
+            vec![
+                lease.subnet.clone(),
+                format!("{}{}", lease.node, if lease.own { " (this node)" } else { "" }),
+                lease.site.clone(),
+                lease.epoch.to_string(),
+                format!("in {} s", lease.expires_in_s),
+            ]
+        }),
+    )
+}
+
+pub(super) fn pods(pods: &Pods) -> String {
+    table(
+        &["NAMESPACE", "NAME", "ADDRESSES", "IFNAME", "HOST", "CONTAINER"],
+        pods.pods.iter().map(|pod| {
+            vec![
+                or_dash(&pod.namespace),
+                or_dash(&pod.name),
+                pod.ips.join(","),
+                pod.ifname.clone(),
+                pod.host_ifname.clone(),
+                pod.id.clone(),
+            ]
+        }),
+    )
+}
+
+pub(super) fn trace(trace: &Trace) -> String {
+    let mut text = table(
+        &["HOP", "", "DETAIL"],
+        trace
+            .hops
+            .iter()
+            .map(|hop| vec![hop.what.clone(), if hop.ok { "ok" } else { "BROKEN" }.into(), hop.detail.clone()]),
+    );
+    text.push_str(&trace.verdict);
+    text.push('\n');
+    text
+}
+
+pub(super) fn doctor(doctor: &Doctor) -> String {
+    let mut text = String::new();
+    for check in &doctor.checks {
+        text += &format!("{} {:<11}{}\n", if check.ok { "ok  " } else { "FAIL" }, check.name, check.detail);
+        if !check.advice.is_empty() {
+            text += &format!("     {:<11}-> {}\n", "", check.advice);
+        }
+    }
+    text
+}
+
+pub(super) fn keys(keys: &ClusterKeys) -> String {
+    let rows = keys.ids.iter().enumerate().map(|(place, id)| {
+        vec![id.clone(), if place == 0 { "seals and opens" } else { "opens" }.into()]
+    });
+    table(&["KEY", "USE"], rows)
+}
+
+pub(super) fn pings(pongs: &[(String, Result<f64, String>)]) -> String {
+    pongs
+        .iter()
+        .map(|(node, rtt)| match rtt {
+            Ok(rtt) => format!("{node}: {rtt:.2} ms\n"),
+            Err(error) => format!("{node}: {error}\n"),
+        })
+        .collect()
+}

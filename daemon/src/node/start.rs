@@ -1,0 +1,191 @@
+//! From a configuration to a running node, in the order that lets every mistake be told before anything changes.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tracing::info;
+use weft_ipam::lease::{LeaseConfig, Leasing};
+use weft_ipam::pods::PodPool;
+use weft_ipam::store::{SqliteStore, StaticStore, Store};
+use weft_wire::mesh::{Authority, Mesh, MeshConfig, Timing};
+use weft_wire::types::to_hex;
+
+use super::{Fatal, Inbox, Node, Pass, Problems, keys, pods, worker};
+use crate::config::{Config, StoreKind};
+use crate::gossip::Sockets;
+use crate::journal::{self, Journal};
+use crate::kernel::linux::Linux;
+use crate::kernel::{UnderlaySpec, monitor};
+use crate::leases::Leases;
+use crate::server;
+use crate::state::{self, StateDir};
+
+/// How many datagrams wait for the loop; more are dropped, and gossip repeats itself.
+const DATAGRAMS: usize = 1024;
+/// How many other events of a kind wait for the loop.
+const EVENTS: usize = 64;
+
+fn fatal(error: impl std::fmt::Display) -> Fatal {
+    Fatal(error.to_string())
+}
+
+/// Puts a node together. Must run inside the runtime that will run it.
+///
+/// # Errors
+/// The first thing that a person must resolve.
+pub fn start(config: Config) -> Result<Node, Fatal> {
+    let now = Instant::now();
+    let ring = keys::read_ring(&config.cluster.key_file).map_err(Fatal)?;
+    let dir = StateDir::open(&config.node.state_dir).map_err(fatal)?;
+    let key = dir.node_key().map_err(fatal)?;
+    let mut memory = dir.memory().map_err(fatal)?;
+    memory.incarnation += 1;
+    dir.set_memory(&memory).map_err(fatal)?;
+
+    let spec = UnderlaySpec {
+        device: config.underlay.device.clone(),
+        addresses: config.underlay.addresses.clone(),
+        mtu: config.underlay.mtu,
+    };
+    let kernel = Linux::open().map_err(|error| {
+        Fatal(format!("the kernel gives no netlink socket: {error}; weftd needs CAP_NET_ADMIN and nf_tables"))
+    })?;
+    let (kernel_done, kernel_inbox) = mpsc::channel(EVENTS);
+    let jobs = worker::spawn(Box::new(kernel), spec, kernel_done).map_err(fatal)?;
+    let (changed, kernel_changed) = mpsc::channel(1);
+    monitor::watch(changed).map_err(fatal)?;
+
+    let leasing = leasing(&config, &key.public(), &memory, now)?;
+    let store: Box<dyn Store> = match &config.store.kind {
+        StoreKind::Sqlite(path) => Box::new(SqliteStore::open(path.clone())),
+        StoreKind::Static(subnets) => Box::new(StaticStore::new(subnets.clone())),
+    };
+    let (store_done, store_inbox) = mpsc::channel(EVENTS);
+    let leases = Leases::new(leasing, store, store_done);
+
+    let (pods_done, pods_inbox) = mpsc::channel(EVENTS);
+    let pods = open_pods(&config, &dir, &leases, pods_done)?;
+
+    let mut seeds = config.gossip.seeds.clone();
+    seeds.extend(memory.peers.values().flat_map(|peer| peer.gossip.first().copied()));
+    seeds.sort_unstable();
+    seeds.dedup();
+    let timing = Timing {
+        probe_interval: config.gossip.probe_interval,
+        probe_timeout: config.gossip.probe_interval / 2,
+        ..Timing::default()
+    };
+    let mesh_config = MeshConfig {
+        cluster: config.cluster.id.clone(),
+        node: config.node.name.clone(),
+        site: config.node.site.clone(),
+        key,
+        ring: ring.clone(),
+        seeds,
+        incarnation: memory.incarnation,
+        timing,
+    };
+    let mut mesh = Mesh::new(mesh_config, state::random().map_err(fatal)?, now);
+    if matches!(config.store.kind, StoreKind::Static(_)) {
+        mesh.set_authority(Authority::Claims, now);
+    }
+
+    let (datagrams, datagram_inbox) = mpsc::channel(DATAGRAMS);
+    let sockets = Sockets::new(config.gossip.port, datagrams);
+    let (calls, call_inbox) = mpsc::channel(EVENTS);
+    server::serve(&config.node.socket, calls).map_err(fatal)?;
+    let inbox = Inbox {
+        datagrams: datagram_inbox,
+        store: store_inbox,
+        kernel: kernel_inbox,
+        kernel_changed,
+        pods: pods_inbox,
+        calls: call_inbox,
+        stop: signals().map_err(fatal)?,
+    };
+    info!(node = %config.node.name, site = %config.node.site, incarnation = memory.incarnation, "weftd started");
+    let mut node = Node {
+        config,
+        dir,
+        memory,
+        memory_dirty: None,
+        started: now,
+        mesh,
+        sockets,
+        leases,
+        pods,
+        underlay: Err("not looked for yet".into()),
+        jobs,
+        pass: Pass::default(),
+        problems: Problems::default(),
+        pings: BTreeMap::new(),
+        leaving: None,
+        inbox,
+        preflight: Vec::new(),
+        ring,
+        authority: None,
+        next_token: 1,
+        endorsed: None,
+    };
+    node.take_lease_table(now);
+    node.pods_changed(now);
+    Ok(node)
+}
+
+fn leasing(
+    config: &Config,
+    key: &weft_wire::types::PublicKey,
+    memory: &state::Memory,
+    now: Instant,
+) -> Result<Leasing, Fatal> {
+    let boot = to_hex(&state::random().map_err(fatal)?[..8]);
+    let mut lease_config = LeaseConfig::new(
+        config.node.name.clone(),
+        config.node.site.clone(),
+        *key,
+        config.cluster.carver.clone(),
+        boot,
+    )
+    .with_ttl(config.store.lease_ttl);
+    if let StoreKind::Static(subnets) = &config.store.kind {
+        lease_config.fixed.clone_from(subnets);
+    }
+    lease_config.old_keys.extend(memory.held.iter().map(|held| held.key).filter(|held| held != key));
+    let seed = state::random().map_err(fatal)?;
+    Ok(Leasing::new(lease_config, memory.held.clone(), seed, now))
+}
+
+fn open_pods(
+    config: &Config,
+    dir: &StateDir,
+    leases: &Leases,
+    done: mpsc::Sender<pods::Done>,
+) -> Result<pods::Pods, Fatal> {
+    let boot = journal::boot_id().map_err(fatal)?;
+    let (journal, recovered) = Journal::open(&dir.file("pods.db"), &boot).map_err(fatal)?;
+    if recovered.stale > 0 {
+        info!(stale = recovered.stale, "addresses of pods from before the last boot are free");
+    }
+    let subnets: Vec<_> = leases.core.held().iter().map(|held| held.subnet).collect();
+    let seed = state::random().map_err(fatal)?;
+    let seed = u64::from_le_bytes(seed[..8].try_into().expect("eight bytes"));
+    let pool = PodPool::new(&subnets, &config.pods.reserved, seed);
+    Ok(pods::Pods::new(pool, journal, recovered.attachments, done))
+}
+
+/// Returns a receiver of SIGTERM and SIGINT.
+fn signals() -> std::io::Result<mpsc::Receiver<()>> {
+    let (stop, inbox) = mpsc::channel(1);
+    for kind in [SignalKind::terminate(), SignalKind::interrupt()] {
+        let mut signal = signal(kind)?;
+        let stop = stop.clone();
+        tokio::spawn(async move {
+            while signal.recv().await.is_some() {
+                let _ = stop.send(()).await;
+            }
+        });
+    }
+    Ok(inbox)
+}
