@@ -99,7 +99,10 @@ impl Node {
     fn remember_peers(&mut self, peers: &BTreeMap<NodeName, RememberedPeer>, now: Instant) {
         if *peers != self.memory.peers {
             self.memory.peers.clone_from(peers);
-            self.touch_memory(now);
+            // Before the kernel is programmed: a daemon that is killed right after must find what it did.
+            if self.dir.set_memory_of_boot(&self.memory).is_err() {
+                self.touch_memory(now);
+            }
         }
     }
 
