@@ -5,6 +5,7 @@ pub mod linux;
 pub mod monitor;
 pub mod netlink;
 pub mod nft;
+pub mod preflight;
 mod rtnl;
 mod sysctl;
 mod tlv;

@@ -39,7 +39,7 @@ pub(super) struct Found {
     kind: LinkKind,
 }
 
-fn is_ours(name: &str) -> bool {
+pub(super) fn is_ours(name: &str) -> bool {
     matches!(name, BRIDGE | VXLAN_V4 | VXLAN_V6)
 }
 
@@ -267,6 +267,35 @@ fn read_route(message: &RouteMessage, links: &[Found], v4: bool) -> Option<((IpN
     }
     let prefix = IpNet::new(destination, message.header.destination_prefix_length).ok()?;
     Some(((prefix, metric), route))
+}
+
+/// Returns the unicast routes that are not weft's, with their device; default routes and link-local ones left out.
+pub(super) fn foreign_routes(conn: &mut Conn) -> Result<Vec<(u32, IpNet)>, Refusal> {
+    let mut found = Vec::new();
+    for v4 in [true, false] {
+        for message in conn.dump(route_query(v4))? {
+            let RouteNetlinkMessage::NewRoute(route) = message else { continue };
+            let header = &route.header;
+            if u8::from(header.protocol) == PROTOCOL
+                || header.kind != RouteType::Unicast
+                || header.destination_prefix_length == 0
+            {
+                continue;
+            }
+            let device = route.attributes.iter().find_map(|attribute| match attribute {
+                RouteAttribute::Oif(index) => Some(*index),
+                _ => None,
+            });
+            let destination = route.attributes.iter().find_map(|attribute| match attribute {
+                RouteAttribute::Destination(address) => ip(address),
+                _ => None,
+            });
+            let prefix = destination.and_then(|to| IpNet::new(to, header.destination_prefix_length).ok());
+            let link_local = matches!(destination, Some(IpAddr::V6(to)) if to.is_unicast_link_local());
+            found.extend(device.zip(prefix).filter(|_| !link_local));
+        }
+    }
+    Ok(found)
 }
 
 /// Returns the device of the default route with the least metric, IPv4 first.

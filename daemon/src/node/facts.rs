@@ -115,9 +115,18 @@ impl Node {
         if self.leases.core.staleness(now).is_none() {
             return self.memory.leases.iter().map(|(subnet, lease)| (*subnet, lease.into())).collect();
         }
+        // An expired lease that no one took is let go only where the store answers and its node does not: while
+        // the store is away, everyone's lease looks old.
+        let answers = self.leases.error.is_none();
+        let alive: BTreeSet<_> = self
+            .mesh
+            .members()
+            .filter(|member| matches!(member.state, MemberState::Alive | MemberState::Suspect))
+            .map(|member| member.node.clone())
+            .collect();
         self.lease_views(now)
             .into_iter()
-            .filter(|view| !view.expired)
+            .filter(|view| !(view.expired && answers && !view.own && !alive.contains(&view.node)))
             .map(|view| (view.subnet, Owner { node: view.node, key: view.key, epoch: view.epoch }))
             .collect()
     }

@@ -17,7 +17,8 @@ use crate::config::{Config, StoreKind};
 use crate::gossip::Sockets;
 use crate::journal::{self, Journal};
 use crate::kernel::linux::Linux;
-use crate::kernel::{UnderlaySpec, monitor};
+use crate::kernel::netlink::Conn;
+use crate::kernel::{UnderlaySpec, monitor, preflight};
 use crate::leases::Leases;
 use crate::server;
 use crate::state::{self, StateDir};
@@ -37,10 +38,14 @@ fn fatal(error: impl std::fmt::Display) -> Fatal {
 /// The first thing that a person must resolve.
 pub fn start(config: Config) -> Result<Node, Fatal> {
     let now = Instant::now();
+    if let Some(sentence) = preflight::missing_capability() {
+        return Err(Fatal(sentence));
+    }
     let ring = keys::read_ring(&config.cluster.key_file).map_err(Fatal)?;
     let dir = StateDir::open(&config.node.state_dir).map_err(fatal)?;
     let key = dir.node_key().map_err(fatal)?;
     let mut memory = dir.memory().map_err(fatal)?;
+    let preflight = preflight(&config, !memory.held.is_empty())?;
     memory.incarnation += 1;
     dir.set_memory(&memory).map_err(fatal)?;
 
@@ -123,7 +128,7 @@ pub fn start(config: Config) -> Result<Node, Fatal> {
         pings: BTreeMap::new(),
         leaving: None,
         inbox,
-        preflight: Vec::new(),
+        preflight,
         strays: std::collections::BTreeSet::new(),
         ring,
         authority: None,
@@ -133,6 +138,17 @@ pub fn start(config: Config) -> Result<Node, Fatal> {
     node.take_lease_table(now);
     node.pods_changed(now);
     Ok(node)
+}
+
+/// Looks whether the cluster's ranges fit this machine. A node that holds a lease already keeps serving its pods.
+fn preflight(config: &Config, established: bool) -> Result<Vec<String>, Fatal> {
+    let cluster: Vec<_> = config.cluster.carver.cidrs().iter().map(|cidr| cidr.cidr).collect();
+    let mut conn = Conn::open().map_err(|error| Fatal(format!("the kernel gives no netlink socket: {error}")))?;
+    let findings = preflight::overlaps(&mut conn, &cluster).map_err(fatal)?;
+    match findings.iter().find(|finding| finding.fatal && !established) {
+        Some(finding) => Err(Fatal(finding.sentence.clone())),
+        None => Ok(findings.into_iter().map(|finding| finding.sentence).collect()),
+    }
 }
 
 fn leasing(
