@@ -31,7 +31,8 @@ impl Stream {
     }
 
     fn finish(self) -> (u64, u64) {
-        let report: Value = serde_json::from_str(&self.client.finish()).expect("iperf3 reports in JSON");
+        let report: Value = serde_json::from_str(&self.client.finish())
+            .expect("iperf3 reports in JSON when it is not cut off");
         self.server.finish();
         let sum = &report["end"]["sum"];
         let number = |name: &str| sum[name].as_u64().unwrap_or_else(|| panic!("no {name}: {report:#}"));
