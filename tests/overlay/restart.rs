@@ -23,9 +23,10 @@ impl Stream {
         let address = lab.ip(to.0, to.1).to_string();
         // Small and slow enough that a busy machine never fills a socket buffer: what is lost is lost on the way.
         let seconds = seconds.to_string();
+        // It waits for ever for the answer to its first datagram if that is lost.
         let client = lab.background(
             from,
-            &["iperf3", "-J", "-u", "-b", "4M", "-l", "400", "-t", &seconds, "-c", &address],
+            &["timeout", "60", "iperf3", "-J", "-u", "-b", "4M", "-l", "400", "-t", &seconds, "-c", &address],
         );
         Stream { server, client }
     }
