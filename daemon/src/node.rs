@@ -7,7 +7,7 @@
 mod calls;
 mod facts;
 mod keys;
-mod pods;
+pub mod pods;
 mod start;
 mod view;
 mod worker;
