@@ -100,7 +100,7 @@ pub struct Node {
     /// The next node key, until the leases carry it.
     endorsed: Option<NodeKey>,
     preflight: Vec<String>,
-    /// Host ends to remove; no pod is attached under their names while they are here.
+    /// Host ends that the last pass found and no pod accounted for.
     strays: BTreeSet<String>,
 }
 
@@ -391,8 +391,8 @@ impl Node {
                 }
                 self.pass.due.get_or_insert(now + RETRY);
             }
-            let unknown = std::mem::take(&mut self.strays);
-            self.strays = report.unknown_veths.iter().filter(|name| !unknown.contains(*name)).cloned().collect();
+            self.pods.set_strays(BTreeSet::new());
+            self.strays = report.unknown_veths.iter().cloned().collect();
             if !self.strays.is_empty() {
                 self.pass.due.get_or_insert(now + RETRY);
             }

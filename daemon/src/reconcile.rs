@@ -77,7 +77,7 @@ pub fn reconcile(kernel: &mut dyn Kernel, inputs: &Inputs) -> Report {
         match answer {
             Ok(()) => report.applied += 1,
             Err(error) => {
-                if let Op::SetRoute(prefix, _) = op {
+                if let Op::SetRoute(prefix, ..) = op {
                     refused.push((*prefix, error.to_string()));
                 }
                 report.failed.push(Failure { what: op.to_string(), error: error.to_string() });

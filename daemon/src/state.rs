@@ -161,6 +161,8 @@ impl StateDir {
     pub fn memory(&self) -> Result<Memory, StateError> {
         let path = self.file("memory.json");
         match fs::read(&path) {
+            // A power cut can leave the file empty: what was in it is then of no use, for the kernel is empty too.
+            Ok(bytes) if bytes.is_empty() => Ok(Memory::default()),
             Ok(bytes) => serde_json::from_slice(&bytes)
                 .map_err(|_| StateError::Content { path, what: "weftd's memory (JSON)" }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Memory::default()),
@@ -172,6 +174,12 @@ impl StateDir {
     pub fn set_memory(&self, memory: &Memory) -> Result<(), StateError> {
         let bytes = serde_json::to_vec(memory).expect("the memory has only text keys");
         replace(&self.file("memory.json"), &bytes)
+    }
+
+    /// Is [`StateDir::set_memory`] without waiting for the disk: for what only matters while this boot lasts.
+    pub fn set_memory_of_boot(&self, memory: &Memory) -> Result<(), StateError> {
+        let bytes = serde_json::to_vec(memory).expect("the memory has only text keys");
+        write_and_rename(&self.file("memory.json"), &bytes, false)
     }
 
     /// Removes every file but the lock: what `weft leave` does last.
@@ -211,14 +219,23 @@ pub fn read_secret(path: &Path) -> Result<Option<String>, StateError> {
 
 /// Replaces a file whole, with mode 0600: temporary file, sync, rename, sync of the directory.
 pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), StateError> {
+    write_and_rename(path, bytes, true)
+}
+
+fn write_and_rename(path: &Path, bytes: &[u8], sync: bool) -> Result<(), StateError> {
     let temporary = path.with_extension("new");
     let write = || -> io::Result<()> {
         let mut file =
             OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&temporary)?;
         file.write_all(bytes)?;
-        file.sync_all()?;
+        if sync {
+            file.sync_all()?;
+        }
         fs::rename(&temporary, path)?;
-        path.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+        match path.parent() {
+            Some(parent) if sync => File::open(parent)?.sync_all(),
+            _ => Ok(()),
+        }
     };
     write().map_err(|source| StateError::Io { action: "write", path: path.to_owned(), source })
 }

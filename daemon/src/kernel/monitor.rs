@@ -13,7 +13,6 @@ use tokio::sync::mpsc;
 const ROUTE_GROUPS: u32 = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400;
 /// NFNLGRP_NFTABLES is group 7 (linux/netfilter/nfnetlink.h).
 const NFTABLES_GROUPS: u32 = 1 << (7 - 1);
-/// `NFT_MSG_NEWGEN` of subsystem 10: the commit itself; the objects before it say the same.
 const BUFFER: usize = 64 * 1024;
 
 /// Starts to watch the network namespace of the calling thread; a full `changed` already says enough.
@@ -33,11 +32,33 @@ async fn read(socket: TokioSocket, changed: mpsc::Sender<()>) {
     let mut buffer = Vec::with_capacity(BUFFER);
     loop {
         buffer.clear();
-        // ENOBUFS means that messages were lost, which is a change as well.
-        let _ = socket.recv(&mut buffer).await;
-        if let Err(mpsc::error::TrySendError::Closed(())) = changed.try_send(()) {
+        let told = match socket.recv(&mut buffer).await {
+            Ok(_) => matters(&buffer),
+            // ENOBUFS: messages were lost, and any of them may have mattered.
+            Err(_) => true,
+        };
+        if told && matches!(changed.try_send(()), Err(mpsc::error::TrySendError::Closed(()))) {
             return;
         }
         tokio::task::yield_now().await;
     }
+}
+
+/// Returns whether the datagram tells of anything but the neighbour cache's own life: entries that traffic
+/// makes and ages are not permanent, and weft's are.
+fn matters(mut datagram: &[u8]) -> bool {
+    const HEADER: usize = 16;
+    const NEWNEIGH: u16 = 28;
+    const STATE: usize = HEADER + 8;
+    const PERMANENT: u16 = 0x80;
+    while datagram.len() >= HEADER {
+        let length = u32::from_ne_bytes([datagram[0], datagram[1], datagram[2], datagram[3]]) as usize;
+        let kind = u16::from_ne_bytes([datagram[4], datagram[5]]);
+        let state = datagram.get(STATE..STATE + 2).map_or(PERMANENT, |s| u16::from_ne_bytes([s[0], s[1]]));
+        if kind != NEWNEIGH || state & PERMANENT != 0 {
+            return true;
+        }
+        datagram = datagram.get(length.max(HEADER).next_multiple_of(4)..).unwrap_or_default();
+    }
+    false
 }

@@ -26,10 +26,6 @@ use crate::plan::model::{
     Actual, BRIDGE, Link, LinkKind, Op, PROTOCOL, Route, State, VXLAN_V4, VXLAN_V6, VethState, Vxlan, is_host_veth,
 };
 
-/// Below every route that a person or another program sets (they use 0, or 1024 for IPv6) stays weft's:
-/// it neither replaces theirs nor is replaced.
-const METRIC: u32 = 2117;
-
 /// A device as dumped.
 #[derive(Debug)]
 pub(super) struct Found {
@@ -173,7 +169,8 @@ fn read_address(message: &AddressMessage) -> Option<(u32, IpNet)> {
 pub(super) fn read_addresses(conn: &mut Conn, links: &[Found], state: &mut State) -> Result<(), Refusal> {
     for (index, address) in addresses(conn)? {
         let link_local = matches!(address.addr(), IpAddr::V6(address) if address.is_unicast_link_local());
-        if let Some(name) = name_of(links, index).filter(|name| is_ours(name) && !link_local) {
+        // The tunnels' link-local addresses are the kernel's own.
+        if let Some(name) = name_of(links, index).filter(|name| is_ours(name) && (*name == BRIDGE || !link_local)) {
             state.addresses.insert((name.to_owned(), address));
         }
     }
@@ -231,8 +228,8 @@ pub(super) fn read_routes(conn: &mut Conn, links: &[Found], state: &mut State) -
             if u8::from(route.header.protocol) != PROTOCOL || route.header.kind != RouteType::Unicast {
                 continue;
             }
-            if let Some((prefix, route)) = read_route(&route, links, v4) {
-                state.routes.insert(prefix, route);
+            if let Some((key, route)) = read_route(&route, links, v4) {
+                state.routes.insert(key, route);
             }
         }
     }
@@ -247,13 +244,15 @@ fn ip(address: &RouteAddress) -> Option<IpAddr> {
     }
 }
 
-fn read_route(message: &RouteMessage, links: &[Found], v4: bool) -> Option<(IpNet, Route)> {
+fn read_route(message: &RouteMessage, links: &[Found], v4: bool) -> Option<((IpNet, u32), Route)> {
     let unspecified = if v4 { IpAddr::from([0; 4]) } else { IpAddr::from([0; 16]) };
     let mut destination = unspecified;
+    let mut metric = 0;
     let mut route = Route { dev: String::new(), via: None, source: None, mtu: None };
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Destination(address) => destination = ip(address)?,
+            RouteAttribute::Priority(priority) => metric = *priority,
             RouteAttribute::Gateway(address) => route.via = ip(address),
             RouteAttribute::PrefSource(address) => route.source = ip(address),
             RouteAttribute::Oif(index) => route.dev = name_of(links, *index)?.to_owned(),
@@ -267,7 +266,7 @@ fn read_route(message: &RouteMessage, links: &[Found], v4: bool) -> Option<(IpNe
         }
     }
     let prefix = IpNet::new(destination, message.header.destination_prefix_length).ok()?;
-    Some((prefix, route))
+    Some(((prefix, metric), route))
 }
 
 /// Returns the device of the default route with the least metric, IPv4 first.
@@ -341,11 +340,11 @@ pub(super) fn encode(op: &Op, index: &BTreeMap<String, u32>) -> Option<(RouteNet
         }
         Op::SetFdb(dev, mac, to) => (RouteNetlinkMessage::NewNeighbour(forward(of(dev)?, *mac, *to)), set),
         Op::DelFdb(dev, mac, to) => (RouteNetlinkMessage::DelNeighbour(forward(of(dev)?, *mac, *to)), 0),
-        Op::SetRoute(prefix, way) => {
-            (RouteNetlinkMessage::NewRoute(route(*prefix, way, of(&way.dev)?)), set)
+        Op::SetRoute(prefix, metric, way) => {
+            (RouteNetlinkMessage::NewRoute(route(*prefix, *metric, way, of(&way.dev)?)), set)
         }
-        Op::DelRoute(prefix, way) => {
-            (RouteNetlinkMessage::DelRoute(route(*prefix, way, of(&way.dev)?)), 0)
+        Op::DelRoute(prefix, metric, way) => {
+            (RouteNetlinkMessage::DelRoute(route(*prefix, *metric, way, of(&way.dev)?)), 0)
         }
         Op::SetVeth(name, state) => {
             let mut message = LinkMessage::default();
@@ -444,7 +443,7 @@ fn forward(index: u32, mac: MacAddress, to: IpAddr) -> NeighbourMessage {
     message
 }
 
-fn route(prefix: IpNet, way: &Route, index: u32) -> RouteMessage {
+fn route(prefix: IpNet, metric: u32, way: &Route, index: u32) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header.address_family = family(prefix.addr().is_ipv4());
     message.header.destination_prefix_length = prefix.prefix_len();
@@ -455,7 +454,7 @@ fn route(prefix: IpNet, way: &Route, index: u32) -> RouteMessage {
     message.attributes = vec![
         RouteAttribute::Destination(prefix.addr().into()),
         RouteAttribute::Oif(index),
-        RouteAttribute::Priority(METRIC),
+        RouteAttribute::Priority(metric),
     ];
     if let Some(via) = way.via {
         message.header.flags = RouteFlags::Onlink;

@@ -52,8 +52,7 @@ impl Node {
         let answer = match body {
             RequestBody::Cni(request) => {
                 let ready = self.ready();
-                let strays = self.strays.clone();
-                return self.pods.handle_call(request, reply, ready, &strays);
+                return self.pods.handle_call(request, reply, ready);
             }
             RequestBody::Ping(request) => return self.start_ping(&request, reply, now),
             RequestBody::Leave(_) => return self.start_leaving(reply, now),

@@ -25,9 +25,8 @@ impl Node {
         let peers = self.planned_peers(now);
         self.remember_peers(&peers, now);
         let unknown = || model::Underlay { device: String::new(), index: 0, mtu: 0, addresses: Vec::new() };
-        self.strays.retain(|name| !self.pods.attachments().any(|attachment| attachment.host_ifname() == *name));
         Inputs {
-            strays: self.strays.clone(),
+            strays: self.pods.set_strays(std::mem::take(&mut self.strays)),
             node: self.config.node.name.clone(),
             dataplane: self.dataplane(),
             underlay: self.underlay.clone().unwrap_or_else(|_| unknown()),
@@ -100,7 +99,10 @@ impl Node {
     fn remember_peers(&mut self, peers: &BTreeMap<NodeName, RememberedPeer>, now: Instant) {
         if *peers != self.memory.peers {
             self.memory.peers.clone_from(peers);
-            self.touch_memory(now);
+            // Before the kernel is programmed: a daemon that is killed right after must find what it did.
+            if self.dir.set_memory_of_boot(&self.memory).is_err() {
+                self.touch_memory(now);
+            }
         }
     }
 

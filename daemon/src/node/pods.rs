@@ -28,6 +28,8 @@ pub struct Pods {
     journal: Journal,
     attachments: BTreeMap<AttachmentId, Attachment>,
     busy: BTreeSet<AttachmentId>,
+    /// Host ends that are being removed: no pod is attached under their names meanwhile.
+    strays: BTreeSet<String>,
     done: mpsc::Sender<Done>,
 }
 
@@ -82,12 +84,19 @@ impl Pods {
             }
             attachments.insert(attachment.id.clone(), attachment);
         }
-        Self { pool, journal, attachments, busy: BTreeSet::new(), done }
+        Self { pool, journal, attachments, busy: BTreeSet::new(), strays: BTreeSet::new(), done }
     }
 
     /// Returns the attachments, those in progress included.
     pub fn attachments(&self) -> impl Iterator<Item = &Attachment> {
         self.attachments.values()
+    }
+
+    /// Replaces the host ends that are being removed; returns those that no pod accounts for.
+    pub fn set_strays(&mut self, mut strays: BTreeSet<String>) -> BTreeSet<String> {
+        strays.retain(|name| !self.attachments.values().any(|attachment| attachment.host_ifname() == *name));
+        self.strays.clone_from(&strays);
+        strays
     }
 
     /// Returns whether no pod holds an address.
@@ -106,15 +115,7 @@ impl Pods {
     }
 
     /// Answers a call of the shim, now or when a worker is done.
-    ///
-    /// `strays` are host ends that are being removed: their names are not to be used meanwhile.
-    pub fn handle_call(
-        &mut self,
-        request: CniRequest,
-        answer: Answer,
-        ready: Readiness,
-        strays: &BTreeSet<String>,
-    ) {
+    pub fn handle_call(&mut self, request: CniRequest, answer: Answer, ready: Readiness) {
         let parsed = attach::parse(&request);
         let call = Call { request, answer };
         match parsed {
@@ -124,7 +125,7 @@ impl Pods {
                 Ok(_) => Ok(Success::Done),
                 Err(blocked) => Err(CniError::new(Code::NotAvailable, blocked)),
             }),
-            Ok(Command::Add(pod)) if strays.contains(&pod.id.host_ifname()) => call.reply(Err(in_progress(&pod.id))),
+            Ok(Command::Add(pod)) if self.strays.contains(&pod.id.host_ifname()) => call.reply(Err(in_progress(&pod.id))),
             Ok(Command::Add(pod)) => self.add(call, pod, ready),
             Ok(Command::Del(request)) => self.del(call, request),
             Ok(Command::Check(request)) => self.check(call, request, ready),

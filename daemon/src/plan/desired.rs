@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use weft_wire::types::{MacAddress, Subnet};
 
 use super::model::{
-    BRIDGE, Desired, Inputs, Link, LinkKind, NftTable, Peer, PlannedRoute, Route, Transport, VXLAN_V4, VXLAN_V6,
+    BRIDGE, Desired, Inputs, Link, LinkKind, METRIC, NftTable, Peer, PlannedRoute, Route, Transport, VXLAN_V4, VXLAN_V6,
     Vxlan,
 };
 
@@ -74,6 +74,17 @@ fn plan_bridge(inputs: &Inputs, plan: &mut Desired) {
             .expect("a subnet's prefix length fits its family");
         plan.state.addresses.insert((BRIDGE.into(), gateway));
     }
+    if inputs.subnets.iter().any(|subnet| !subnet.is_ipv4()) {
+        // The kernel makes this address by itself, but only once its link watch has run, up to a second after the
+        // bridge came up; until then it cannot solicit a pod's address.
+        plan.state.addresses.insert((BRIDGE.into(), link_local(mac)));
+    }
+}
+
+/// Returns the link-local address of a device (RFC 4291 appendix A, modified EUI-64).
+fn link_local(MacAddress([a, b, c, d, e, f]): MacAddress) -> IpNet {
+    let address = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f];
+    IpNet::new(IpAddr::from(address), 64).expect("64 is a prefix length of IPv6")
 }
 
 fn plan_tunnels(inputs: &Inputs, plan: &mut Desired) {
@@ -100,7 +111,7 @@ fn plan_tunnels(inputs: &Inputs, plan: &mut Desired) {
 fn plan_subnet(inputs: &Inputs, peer: &Peer, subnet: Subnet, plan: &mut Desired) {
     let mut route = |transport, route: Option<Route>, reason: String| {
         if let Some(route) = &route {
-            plan.state.routes.insert(subnet.net(), route.clone());
+            plan.state.routes.insert((subnet.net(), METRIC), route.clone());
         }
         plan.routes.push(PlannedRoute { prefix: subnet.net(), node: peer.node.clone(), transport, route, reason });
     };

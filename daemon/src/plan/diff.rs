@@ -69,9 +69,9 @@ fn add_paths(desired: &State, left: &State, ops: &mut Vec<Op>) {
             ops.push(Op::SetNeighbour(key.0.clone(), key.1, *mac));
         }
     }
-    for (prefix, route) in &desired.routes {
-        if left.routes.get(prefix) != Some(route) {
-            ops.push(Op::SetRoute(*prefix, route.clone()));
+    for (key, route) in &desired.routes {
+        if left.routes.get(key) != Some(route) {
+            ops.push(Op::SetRoute(key.0, key.1, route.clone()));
         }
     }
 }
@@ -97,9 +97,9 @@ fn set_nft(desired: &Desired, actual: &Actual, ops: &mut Vec<Op>) {
 fn remove(desired: &Desired, actual: &Actual, left: &State, ops: &mut Vec<Op>) {
     let wanted = &desired.state;
     let gone = |dev: &str| !wanted.links.contains_key(dev) && left.links.contains_key(dev);
-    for (prefix, route) in &left.routes {
-        if !wanted.routes.contains_key(prefix) {
-            ops.push(Op::DelRoute(*prefix, route.clone()));
+    for (key, route) in &left.routes {
+        if !wanted.routes.contains_key(key) {
+            ops.push(Op::DelRoute(key.0, key.1, route.clone()));
         }
     }
     for (dev, address) in left.neighbours.keys() {

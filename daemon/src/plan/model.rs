@@ -18,6 +18,9 @@ pub const VXLAN_V4: &str = "weft-vx4";
 pub const VXLAN_V6: &str = "weft-vx6";
 /// Marks weft's routes (`rtm_protocol`, linux/rtnetlink.h; above 4 and unassigned there).
 pub const PROTOCOL: u8 = 117;
+/// The metric of weft's routes. A person's or another program's route to the same destination (they use 0, or
+/// 1024 for IPv6) stays in force: weft neither replaces it nor is replaced.
+pub const METRIC: u32 = 2117;
 
 /// Returns whether a device name is one that weft gives to a pod's host end: `weft` and 8 hex digits.
 pub fn is_host_veth(name: &str) -> bool {
@@ -184,8 +187,8 @@ pub struct State {
     pub neighbours: BTreeMap<(String, IpAddr), MacAddress>,
     /// The permanent forwarding entries of the VXLAN devices: (device, Ethernet address) to endpoint.
     pub fdb: BTreeMap<(String, MacAddress), IpAddr>,
-    /// The routes with weft's protocol number, by destination.
-    pub routes: BTreeMap<IpNet, Route>,
+    /// The routes with weft's protocol number, by destination and metric.
+    pub routes: BTreeMap<(IpNet, u32), Route>,
     /// Kernel settings by path below `/proc/sys`.
     pub sysctls: BTreeMap<String, String>,
     /// The digest of the nftables table.
@@ -279,9 +282,9 @@ pub enum Op {
     /// Remove a forwarding entry.
     DelFdb(String, MacAddress, IpAddr),
     /// Add or replace a route.
-    SetRoute(IpNet, Route),
+    SetRoute(IpNet, u32, Route),
     /// Remove a route.
-    DelRoute(IpNet, Route),
+    DelRoute(IpNet, u32, Route),
     /// Write a kernel setting.
     SetSysctl(String, String),
     /// Make or replace the nftables table, whole.
@@ -306,8 +309,8 @@ impl fmt::Display for Op {
             Self::DelNeighbour(dev, address) => write!(f, "remove neighbour {address} dev {dev}"),
             Self::SetFdb(dev, mac, to) => write!(f, "set fdb {mac} dst {to} dev {dev}"),
             Self::DelFdb(dev, mac, _) => write!(f, "remove fdb {mac} dev {dev}"),
-            Self::SetRoute(prefix, route) => write!(f, "set route {prefix} dev {}", route.dev),
-            Self::DelRoute(prefix, _) => write!(f, "remove route {prefix}"),
+            Self::SetRoute(prefix, _, route) => write!(f, "set route {prefix} dev {}", route.dev),
+            Self::DelRoute(prefix, ..) => write!(f, "remove route {prefix}"),
             Self::SetSysctl(path, value) => write!(f, "set sysctl {path} = {value}"),
             Self::SetNft(_) => write!(f, "set nftables table inet weft"),
             Self::DelNft => write!(f, "remove nftables table inet weft"),
