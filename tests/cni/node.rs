@@ -3,7 +3,6 @@
 //! Everything that a CNI call meets is real (pool, journal, worker threads, kernel); leases, gossip and the overlay are
 //! not there.
 
-use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -303,7 +302,7 @@ async fn serve(
                     "" => Ok(Network { bridge: BRIDGE.into(), mtu: 1450, hairpin: true }),
                     step => Err(step.into()),
                 };
-                pods.handle_call(request, answer, readiness, &BTreeSet::new());
+                pods.handle_call(request, answer, readiness);
             }
         }
     }
