@@ -344,7 +344,10 @@ pub(super) fn encode(op: &Op, index: &BTreeMap<String, u32>) -> Option<(RouteNet
             (RouteNetlinkMessage::NewRoute(route(*prefix, *metric, way, of(&way.dev)?)), set)
         }
         Op::DelRoute(prefix, metric, way) => {
-            (RouteNetlinkMessage::DelRoute(route(*prefix, *metric, way, of(&way.dev)?)), 0)
+            let mut message = route(*prefix, *metric, way, of(&way.dev)?);
+            // Any scope: a route without a next hop has another than those that weft makes.
+            message.header.scope = RouteScope::NoWhere;
+            (RouteNetlinkMessage::DelRoute(message), 0)
         }
         Op::SetVeth(name, state) => {
             let mut message = LinkMessage::default();
