@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use weft_tests::lab::{Families, Lab, LabOptions, wait_until};
+use weft_tests::lab::{Families, Lab, LabOptions, differences, wait_until};
 
 /// The promise.
 const REPAIR: Duration = Duration::from_secs(1);
@@ -43,7 +43,11 @@ impl Scene {
             }
         }
         let took = broken.elapsed();
-        assert_eq!(picture, self.whole, "{what}: not repaired after {PATIENCE:?} ({script})");
+        assert_eq!(
+            differences(&self.whole, &picture),
+            [""; 0],
+            "{what}: not repaired after {PATIENCE:?} ({script})"
+        );
         println!(
             "{what}: whole again after {} ms (the deletion took {} ms)",
             took.as_millis(),

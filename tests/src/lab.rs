@@ -27,4 +27,4 @@ pub use home::{Handle, Presence};
 pub use keeper::keep;
 pub use matrix::{Matrix, Pair};
 pub use model::{Backend, Families, NodeView, Options, PodView, Request, State, Store};
-pub use witness::names;
+pub use witness::differences;

@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 use serde_json::{Value, json};
 
 use super::harness::Lab;
-use super::model::State;
 
 impl Lab {
     /// All of weft's objects in the kernel of a node, without what changes by itself.
@@ -125,9 +124,18 @@ impl Lab {
     }
 }
 
-/// The names of all nodes.
-pub fn names(state: &State) -> Vec<String> {
-    state.nodes.iter().map(|node| node.name.clone()).collect()
+/// What is in one picture and not in the other, one line each: `-` is missing from the second, `+` is new in it.
+pub fn differences(one: &Value, other: &Value) -> Vec<String> {
+    let mut lines = Vec::new();
+    for (part, entries) in one.as_object().into_iter().flatten() {
+        let (entries, others) = (entries.as_array(), other[part].as_array());
+        let has = |list: Option<&Vec<Value>>, entry: &Value| list.is_some_and(|list| list.contains(entry));
+        let missing = entries.into_iter().flatten().filter(|entry| !has(others, entry));
+        lines.extend(missing.map(|entry| format!("- {part}: {entry}")));
+        let extra = others.into_iter().flatten().filter(|entry| !has(entries, entry));
+        lines.extend(extra.map(|entry| format!("+ {part}: {entry}")));
+    }
+    lines
 }
 
 fn is_weft(link: &Value) -> bool {
