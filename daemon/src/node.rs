@@ -38,6 +38,8 @@ pub use start::start;
 const COALESCE: Duration = Duration::from_millis(50);
 /// Between two looks at the kernel when nothing woke the node.
 const RESYNC: Duration = Duration::from_secs(30);
+/// Between two looks for pods that vanished without a DEL.
+const SURVEY: Duration = Duration::from_secs(30);
 /// After a pass with failures.
 const RETRY: Duration = Duration::from_secs(1);
 /// What is remembered is written at most this often.
@@ -102,6 +104,7 @@ pub struct Node {
     preflight: Vec<String>,
     /// Host ends that the last pass found and no pod accounted for.
     strays: BTreeSet<String>,
+    survey: Instant,
 }
 
 /// The receiving ends of all shells.
@@ -230,6 +233,7 @@ impl Node {
             self.pass.due.filter(|_| !self.pass.running),
             self.pass.resync,
             self.memory_dirty,
+            Some(self.survey),
             self.pings.values().map(|ping| ping.deadline).min(),
             self.leaving.as_ref().map(|leaving| leaving.deadline),
         ];
@@ -345,6 +349,9 @@ impl Node {
     fn start_pass(&mut self, now: Instant) {
         if self.pass.resync.is_some_and(|resync| resync <= now) {
             self.pass.due = Some(now);
+        }
+        if self.survey <= now {
+            self.survey = now + SURVEY;
             self.pods.survey();
         }
         if self.pass.running || self.leaving.is_some() || self.pass.due.is_none_or(|due| due > now) {

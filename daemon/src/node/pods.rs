@@ -8,7 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, info, warn};
-use weft_ipam::pods::{PodAddresses, PodPool};
+use weft_ipam::pods::{AssignError, PodAddresses, PodPool};
 use weft_wire::api;
 use weft_wire::types::Subnet;
 
@@ -42,7 +42,7 @@ enum Work {
     Added { call: Call, id: AttachmentId, keep: bool, outcome: Result<CniResult, CniError> },
     Deleted { call: Call, ids: Vec<AttachmentId>, outcome: Result<(), CniError> },
     Checked { call: Call, outcome: Result<(), CniError> },
-    Surveyed { ids: Vec<AttachmentId>, outcome: Result<Vec<Condition>, CniError> },
+    Surveyed { surveyed: Vec<Attachment>, outcome: Result<Vec<Condition>, CniError> },
 }
 
 #[derive(Debug)]
@@ -159,7 +159,7 @@ impl Pods {
         let addresses = self
             .pool
             .assign(&pool_id(&id), &request.wishes.ips)
-            .map_err(|error| CniError::new(Code::Exhausted, error.to_string()))?;
+            .map_err(|error| CniError::new(code_of(&error), error.to_string()))?;
         let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let planned = AddPlan::new(request, admission, network, with_gateways(&addresses), since)
             .and_then(|plan| self.journal.insert(plan.attachment()).map(|()| plan).map_err(CniError::from));
@@ -225,8 +225,8 @@ impl Pods {
             return;
         }
         self.work(move || Work::Surveyed {
-            ids: attachments.iter().map(|attachment| attachment.id.clone()).collect(),
             outcome: attach::survey(&attachments),
+            surveyed: attachments,
         });
     }
 
@@ -258,13 +258,18 @@ impl Pods {
                 call.reply(outcome.map(|()| Success::Done));
                 false
             }
-            Work::Surveyed { ids, outcome } => {
+            Work::Surveyed { surveyed, outcome } => {
                 let conditions = outcome.unwrap_or_else(|error| {
                     debug!(err = %error.message, "pods not surveyed");
                     Vec::new()
                 });
                 let mut changed = false;
-                for (id, condition) in ids.iter().zip(conditions) {
+                for (attachment, condition) in surveyed.iter().zip(conditions) {
+                    let id = &attachment.id;
+                    // A DEL and an ADD may have come in between: then this is another attachment.
+                    if self.attachments.get(id) != Some(attachment) {
+                        continue;
+                    }
                     if condition == Condition::Gone && !self.busy.contains(id) {
                         info!(container = id.container(), "pod vanished without a DEL, its address is free");
                         self.free(id);
@@ -292,6 +297,14 @@ impl Pods {
             // A closed channel means that the daemon is stopping; the journal holds what matters.
             let _ = done.blocking_send(Done(work()));
         });
+    }
+}
+
+fn code_of(error: &AssignError) -> Code {
+    match error {
+        AssignError::NoSubnet => Code::TryAgainLater,
+        AssignError::InUse { .. } | AssignError::Differs { .. } => Code::Conflict,
+        _ => Code::Exhausted,
     }
 }
 

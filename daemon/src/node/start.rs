@@ -130,6 +130,7 @@ pub fn start(config: Config) -> Result<Node, Fatal> {
         inbox,
         preflight,
         strays: std::collections::BTreeSet::new(),
+        survey: now,
         ring,
         authority: None,
         next_token: 1,

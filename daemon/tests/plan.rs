@@ -1,0 +1,234 @@
+//! Laws of the plan, against a kernel in memory: a second pass finds nothing, order does not matter, what is not
+//! weft's is never named.
+
+use std::collections::BTreeSet;
+
+use ipnet::IpNet;
+use proptest::prelude::*;
+use proptest::strategy::ValueTree;
+use weft_daemon::plan::desired::desired;
+use weft_daemon::plan::diff::diff;
+use weft_daemon::plan::model::{
+    Actual, Dataplane, Desired, HostVeth, Inputs, LinkKind, Op, Peer, Underlay, VethState, is_host_veth,
+};
+use weft_wire::types::MacAddress;
+
+/// What the kernel does with operations, as far as the plan can see.
+fn apply(actual: &mut Actual, ops: &[Op]) {
+    let state = &mut actual.state;
+    for op in ops {
+        match op.clone() {
+            Op::AddLink(name, link) => {
+                assert!(state.links.insert(name.clone(), link).is_none(), "{name} exists already");
+            }
+            Op::SetLink(name, link) => {
+                let found = state.links.get_mut(&name).expect("only a device that is there is changed");
+                assert_eq!(found.kind, link.kind, "the kernel cannot change what a device is");
+                *found = link;
+            }
+            Op::DelLink(name) => {
+                assert!(state.links.remove(&name).is_some(), "{name} is not there");
+                state.addresses.retain(|(dev, _)| *dev != name);
+                state.neighbours.retain(|(dev, _), _| *dev != name);
+                state.fdb.retain(|(dev, _), _| *dev != name);
+                state.routes.retain(|_, route| route.dev != name);
+                state.sysctls.retain(|path, _| !path.contains(&format!("/{name}/")));
+                if name == "weft0" {
+                    actual.veths.values_mut().for_each(|veth| veth.bridged = false);
+                }
+            }
+            Op::AddAddress(dev, net) => {
+                assert!(state.links.contains_key(&dev), "{dev} is not there");
+                state.addresses.insert((dev, net));
+            }
+            Op::DelAddress(dev, net) => assert!(state.addresses.remove(&(dev, net))),
+            Op::SetNeighbour(dev, to, mac) => {
+                assert!(state.links.contains_key(&dev), "{dev} is not there");
+                state.neighbours.insert((dev, to), mac);
+            }
+            Op::DelNeighbour(dev, to) => assert!(state.neighbours.remove(&(dev, to)).is_some()),
+            Op::SetFdb(dev, mac, to) => {
+                assert!(state.links.contains_key(&dev), "{dev} is not there");
+                state.fdb.insert((dev, mac), to);
+            }
+            Op::DelFdb(dev, mac, _) => assert!(state.fdb.remove(&(dev, mac)).is_some()),
+            Op::SetRoute(prefix, metric, route) => {
+                state.routes.insert((prefix, metric), route);
+            }
+            Op::DelRoute(prefix, metric, _) => assert!(state.routes.remove(&(prefix, metric)).is_some()),
+            Op::SetSysctl(path, value) => {
+                state.sysctls.insert(path, value);
+            }
+            Op::SetNft(table) => state.nft = Some(table.digest()),
+            Op::DelNft => state.nft = None,
+            Op::SetVeth(name, veth) => {
+                assert!(actual.veths.insert(name, veth).is_some(), "a host end is mended, never made");
+            }
+            Op::DelVeth(name) => assert!(actual.veths.remove(&name).is_some()),
+        }
+    }
+}
+
+fn peer(number: u8, v4: bool, v6: bool, mtu: u32) -> Peer {
+    let node = format!("p{number}").parse().unwrap();
+    let mut underlay: Vec<std::net::IpAddr> = Vec::new();
+    underlay.extend(v4.then(|| format!("192.0.2.{}", number + 10).parse::<std::net::IpAddr>().unwrap()));
+    underlay.extend(v6.then(|| format!("2001:db8::{:x}", u16::from(number) + 16).parse::<std::net::IpAddr>().unwrap()));
+    Peer {
+        subnets: vec![
+            format!("10.32.{}.0/24", u16::from(number) + 1).parse().unwrap(),
+            format!("fd00:32:0:{:x}::/64", u16::from(number) + 1).parse().unwrap(),
+        ],
+        underlay,
+        vtep_v4: v4.then(|| MacAddress::derived(&node, "v4")),
+        vtep_v6: v6.then(|| MacAddress::derived(&node, "v6")),
+        vni: 1,
+        vxlan_port: 8472,
+        mtu,
+        node,
+    }
+}
+
+prop_compose! {
+    fn any_inputs()(
+        numbers in prop::collection::btree_set(0_u8..200, 0..20),
+        families in prop::collection::vec((any::<bool>(), any::<bool>()), 20),
+        mtus in prop::collection::vec(prop::sample::select(vec![1280_u32, 1400, 1500, 9000]), 20),
+        direct in any::<bool>(),
+        masquerade in any::<bool>(),
+        leased in any::<bool>(),
+        vni in 1_u32..4,
+        own in (any::<bool>(), any::<bool>()),
+        pods in prop::collection::btree_set(any::<u32>(), 0..5),
+        strays in prop::collection::btree_set(any::<u32>(), 0..3),
+    ) -> Inputs {
+        let mut addresses: Vec<IpNet> = Vec::new();
+        addresses.extend((own.0 || !own.1).then(|| "192.0.2.1/24".parse::<IpNet>().unwrap()));
+        addresses.extend(own.1.then(|| "2001:db8::1/64".parse::<IpNet>().unwrap()));
+        let veth = |number: &u32| format!("weft{number:08x}");
+        Inputs {
+            node: "n1".parse().unwrap(),
+            dataplane: Dataplane {
+                vni,
+                vxlan_port: 8472,
+                direct_routing: direct,
+                masquerade,
+                cluster_cidrs: vec!["10.32.0.0/12".parse().unwrap(), "fd00:32::/48".parse().unwrap()],
+                non_masquerade: Vec::new(),
+                mtu: None,
+                tx_checksum: true,
+                hairpin: true,
+            },
+            underlay: Underlay { device: "eth0".into(), index: 2, mtu: 1500, addresses },
+            subnets: if leased {
+                vec!["10.32.250.0/24".parse().unwrap(), "fd00:32:0:fa::/64".parse().unwrap()]
+            } else {
+                Vec::new()
+            },
+            peers: numbers
+                .iter()
+                .zip(families)
+                .zip(mtus)
+                .map(|((number, (v4, v6)), mtu)| peer(*number, v4, v6, mtu))
+                .collect(),
+            attachments: pods.iter().map(|number| HostVeth { ifname: veth(number), mtu: 1450 }).collect(),
+            strays: strays.difference(&pods).map(veth).collect(),
+        }
+    }
+}
+
+fn with_veths(mut actual: Actual, inputs: &Inputs) -> Actual {
+    let loose = VethState { bridged: false, hairpin: false, up: true, mtu: 1500 };
+    let names = inputs.attachments.iter().map(|veth| veth.ifname.clone()).chain(inputs.strays.iter().cloned());
+    actual.veths.extend(names.map(|name| (name, loose.clone())));
+    actual
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_second_pass_finds_nothing_from_any_state(before in any_inputs(), after in any_inputs()) {
+        let mut actual = with_veths(Actual::default(), &before);
+        let ops = diff(&desired(&before), &actual);
+        apply(&mut actual, &ops);
+        let mut actual = with_veths(actual, &after);
+        let plan = desired(&after);
+        let ops = diff(&plan, &actual);
+        apply(&mut actual, &ops);
+        prop_assert_eq!(diff(&plan, &actual), Vec::new());
+        prop_assert_eq!(&actual.state.routes, &plan.state.routes);
+    }
+
+    #[test]
+    fn the_order_of_peers_and_pods_does_not_matter(inputs in any_inputs()) {
+        let mut reversed = inputs.clone();
+        reversed.peers.reverse();
+        reversed.attachments.reverse();
+        prop_assert_eq!(desired(&inputs), desired(&reversed));
+    }
+
+    #[test]
+    fn every_route_has_what_it_needs_and_only_marked_devices_are_named(inputs in any_inputs()) {
+        let plan = desired(&inputs);
+        for route in plan.state.routes.values() {
+            let via = route.via.expect("every route has a next hop");
+            if route.dev == "eth0" {
+                prop_assert!(inputs.dataplane.direct_routing);
+                continue;
+            }
+            let mac = plan.state.neighbours.get(&(route.dev.clone(), via));
+            let mac = *mac.expect("a tunnelled next hop has a neighbour");
+            prop_assert!(plan.state.fdb.contains_key(&(route.dev.clone(), mac)));
+            prop_assert!(plan.state.links.contains_key(&route.dev));
+        }
+        for name in plan.state.links.keys() {
+            prop_assert!(["weft0", "weft-vx4", "weft-vx6"].contains(&name.as_str()));
+        }
+        let none = Actual::default();
+        for op in diff(&plan, &none) {
+            prop_assert!(!matches!(op, Op::DelLink(_) | Op::DelVeth(_) | Op::DelNft), "{op} on an empty kernel");
+        }
+    }
+
+    #[test]
+    fn a_purge_leaves_nothing_with_the_mark(inputs in any_inputs()) {
+        let mut actual = with_veths(Actual::default(), &inputs);
+        let ops = diff(&desired(&inputs), &actual);
+        apply(&mut actual, &ops);
+        let strays: BTreeSet<_> = actual.veths.keys().cloned().collect();
+        prop_assert!(strays.iter().all(|name| is_host_veth(name)));
+        let ops = diff(&Desired { strays, ..Desired::default() }, &actual);
+        apply(&mut actual, &ops);
+        // Settings of the machine stay: others may have come to rely on them.
+        actual.state.sysctls.clear();
+        prop_assert_eq!(actual, Actual::default());
+    }
+}
+
+#[test]
+fn a_device_that_must_be_another_is_replaced_with_everything_on_it() {
+    let mut inputs = {
+        let mut runner = proptest::test_runner::TestRunner::deterministic();
+        loop {
+            let inputs = any_inputs().new_tree(&mut runner).unwrap().current();
+            if inputs.subnets.len() == 2 && inputs.peers.len() > 3 && inputs.dataplane.vni == 1 {
+                break inputs;
+            }
+        }
+    };
+    let mut actual = Actual::default();
+    let ops = diff(&desired(&inputs), &actual);
+    apply(&mut actual, &ops);
+    inputs.dataplane.vxlan_port = 4789;
+    inputs.peers.iter_mut().for_each(|peer| peer.vxlan_port = 4789);
+    let ops = diff(&desired(&inputs), &actual);
+    assert!(ops.iter().any(|op| matches!(op, Op::DelLink(name) if name.starts_with("weft-vx"))));
+    apply(&mut actual, &ops);
+    assert_eq!(diff(&desired(&inputs), &actual), []);
+    let ports = actual.state.links.values().filter_map(|link| match &link.kind {
+        LinkKind::Vxlan(vxlan) => Some(vxlan.port),
+        _ => None,
+    });
+    assert!(ports.into_iter().all(|port| port == 4789));
+}
