@@ -56,7 +56,7 @@ lab-down: ## take the lab down
 	@$(BIN)/weft-lab --name $(LAB) down
 
 test: deps build ## install what the tests need and run all of them
-	WEFT_BIN_DIR=$(BIN) cargo test --locked --workspace $(TEST_ARGS) </dev/null
+	WEFT_BIN_DIR=$(BIN) cargo test --locked --no-fail-fast --workspace $(TEST_ARGS) </dev/null
 
 lint: ## rustfmt and clippy, warnings denied
 	cargo fmt --all --check
