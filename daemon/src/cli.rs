@@ -15,8 +15,8 @@ use prost::Message;
 use serde::Serialize;
 use serde_json::{Value, json};
 use weft_wire::api::{
-    ClusterKeyRequest, Empty, ForgetRequest, PingRequest, Reply, ReplyBody, Request, RequestBody, SCHEMA_VERSION,
-    TraceRequest,
+    ClusterKeyRequest, Empty, ForgetRequest, PingRequest, Reply, ReplyBody, Request, RequestBody,
+    SCHEMA_VERSION, TraceRequest,
 };
 use weft_wire::frame::{self, MAX_REPLY_BYTES};
 use weft_wire::seal::ClusterKey;
@@ -162,10 +162,9 @@ impl Cli {
             Command::Leave => RequestBody::Leave(empty),
             Command::RotateKey => RequestBody::RotateNodeKey(empty),
             Command::Forget { node } => RequestBody::Forget(ForgetRequest { node: node.clone() }),
-            Command::Trace { source, destination } => RequestBody::Trace(TraceRequest {
-                source: source.clone(),
-                destination: destination.clone(),
-            }),
+            Command::Trace { source, destination } => {
+                RequestBody::Trace(TraceRequest { source: source.clone(), destination: destination.clone() })
+            }
             Command::ClusterKey(command) => match key_request(command)? {
                 Some(request) => RequestBody::ClusterKey(request),
                 None => return self.generate_key(),
@@ -198,12 +197,15 @@ impl Cli {
             ReplyBody::Leases(leases) => self.print(&with_schema(leases), || render::leases(leases), true),
             ReplyBody::Pods(pods) => self.print(&with_schema(pods), || render::pods(pods), true),
             ReplyBody::Trace(trace) => self.print(&with_schema(trace), || render::trace(trace), trace.ok),
-            ReplyBody::Doctor(doctor) => self.print(&with_schema(doctor), || render::doctor(doctor), doctor.ok),
+            ReplyBody::Doctor(doctor) => {
+                self.print(&with_schema(doctor), || render::doctor(doctor), doctor.ok)
+            }
             ReplyBody::Done(done) => self.print(&with_schema(done), || format!("{}\n", done.message), true),
             ReplyBody::ClusterKeys(keys) => self.print(&with_schema(keys), || render::keys(keys), true),
-            ReplyBody::Ping(_) | ReplyBody::Cni(_) | ReplyBody::Error(_) => {
-                Err(failure(UNREACHABLE, "the daemon answered something else; use a weft of the same release"))
-            }
+            ReplyBody::Ping(_) | ReplyBody::Cni(_) | ReplyBody::Error(_) => Err(failure(
+                UNREACHABLE,
+                "the daemon answered something else; use a weft of the same release",
+            )),
         }
     }
 
@@ -269,7 +271,9 @@ impl Cli {
     fn ask(&self, body: RequestBody) -> Result<ReplyBody, Failure> {
         let reply = exchange(&self.socket, &Request { body: Some(body) }).map_err(|error| {
             let advice = match error.kind() {
-                io::ErrorKind::NotFound => "weftd does not run, or listens on another socket: see `systemctl status weftd`",
+                io::ErrorKind::NotFound => {
+                    "weftd does not run, or listens on another socket: see `systemctl status weftd`"
+                }
                 io::ErrorKind::ConnectionRefused => "weftd has stopped: see its log",
                 io::ErrorKind::PermissionDenied => "run the command with sudo",
                 _ => "see the log of weftd",

@@ -49,7 +49,9 @@ impl Drop for Open {
 
 /// An address on which gossip cannot listen.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot listen for gossip on {address}: {source}; is another daemon on that port, or underlay.address not of this node?")]
+#[error(
+    "cannot listen for gossip on {address}: {source}; is another daemon on that port, or underlay.address not of this node?"
+)]
 pub struct ListenError {
     address: SocketAddr,
     #[source]
@@ -111,7 +113,8 @@ async fn read(socket: Arc<UdpSocket>, inbox: mpsc::Sender<Received>) {
         match socket.recv_from(&mut buffer).await {
             Ok((length, from)) => {
                 let datagram = buffer[..length].to_vec();
-                if let Err(mpsc::error::TrySendError::Closed(_)) = inbox.try_send(Received { from, datagram }) {
+                if let Err(mpsc::error::TrySendError::Closed(_)) = inbox.try_send(Received { from, datagram })
+                {
                     return;
                 }
             }

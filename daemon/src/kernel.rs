@@ -5,11 +5,11 @@ pub mod linux;
 pub mod monitor;
 pub mod netlink;
 pub mod nft;
+mod offload;
 pub mod preflight;
 mod rtnl;
 mod sysctl;
 mod tlv;
-
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -81,7 +81,10 @@ pub fn purge(kernel: &mut dyn Kernel) -> Vec<String> {
             let nothing = Desired { strays: actual.veths.keys().cloned().collect(), ..Desired::default() };
             let ops = crate::plan::diff::diff(&nothing, &actual);
             let answers = kernel.apply(&ops);
-            ops.iter().zip(answers).filter_map(|(op, answer)| answer.err().map(|e| format!("{op}: {e}"))).collect()
+            ops.iter()
+                .zip(answers)
+                .filter_map(|(op, answer)| answer.err().map(|e| format!("{op}: {e}")))
+                .collect()
         }
     }
 }

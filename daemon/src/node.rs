@@ -8,6 +8,7 @@ mod calls;
 mod facts;
 mod keys;
 pub mod pods;
+mod probe;
 mod start;
 mod view;
 mod worker;
@@ -24,7 +25,7 @@ use weft_wire::mesh::{Mesh, MeshEvent, NodeKey, Output, Owner};
 use weft_wire::seal::KeyRing;
 use weft_wire::types::{PublicKey, Subnet};
 
-use crate::config::Config;
+use crate::config::{Config, TxChecksum};
 use crate::gossip::{Received, Sockets};
 use crate::leases::{self, Leases};
 use crate::plan::model::{Inputs, Underlay};
@@ -56,6 +57,8 @@ const LEAVE: Duration = Duration::from_secs(5);
 enum Event {
     /// A gossip datagram came.
     Datagram(Received),
+    /// A checksum probe or its answer came through the tunnel.
+    Probe(Received),
     /// The store answered or changed.
     Store(leases::Done),
     /// The kernel thread finished a job.
@@ -102,15 +105,19 @@ pub struct Node {
     /// The next node key, until the leases carry it.
     endorsed: Option<NodeKey>,
     preflight: Vec<String>,
+    boot: String,
     /// Host ends that the last pass found and no pod accounted for.
     strays: BTreeSet<String>,
     survey: Instant,
+    probe: probe::Probe,
+    probe_sockets: Sockets,
 }
 
 /// The receiving ends of all shells.
 #[derive(Debug)]
 struct Inbox {
     datagrams: mpsc::Receiver<Received>,
+    probes: mpsc::Receiver<Received>,
     store: mpsc::Receiver<leases::Done>,
     kernel: mpsc::Receiver<worker::Done>,
     kernel_changed: mpsc::Receiver<()>,
@@ -175,6 +182,7 @@ impl Node {
             Some(done) = inbox.kernel.recv() => Event::Kernel(done),
             Some(done) = inbox.store.recv() => Event::Store(done),
             Some(()) = inbox.kernel_changed.recv() => Event::KernelChanged,
+            Some(received) = inbox.probes.recv() => Event::Probe(received),
             Some(received) = inbox.datagrams.recv() => Event::Datagram(received),
             () = sleep_until(until.into()) => Event::Tick,
         }
@@ -187,6 +195,7 @@ impl Node {
                     debug!(%from, %reason, "gossip datagram dropped");
                 }
             }
+            Event::Probe(Received { from, datagram }) => self.take_probe(from, &datagram, now),
             Event::Store(done) => {
                 self.leases.handle(done, now);
                 self.take_lease_table(now);
@@ -225,6 +234,7 @@ impl Node {
                 Output::Wait { until, .. } => break until,
             }
         };
+        self.run_probe(now);
         self.start_pass(now);
         self.remember_if_due(now);
         let wakes = [
@@ -233,6 +243,7 @@ impl Node {
             self.pass.due.filter(|_| !self.pass.running),
             self.pass.resync,
             self.memory_dirty,
+            self.probe_wake(),
             Some(self.survey),
             self.pings.values().map(|ping| ping.deadline).min(),
             self.leaving.as_ref().map(|leaving| leaving.deadline),
@@ -319,7 +330,8 @@ impl Node {
                 }
             }
             MeshEvent::DuplicateName { from, key } => {
-                let sentence = duplicate_name(self.config.node.name.as_str(), &format!("gossips at {from}"), &key);
+                let sentence =
+                    duplicate_name(self.config.node.name.as_str(), &format!("gossips at {from}"), &key);
                 if now.duration_since(self.started) < NEWCOMER && !self.established() {
                     return Err(Fatal(sentence));
                 }
@@ -404,7 +416,47 @@ impl Node {
                 self.pass.due.get_or_insert(now + RETRY);
             }
             self.pass.report = Some(report);
+            let gateways: Vec<_> = self.subnets().iter().map(|subnet| subnet.gateway()).collect();
+            // Without its socket the probe stays unanswered, which blames nothing.
+            drop(self.probe_sockets.set_addresses(&gateways));
         } else {
+            self.wake(now);
+        }
+    }
+
+    fn probe_wake(&self) -> Option<Instant> {
+        self.probe.wake().filter(|_| self.config.overlay.tx_checksum == TxChecksum::Auto)
+    }
+
+    /// Asks a peer through the tunnel whether checksums survive it, as long as that is open.
+    fn run_probe(&mut self, now: Instant) {
+        if self.probe_wake().is_none_or(|wake| wake > now) {
+            return;
+        }
+        let before = self.probe.offload();
+        let peer = self.tunnelled_gateway();
+        if let Some((to, request)) = self.probe.poll(peer, now) {
+            self.probe_sockets.send(to, &request);
+        }
+        if self.probe.offload() != before {
+            self.wake(now);
+        }
+    }
+
+    fn take_probe(&mut self, from: SocketAddr, datagram: &[u8], now: Instant) {
+        let open = self.probe.wake().is_some();
+        if let Some(answer) = self.probe.handle(from, datagram) {
+            self.probe_sockets.send(from, &answer);
+        }
+        if open && self.probe.wake().is_none() {
+            let broken = self.probe.is_broken();
+            if broken {
+                warn!(peer = %from.ip(), "this kernel breaks TX checksum offload in the tunnel, it is off");
+            } else {
+                info!(peer = %from.ip(), "TX checksum offload works through the tunnel, it stays on");
+            }
+            self.memory.tx_checksum_off = broken.then(|| self.boot.clone());
+            self.touch_memory(now);
             self.wake(now);
         }
     }
@@ -432,4 +484,3 @@ fn duplicate_name(name: &str, what: &str, key: &PublicKey) -> String {
         key.short()
     )
 }
-

@@ -89,7 +89,8 @@ pub fn reconcile(kernel: &mut dyn Kernel, inputs: &Inputs) -> Report {
     }
     report.routes = statuses(&plan, &refused);
     report.warnings.extend(kernel.obstacles(&inputs.dataplane.cluster_cidrs));
-    let unknown = actual.veths.keys().filter(|name| !plan.veths.contains_key(*name) && !plan.strays.contains(*name));
+    let unknown =
+        actual.veths.keys().filter(|name| !plan.veths.contains_key(*name) && !plan.strays.contains(*name));
     report.unknown_veths = unknown.cloned().collect();
     for name in plan.veths.keys().filter(|name| !actual.veths.contains_key(*name)) {
         tracing::debug!(iface = name, "host end of a pod is not there");

@@ -101,7 +101,10 @@ async fn converse(mut stream: UnixStream, calls: mpsc::Sender<Call>) -> io::Resu
     let mut buffer = Vec::new();
     while let Some(frame) = read_frame(&mut stream, &mut buffer).await? {
         let reply = match Request::decode(&*frame) {
-            Err(_) => Reply::refusal(1, "the request is no message of weft's socket; use a weft of the same release"),
+            Err(_) => Reply::refusal(
+                1,
+                "the request is no message of weft's socket; use a weft of the same release",
+            ),
             Ok(request) => {
                 let (reply, answer) = oneshot::channel();
                 let gone = || io::Error::other("the daemon is stopping");

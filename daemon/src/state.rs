@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use weft_ipam::lease::HeldLease;
-use weft_wire::record::NodeKey;
 use weft_wire::mesh::Owner;
+use weft_wire::record::NodeKey;
 use weft_wire::types::{Epoch, NodeName, PublicKey, Subnet};
 
 use crate::plan::model::Peer;
@@ -75,8 +75,8 @@ pub struct Memory {
     pub leases: BTreeMap<Subnet, RememberedLease>,
     /// The peers that the kernel was programmed for.
     pub peers: BTreeMap<NodeName, RememberedPeer>,
-    /// Whether turning TX checksum offload off was found necessary.
-    pub tx_checksum_off: bool,
+    /// The boot in which turning TX checksum offload off was found necessary: another kernel may do better.
+    pub tx_checksum_off: Option<String>,
 }
 
 /// A lease of the store as last seen.
@@ -244,9 +244,11 @@ fn write_and_rename(path: &Path, bytes: &[u8], sync: bool) -> Result<(), StateEr
 pub fn random() -> Result<[u8; 32], StateError> {
     let path = Path::new("/dev/urandom");
     let mut bytes = [0; 32];
-    File::open(path)
-        .and_then(|mut file| file.read_exact(&mut bytes))
-        .map_err(|source| StateError::Io { action: "read", path: path.to_owned(), source })?;
+    File::open(path).and_then(|mut file| file.read_exact(&mut bytes)).map_err(|source| StateError::Io {
+        action: "read",
+        path: path.to_owned(),
+        source,
+    })?;
     Ok(bytes)
 }
 

@@ -32,6 +32,7 @@ fn apply(actual: &mut Actual, ops: &[Op]) {
                 state.neighbours.retain(|(dev, _), _| *dev != name);
                 state.fdb.retain(|(dev, _), _| *dev != name);
                 state.routes.retain(|_, route| route.dev != name);
+                state.offloads.remove(&name);
                 state.sysctls.retain(|path, _| !path.contains(&format!("/{name}/")));
                 if name == "weft0" {
                     actual.veths.values_mut().for_each(|veth| veth.bridged = false);
@@ -56,6 +57,10 @@ fn apply(actual: &mut Actual, ops: &[Op]) {
                 state.routes.insert((prefix, metric), route);
             }
             Op::DelRoute(prefix, metric, _) => assert!(state.routes.remove(&(prefix, metric)).is_some()),
+            Op::SetOffload(dev, on) => {
+                assert!(state.links.contains_key(&dev), "{dev} is not there");
+                state.offloads.insert(dev, on);
+            }
             Op::SetSysctl(path, value) => {
                 state.sysctls.insert(path, value);
             }
@@ -73,7 +78,9 @@ fn peer(number: u8, v4: bool, v6: bool, mtu: u32) -> Peer {
     let node = format!("p{number}").parse().unwrap();
     let mut underlay: Vec<std::net::IpAddr> = Vec::new();
     underlay.extend(v4.then(|| format!("192.0.2.{}", number + 10).parse::<std::net::IpAddr>().unwrap()));
-    underlay.extend(v6.then(|| format!("2001:db8::{:x}", u16::from(number) + 16).parse::<std::net::IpAddr>().unwrap()));
+    underlay.extend(
+        v6.then(|| format!("2001:db8::{:x}", u16::from(number) + 16).parse::<std::net::IpAddr>().unwrap()),
+    );
     Peer {
         subnets: vec![
             format!("10.32.{}.0/24", u16::from(number) + 1).parse().unwrap(),
@@ -139,7 +146,8 @@ prop_compose! {
 
 fn with_veths(mut actual: Actual, inputs: &Inputs) -> Actual {
     let loose = VethState { bridged: false, hairpin: false, up: true, mtu: 1500 };
-    let names = inputs.attachments.iter().map(|veth| veth.ifname.clone()).chain(inputs.strays.iter().cloned());
+    let names =
+        inputs.attachments.iter().map(|veth| veth.ifname.clone()).chain(inputs.strays.iter().cloned());
     actual.veths.extend(names.map(|name| (name, loose.clone())));
     actual
 }

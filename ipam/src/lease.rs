@@ -21,8 +21,6 @@ use crate::store::{Expect, Key};
 mod judge;
 mod machine;
 #[cfg(test)]
-mod model;
-#[cfg(test)]
 mod tests;
 mod value;
 mod view;

@@ -61,9 +61,16 @@ fn fail(error: &dyn std::fmt::Display) -> ExitCode {
 
 fn init_logging(log: &LogConfig) -> Result<(), String> {
     let filter = EnvFilter::try_new(&log.filter).map_err(|error| {
-        format!("log.filter {:?} is not valid: {error}; write for example \"info\" or \"weft_daemon=debug\"", log.filter)
+        format!(
+            "log.filter {:?} is not valid: {error}; write for example \"info\" or \"weft_daemon=debug\"",
+            log.filter
+        )
     })?;
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    if log.json { builder.json().init() } else { builder.with_ansi(false).init() }
+    if log.json {
+        builder.json().init()
+    } else {
+        builder.with_ansi(false).init()
+    }
     Ok(())
 }

@@ -18,7 +18,10 @@ fn or_dash(text: &str) -> String {
 }
 
 fn age(ms: Option<u64>) -> String {
-    ms.map_or_else(|| "-".into(), |ms| if ms < 10_000 { format!("{ms} ms") } else { format!("{} s", ms / 1000) })
+    ms.map_or_else(
+        || "-".into(),
+        |ms| if ms < 10_000 { format!("{ms} ms") } else { format!("{} s", ms / 1000) },
+    )
 }
 
 pub(super) fn status(status: &Status) -> String {
@@ -26,7 +29,10 @@ pub(super) fn status(status: &Status) -> String {
     let peers = status.peers.clone().unwrap_or_default();
     let reconcile = status.reconcile.clone().unwrap_or_default();
     let mut lines = vec![
-        format!("node       {} (site {}), weft {}, up {} s", status.node, status.site, status.version, status.uptime_s),
+        format!(
+            "node       {} (site {}), weft {}, up {} s",
+            status.node, status.site, status.version, status.uptime_s
+        ),
         format!("ready      {}", if status.ready { "yes".into() } else { format!("no: {}", status.blocked) }),
         format!("subnets    {}", or_dash(&status.subnets.join(", "))),
         format!("underlay   {}", or_dash(&status.underlay.join(", "))),
@@ -65,7 +71,8 @@ pub(super) fn status_line(status: &Status) -> String {
 }
 
 pub(super) fn peers(peers: &Peers, wide: bool) -> String {
-    let mut head = vec!["NODE", "SITE", "STATE", "TRANSPORT", "ADDRESSES", "SUBNETS", "RTT", "LOSS", "MTU", "SEEN"];
+    let mut head =
+        vec!["NODE", "SITE", "STATE", "TRANSPORT", "ADDRESSES", "SUBNETS", "RTT", "LOSS", "MTU", "SEEN"];
     if wide {
         head.extend(["VERDICT", "KEY", "VERSION"]);
     }
@@ -85,7 +92,11 @@ pub(super) fn peers(peers: &Peers, wide: bool) -> String {
                 age(peer.last_seen_ms),
             ];
             if wide {
-                row.extend([peer.verdict.clone(), peer.key.chars().take(8).collect(), peer.version.to_string()]);
+                row.extend([
+                    peer.verdict.clone(),
+                    peer.key.chars().take(8).collect(),
+                    peer.version.to_string(),
+                ]);
             }
             row
         }),
@@ -144,10 +155,9 @@ pub(super) fn pods(pods: &Pods) -> String {
 pub(super) fn trace(trace: &Trace) -> String {
     let mut text = table(
         &["HOP", "", "DETAIL"],
-        trace
-            .hops
-            .iter()
-            .map(|hop| vec![hop.what.clone(), if hop.ok { "ok" } else { "BROKEN" }.into(), hop.detail.clone()]),
+        trace.hops.iter().map(|hop| {
+            vec![hop.what.clone(), if hop.ok { "ok" } else { "BROKEN" }.into(), hop.detail.clone()]
+        }),
     );
     text.push_str(&trace.verdict);
     text.push('\n');
@@ -166,9 +176,11 @@ pub(super) fn doctor(doctor: &Doctor) -> String {
 }
 
 pub(super) fn keys(keys: &ClusterKeys) -> String {
-    let rows = keys.ids.iter().enumerate().map(|(place, id)| {
-        vec![id.clone(), if place == 0 { "seals and opens" } else { "opens" }.into()]
-    });
+    let rows = keys
+        .ids
+        .iter()
+        .enumerate()
+        .map(|(place, id)| vec![id.clone(), if place == 0 { "seals and opens" } else { "opens" }.into()]);
     table(&["KEY", "USE"], rows)
 }
 

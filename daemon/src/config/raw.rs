@@ -240,7 +240,7 @@ impl TryFrom<String> for Span {
 /// Reads the text; an error is the line, counted from 1, and a sentence.
 pub(super) fn read(text: &str) -> Result<Raw, (Option<usize>, String)> {
     toml::from_str(text).map_err(|error| {
-        let line = error.span().map(|span| text[..span.start.min(text.len())].lines().count().max(1));
+        let line = error.span().map(|span| text[..span.start.min(text.len())].matches('\n').count() + 1);
         (line, sentence(error.message()))
     })
 }
@@ -295,7 +295,9 @@ impl Raw {
         let carver = Carver::new(cidrs.collect()).map_err(|error| format!("cluster.cidrs: {error}"))?;
         let kind = match self.store.r#type {
             Kind::Sqlite if !self.store.subnets.is_empty() => {
-                return Err("store.subnets belongs to store.type = \"static\"; remove it, or change the type".into());
+                return Err(
+                    "store.subnets belongs to store.type = \"static\"; remove it, or change the type".into(),
+                );
             }
             Kind::Sqlite => StoreKind::Sqlite(self.store.path),
             Kind::Static if self.store.subnets.is_empty() => {
@@ -315,7 +317,9 @@ impl Raw {
         if self.overlay.vni == 0 || self.overlay.vni >= 1 << 24 {
             return Err(format!("overlay.vni {} is out of range: use 1 to 16777215", self.overlay.vni));
         }
-        for (key, port) in [("overlay.port", self.overlay.port), ("gossip.listen_port", self.gossip.listen_port)] {
+        for (key, port) in
+            [("overlay.port", self.overlay.port), ("gossip.listen_port", self.gossip.listen_port)]
+        {
             if port == 0 {
                 return Err(format!("{key} must not be 0"));
             }
@@ -332,7 +336,9 @@ impl Raw {
         let metrics = match self.metrics.listen.as_str() {
             "off" => None,
             text => Some(text.parse().map_err(|_| {
-                format!("metrics.listen {text:?} is no address with a port: write \"127.0.0.1:7118\", or \"off\"")
+                format!(
+                    "metrics.listen {text:?} is no address with a port: write \"127.0.0.1:7118\", or \"off\""
+                )
             })?),
         };
         Ok(Config {

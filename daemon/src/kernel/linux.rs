@@ -8,8 +8,9 @@ use ipnet::IpNet;
 use nix::errno::Errno;
 
 use super::netlink::{Conn, Refusal};
+use super::offload::Ethtool;
 use super::{Kernel, KernelError, UnderlayError, UnderlaySpec, nft, rtnl, sysctl};
-use crate::plan::model::{Actual, BRIDGE, Op, Underlay};
+use crate::plan::model::{Actual, BRIDGE, LinkKind, Op, Underlay};
 
 /// The real kernel.
 #[derive(Debug)]
@@ -18,6 +19,8 @@ pub struct Linux {
     /// Device names to indices, as of the last dump or change.
     index: BTreeMap<String, u32>,
     nft: nft::Conn,
+    /// Absent on kernels before 5.6, which have no ethtool over netlink: there the offload stays as it is.
+    ethtool: Option<Ethtool>,
 }
 
 impl Linux {
@@ -27,7 +30,7 @@ impl Linux {
     /// Where the kernel gives none.
     pub fn open() -> io::Result<Self> {
         let nft = nft::Conn::open().map_err(io::Error::other)?;
-        Ok(Self { conn: Conn::open()?, index: BTreeMap::new(), nft })
+        Ok(Self { conn: Conn::open()?, index: BTreeMap::new(), nft, ethtool: Ethtool::open().ok() })
     }
 
     fn dump_all(&mut self, settings: &BTreeSet<String>) -> Result<Actual, Refusal> {
@@ -38,6 +41,13 @@ impl Linux {
         rtnl::read_addresses(&mut self.conn, &links, &mut actual.state)?;
         rtnl::read_neighbours(&mut self.conn, &links, &mut actual.state)?;
         rtnl::read_routes(&mut self.conn, &links, &mut actual.state)?;
+        for (name, link) in &actual.state.links {
+            if let (LinkKind::Vxlan(_), Some(ethtool)) = (&link.kind, &mut self.ethtool) {
+                if let Ok(on) = ethtool.tx_checksum(name) {
+                    actual.state.offloads.insert(name.clone(), on);
+                }
+            }
+        }
         for name in settings {
             if let Some(value) = sysctl::read(name) {
                 actual.state.sysctls.insert(name.clone(), value);
@@ -93,7 +103,7 @@ impl Kernel for Linux {
         let mut run = 0;
         for (place, op) in ops.iter().enumerate() {
             match op {
-                Op::SetSysctl(..) | Op::SetNft(_) | Op::DelNft => {
+                Op::SetOffload(..) | Op::SetSysctl(..) | Op::SetNft(_) | Op::DelNft => {
                     self.apply_batch(&ops[run..place], &mut answers);
                     answers.push(self.apply_other(op));
                     run = place + 1;
@@ -130,7 +140,15 @@ impl Linux {
         match op {
             Op::SetSysctl(name, value) => sysctl::write(name, value)
                 .map_err(|error| KernelError(format!("{error}: /proc/sys must be writable for weftd"))),
-            Op::SetNft(table) => nft::apply(&mut self.nft, table).map_err(|error| KernelError(error.to_string())),
+            Op::SetOffload(device, on) => match &mut self.ethtool {
+                Some(ethtool) => ethtool.set_tx_checksum(device, *on).map_err(|error| {
+                    KernelError(format!("{error}: this kernel does not let the offload be switched"))
+                }),
+                None => Ok(()),
+            },
+            Op::SetNft(table) => {
+                nft::apply(&mut self.nft, table).map_err(|error| KernelError(error.to_string()))
+            }
             Op::DelNft => nft::remove(&mut self.nft).map_err(|error| KernelError(error.to_string())),
             _ => Ok(()),
         }
@@ -166,13 +184,18 @@ fn find_underlay(conn: &mut Conn, spec: &UnderlaySpec) -> Result<Underlay, Under
     let chosen: Vec<IpNet> = if spec.addresses.is_empty() {
         [true, false]
             .into_iter()
-            .filter_map(|v4| own.iter().copied().find(|held| held.addr().is_ipv4() == v4 && is_global(held.addr())))
+            .filter_map(|v4| {
+                own.iter().copied().find(|held| held.addr().is_ipv4() == v4 && is_global(held.addr()))
+            })
             .collect()
     } else {
         spec.addresses
             .iter()
             .map(|wanted| {
-                own.iter().copied().find(|held| held.addr() == *wanted).ok_or(UnderlayError::NoAddress(*wanted))
+                own.iter()
+                    .copied()
+                    .find(|held| held.addr() == *wanted)
+                    .ok_or(UnderlayError::NoAddress(*wanted))
             })
             .collect::<Result<_, _>>()?
     };

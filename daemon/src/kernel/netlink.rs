@@ -6,7 +6,9 @@
 use std::fmt;
 use std::io;
 
-use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::{Socket, protocols::NETLINK_ROUTE};
 use nix::errno::Errno;
@@ -114,7 +116,12 @@ impl Conn {
         answers
     }
 
-    fn exchange(&mut self, bytes: &[u8], first: u32, answers: &mut [Result<(), Refusal>]) -> Result<(), Refusal> {
+    fn exchange(
+        &mut self,
+        bytes: &[u8],
+        first: u32,
+        answers: &mut [Result<(), Refusal>],
+    ) -> Result<(), Refusal> {
         self.socket.send(bytes, 0)?;
         loop {
             for answer in self.receive()? {
@@ -157,7 +164,8 @@ impl Conn {
         let mut answers = Vec::new();
         let mut rest = &self.buffer[..];
         while rest.len() >= 16 {
-            let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest).map_err(|_| Errno::EBADMSG)?;
+            let answer =
+                NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest).map_err(|_| Errno::EBADMSG)?;
             let length = answer.header.length as usize;
             if length < 16 {
                 return Err(Errno::EBADMSG.into());

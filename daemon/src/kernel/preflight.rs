@@ -51,7 +51,9 @@ pub fn overlaps(conn: &mut Conn, cluster: &[IpNet]) -> Result<Vec<Finding>, Refu
             used.push((prefix, format!("{prefix} is routed to {device}")));
         }
     }
-    used.extend(dns_servers().into_iter().map(|server| (IpNet::from(server), format!("{server} is a DNS server"))));
+    used.extend(
+        dns_servers().into_iter().map(|server| (IpNet::from(server), format!("{server} is a DNS server"))),
+    );
     Ok(judge(cluster, &used))
 }
 
@@ -66,7 +68,9 @@ fn judge(cluster: &[IpNet], used: &[(IpNet, String)]) -> Vec<Finding> {
                     "the cluster CIDR {cidr} overlaps this machine's network: {what} (in {prefix}); choose cluster.cidrs that nothing else uses, or reserve the range there"
                 )
             } else if around {
-                format!("the cluster CIDR {cidr} hides a part of {prefix}: {what}; choose cluster.cidrs that nothing else uses")
+                format!(
+                    "the cluster CIDR {cidr} hides a part of {prefix}: {what}; choose cluster.cidrs that nothing else uses"
+                )
             } else {
                 continue;
             };

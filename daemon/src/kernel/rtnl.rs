@@ -7,15 +7,15 @@ use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{
-    InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo,
-    LinkMessage,
+    InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, InfoVxlan, LinkAttribute, LinkFlags,
+    LinkInfo, LinkMessage,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteScope,
-    RouteType,
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteProtocol,
+    RouteScope, RouteType,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use nix::errno::Errno;
@@ -23,7 +23,8 @@ use weft_wire::types::MacAddress;
 
 use super::netlink::{Conn, Refusal};
 use crate::plan::model::{
-    Actual, BRIDGE, Link, LinkKind, Op, PROTOCOL, Route, State, VXLAN_V4, VXLAN_V6, VethState, Vxlan, is_host_veth,
+    Actual, BRIDGE, Link, LinkKind, Op, PROTOCOL, Route, State, VXLAN_V4, VXLAN_V6, VethState, Vxlan,
+    is_host_veth,
 };
 
 /// A device as dumped.
@@ -97,8 +98,7 @@ fn read_info(info: &LinkInfo, found: &mut Found) {
 }
 
 fn read_vxlan(attributes: &[InfoVxlan]) -> Vxlan {
-    let mut vxlan =
-        Vxlan { vni: 0, port: 0, local: IpAddr::from([0; 4]), underlay: 0, learning: false };
+    let mut vxlan = Vxlan { vni: 0, port: 0, local: IpAddr::from([0; 4]), underlay: 0, learning: false };
     for attribute in attributes {
         match attribute {
             InfoVxlan::Id(vni) => vxlan.vni = *vni,
@@ -170,7 +170,9 @@ pub(super) fn read_addresses(conn: &mut Conn, links: &[Found], state: &mut State
     for (index, address) in addresses(conn)? {
         let link_local = matches!(address.addr(), IpAddr::V6(address) if address.is_unicast_link_local());
         // The tunnels' link-local addresses are the kernel's own.
-        if let Some(name) = name_of(links, index).filter(|name| is_ours(name) && (*name == BRIDGE || !link_local)) {
+        if let Some(name) =
+            name_of(links, index).filter(|name| is_ours(name) && (*name == BRIDGE || !link_local))
+        {
             state.addresses.insert((name.to_owned(), address));
         }
     }
@@ -184,7 +186,9 @@ pub(super) fn read_neighbours(conn: &mut Conn, links: &[Found], state: &mut Stat
         request.header.family = kind;
         for message in conn.dump(RouteNetlinkMessage::GetNeighbour(request))? {
             let RouteNetlinkMessage::NewNeighbour(entry) = message else { continue };
-            let Some(name) = name_of(links, entry.header.ifindex).filter(|name| is_ours(name)) else { continue };
+            let Some(name) = name_of(links, entry.header.ifindex).filter(|name| is_ours(name)) else {
+                continue;
+            };
             if entry.header.state != NeighbourState::Permanent && kind == AddressFamily::Unspec {
                 continue;
             }
@@ -305,7 +309,8 @@ pub(super) fn default_device(conn: &mut Conn) -> Result<Option<u32>, Refusal> {
         for message in conn.dump(route_query(v4))? {
             let RouteNetlinkMessage::NewRoute(route) = message else { continue };
             let main = route.header.table == RouteHeader::RT_TABLE_MAIN;
-            if route.header.destination_prefix_length != 0 || route.header.kind != RouteType::Unicast || !main {
+            if route.header.destination_prefix_length != 0 || route.header.kind != RouteType::Unicast || !main
+            {
                 continue;
             }
             let mut metric = 0;
@@ -363,7 +368,9 @@ pub(super) fn encode(op: &Op, index: &BTreeMap<String, u32>) -> Option<(RouteNet
         }
         Op::AddAddress(dev, net) => (RouteNetlinkMessage::NewAddress(address(of(dev)?, *net)), NLM_F_CREATE),
         Op::DelAddress(dev, net) => (RouteNetlinkMessage::DelAddress(address(of(dev)?, *net)), 0),
-        Op::SetNeighbour(dev, to, mac) => (RouteNetlinkMessage::NewNeighbour(neighbour(of(dev)?, *to, *mac)), set),
+        Op::SetNeighbour(dev, to, mac) => {
+            (RouteNetlinkMessage::NewNeighbour(neighbour(of(dev)?, *to, *mac)), set)
+        }
         Op::DelNeighbour(dev, to) => {
             (RouteNetlinkMessage::DelNeighbour(neighbour(of(dev)?, *to, MacAddress([0; 6]))), 0)
         }
@@ -387,11 +394,14 @@ pub(super) fn encode(op: &Op, index: &BTreeMap<String, u32>) -> Option<(RouteNet
             message.attributes = vec![
                 LinkAttribute::Mtu(state.mtu),
                 LinkAttribute::Controller(index.get(BRIDGE).copied()?),
-                LinkAttribute::LinkInfo(vec![LinkInfo::PortKind(InfoPortKind::Bridge), LinkInfo::PortData(port)]),
+                LinkAttribute::LinkInfo(vec![
+                    LinkInfo::PortKind(InfoPortKind::Bridge),
+                    LinkInfo::PortData(port),
+                ]),
             ];
             (RouteNetlinkMessage::SetLink(message), 0)
         }
-        Op::SetSysctl(..) | Op::SetNft(_) | Op::DelNft => return None,
+        Op::SetOffload(..) | Op::SetSysctl(..) | Op::SetNft(_) | Op::DelNft => return None,
     })
 }
 

@@ -139,7 +139,11 @@ impl Node {
         for (_, ping) in self.pings.extract_if(.., |_, ping| ping.deadline <= now) {
             let _ = ping.reply.send(Reply::refusal(
                 2,
-                format!("no answer from {} within {} s; `weft peers` shows its state", ping.node, PING.as_secs()),
+                format!(
+                    "no answer from {} within {} s; `weft peers` shows its state",
+                    ping.node,
+                    PING.as_secs()
+                ),
             ));
         }
     }

@@ -53,7 +53,7 @@ impl Node {
             tx_checksum: match self.config.overlay.tx_checksum {
                 TxChecksum::On => true,
                 TxChecksum::Off => false,
-                TxChecksum::Auto => !self.memory.tx_checksum_off,
+                TxChecksum::Auto => self.probe.offload(),
             },
             hairpin: self.config.pods.hairpin,
         }
@@ -174,6 +174,23 @@ impl Node {
         self.wake(now);
     }
 
+    /// Returns the gateway of a peer that lives and that a tunnel leads to, IPv4 first.
+    pub(super) fn tunnelled_gateway(&self) -> Option<std::net::IpAddr> {
+        let report = self.pass.report.as_ref()?;
+        let alive = |node: &NodeName| {
+            self.mesh.members().any(|member| member.node == node && member.state == MemberState::Alive)
+        };
+        let mut routes: Vec<_> = report
+            .routes
+            .iter()
+            .filter(|route| {
+                route.installed && route.transport == model::Transport::Vxlan && alive(&route.node)
+            })
+            .collect();
+        routes.sort_by_key(|route| !route.prefix.addr().is_ipv4());
+        routes.first().and_then(|route| Subnet::try_from(route.prefix).ok()).map(Subnet::gateway)
+    }
+
     /// After the set of pods changed.
     pub(super) fn pods_changed(&mut self, now: Instant) {
         let free = self.pods.is_empty();
@@ -213,7 +230,10 @@ impl Node {
                 .iter()
                 .map(|held| LeasedSubnet { subnet: held.subnet, epoch: held.epoch })
                 .collect(),
-            gossip: addresses.iter().map(|address| SocketAddr::new(*address, self.config.gossip.port)).collect(),
+            gossip: addresses
+                .iter()
+                .map(|address| SocketAddr::new(*address, self.config.gossip.port))
+                .collect(),
             underlay: addresses.clone(),
             vtep_v4: has(true).then(|| vtep(name, true)),
             vtep_v6: has(false).then(|| vtep(name, false)),

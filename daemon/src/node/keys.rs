@@ -58,12 +58,16 @@ impl Node {
         let mut keys: Vec<ClusterKey> = self.ring.keys().cloned().collect();
         let place = keys.iter().position(|key| key.id().to_string() == request.key);
         let unknown = || {
-            Reply::refusal(2, format!("no key {:?} in the ring; `weft cluster-key list` shows the ids", request.key))
+            Reply::refusal(
+                2,
+                format!("no key {:?} in the ring; `weft cluster-key list` shows the ids", request.key),
+            )
         };
         match request.action.as_str() {
             "" | "list" => return Ok(None),
             "add" => {
-                let key: ClusterKey = request.key.parse().map_err(|error| Reply::refusal(1, format!("{error}")))?;
+                let key: ClusterKey =
+                    request.key.parse().map_err(|error| Reply::refusal(1, format!("{error}")))?;
                 if keys.contains(&key) {
                     return Ok(None);
                 }
@@ -79,7 +83,12 @@ impl Node {
                 }
                 place => drop(keys.remove(place)),
             },
-            other => return Err(Reply::refusal(1, format!("unknown action {other:?}: use list, add, use or remove"))),
+            other => {
+                return Err(Reply::refusal(
+                    1,
+                    format!("unknown action {other:?}: use list, add, use or remove"),
+                ));
+            }
         }
         KeyRing::new(keys).map(Some).map_err(|error| Reply::refusal(1, error.to_string()))
     }

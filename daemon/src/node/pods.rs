@@ -125,7 +125,9 @@ impl Pods {
                 Ok(_) => Ok(Success::Done),
                 Err(blocked) => Err(CniError::new(Code::NotAvailable, blocked)),
             }),
-            Ok(Command::Add(pod)) if self.strays.contains(&pod.id.host_ifname()) => call.reply(Err(in_progress(&pod.id))),
+            Ok(Command::Add(pod)) if self.strays.contains(&pod.id.host_ifname()) => {
+                call.reply(Err(in_progress(&pod.id)))
+            }
             Ok(Command::Add(pod)) => self.add(call, pod, ready),
             Ok(Command::Del(request)) => self.del(call, request),
             Ok(Command::Check(request)) => self.check(call, request, ready),
@@ -224,10 +226,7 @@ impl Pods {
         if attachments.is_empty() {
             return;
         }
-        self.work(move || Work::Surveyed {
-            outcome: attach::survey(&attachments),
-            surveyed: attachments,
-        });
+        self.work(move || Work::Surveyed { outcome: attach::survey(&attachments), surveyed: attachments });
     }
 
     /// Takes what a worker finished; returns whether the set of attachments changed.

@@ -12,6 +12,7 @@ use weft_ipam::store::{SqliteStore, StaticStore, Store};
 use weft_wire::mesh::{Authority, Mesh, MeshConfig, Timing};
 use weft_wire::types::to_hex;
 
+use super::probe::{self, Probe};
 use super::{Fatal, Inbox, Node, Pass, Problems, keys, pods, worker};
 use crate::config::{Config, StoreKind};
 use crate::gossip::Sockets;
@@ -71,7 +72,8 @@ pub fn start(config: Config) -> Result<Node, Fatal> {
     let leases = Leases::new(leasing, store, store_done);
 
     let (pods_done, pods_inbox) = mpsc::channel(EVENTS);
-    let pods = open_pods(&config, &dir, &leases, pods_done)?;
+    let boot = journal::boot_id().map_err(fatal)?;
+    let pods = open_pods(&config, &dir, &leases, &boot, pods_done)?;
 
     let mut seeds = config.gossip.seeds.clone();
     seeds.extend(memory.peers.values().flat_map(|peer| peer.gossip.first().copied()));
@@ -99,10 +101,12 @@ pub fn start(config: Config) -> Result<Node, Fatal> {
 
     let (datagrams, datagram_inbox) = mpsc::channel(DATAGRAMS);
     let sockets = Sockets::new(config.gossip.port, datagrams);
+    let (probes, probe_inbox) = mpsc::channel(EVENTS);
     let (calls, call_inbox) = mpsc::channel(EVENTS);
     server::serve(&config.node.socket, calls).map_err(fatal)?;
     let inbox = Inbox {
         datagrams: datagram_inbox,
+        probes: probe_inbox,
         store: store_inbox,
         kernel: kernel_inbox,
         kernel_changed,
@@ -111,7 +115,11 @@ pub fn start(config: Config) -> Result<Node, Fatal> {
         stop: signals().map_err(fatal)?,
     };
     info!(node = %config.node.name, site = %config.node.site, incarnation = memory.incarnation, "weftd started");
+    let known_broken = memory.tx_checksum_off.as_ref() == Some(&boot);
+    let probe = Probe::new(known_broken, memory.incarnation, now);
     let mut node = Node {
+        probe,
+        probe_sockets: Sockets::new(probe::PORT, probes),
         config,
         dir,
         memory,
@@ -129,6 +137,7 @@ pub fn start(config: Config) -> Result<Node, Fatal> {
         leaving: None,
         inbox,
         preflight,
+        boot,
         strays: std::collections::BTreeSet::new(),
         survey: now,
         ring,
@@ -144,7 +153,8 @@ pub fn start(config: Config) -> Result<Node, Fatal> {
 /// Looks whether the cluster's ranges fit this machine. A node that holds a lease already keeps serving its pods.
 fn preflight(config: &Config, established: bool) -> Result<Vec<String>, Fatal> {
     let cluster: Vec<_> = config.cluster.carver.cidrs().iter().map(|cidr| cidr.cidr).collect();
-    let mut conn = Conn::open().map_err(|error| Fatal(format!("the kernel gives no netlink socket: {error}")))?;
+    let mut conn =
+        Conn::open().map_err(|error| Fatal(format!("the kernel gives no netlink socket: {error}")))?;
     let findings = preflight::overlaps(&mut conn, &cluster).map_err(fatal)?;
     match findings.iter().find(|finding| finding.fatal && !established) {
         Some(finding) => Err(Fatal(finding.sentence.clone())),
@@ -179,10 +189,10 @@ fn open_pods(
     config: &Config,
     dir: &StateDir,
     leases: &Leases,
+    boot: &str,
     done: mpsc::Sender<pods::Done>,
 ) -> Result<pods::Pods, Fatal> {
-    let boot = journal::boot_id().map_err(fatal)?;
-    let (journal, recovered) = Journal::open(&dir.file("pods.db"), &boot).map_err(fatal)?;
+    let (journal, recovered) = Journal::open(&dir.file("pods.db"), boot).map_err(fatal)?;
     if recovered.stale > 0 {
         info!(stale = recovered.stale, "addresses of pods from before the last boot are free");
     }

@@ -4,8 +4,8 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use weft_wire::api::{
-    Check, Doctor, Hop, Lease, Leases, Peer, PeerCounts, Peers, Pod, Pods, Reconcile, Route, Routes, Status, Store,
-    Trace, TraceRequest,
+    Check, Doctor, Hop, Lease, Leases, Peer, PeerCounts, Peers, Pod, Pods, Reconcile, Route, Routes, Status,
+    Store, Trace, TraceRequest,
 };
 use weft_wire::mesh::{MemberState, Verdict};
 
@@ -77,10 +77,9 @@ impl Node {
         match self.config.overlay.tx_checksum {
             TxChecksum::On => "on (configured)".into(),
             TxChecksum::Off => "off (configured)".into(),
-            TxChecksum::Auto if self.memory.tx_checksum_off => {
-                "off (a probe through the tunnel showed that this kernel breaks it)".into()
+            TxChecksum::Auto => {
+                format!("{} ({})", if self.probe.offload() { "on" } else { "off" }, self.probe.verdict())
             }
-            TxChecksum::Auto => "on (nothing showed that this kernel breaks it)".into(),
         }
     }
 
@@ -226,7 +225,9 @@ impl Node {
         let ok = self.follow(request, now, &mut hop);
         let verdict = match hops.iter().find(|hop: &&Hop| !hop.ok) {
             Some(broken) => format!("broken at {}: {}", broken.what, broken.detail),
-            None => format!("{} reaches {} as far as this node can tell", request.source, request.destination),
+            None => {
+                format!("{} reaches {} as far as this node can tell", request.source, request.destination)
+            }
         };
         Trace { hops, verdict, ok }
     }
@@ -241,23 +242,35 @@ impl Node {
             return hop(
                 "source pod",
                 false,
-                format!("{} is no pod of this node; `weft pods` lists them, run the trace on its own node", request.source),
+                format!(
+                    "{} is no pod of this node; `weft pods` lists them, run the trace on its own node",
+                    request.source
+                ),
             );
         };
         hop("source pod", true, format!("{} on {}", addresses(source), source.host_ifname()));
         let ready = self.ready();
-        let detail = ready.as_ref().map_or_else(Clone::clone, |network| format!("{}, mtu {}", network.bridge, network.mtu));
+        let detail = ready
+            .as_ref()
+            .map_or_else(Clone::clone, |network| format!("{}, mtu {}", network.bridge, network.mtu));
         if !hop("bridge", ready.is_ok(), detail) {
             return false;
         }
         if let Some(local) = self.find_pod(&request.destination) {
-            return hop("destination pod", true, format!("{} on this node, {}", addresses(local), local.host_ifname()));
+            return hop(
+                "destination pod",
+                true,
+                format!("{} on this node, {}", addresses(local), local.host_ifname()),
+            );
         }
         let Ok(address) = request.destination.parse::<IpAddr>() else {
             return hop(
                 "destination pod",
                 false,
-                format!("{} is no pod of this node; give the address of a pod on another node", request.destination),
+                format!(
+                    "{} is no pod of this node; give the address of a pod on another node",
+                    request.destination
+                ),
             );
         };
         let owner = self.lease_views(now).into_iter().find(|view| view.subnet.contains(address));
@@ -266,14 +279,23 @@ impl Node {
             .members()
             .find(|member| member.record.facts.subnets.iter().any(|leased| leased.subnet.contains(address)));
         if let Some(owner) = &owner {
-            hop("lease", true, format!("{} is leased by {} (epoch {})", owner.subnet, owner.node, owner.epoch));
+            hop(
+                "lease",
+                true,
+                format!("{} is leased by {} (epoch {})", owner.subnet, owner.node, owner.epoch),
+            );
         } else if self.leases.kind() != "static" {
-            let known = format!("no lease covers {address}; it is no pod address, or its node's lease has expired");
+            let known =
+                format!("no lease covers {address}; it is no pod address, or its node's lease has expired");
             return hop("lease", false, known);
         }
         let Some(member) = member else {
             let node = owner.map_or_else(|| "no node".to_owned(), |owner| owner.node.to_string());
-            return hop("record", false, format!("{node} has announced no subnet with {address}; is weftd up there?"));
+            return hop(
+                "record",
+                false,
+                format!("{node} has announced no subnet with {address}; is weftd up there?"),
+            );
         };
         let (accepted, verdict) = match member.verdict {
             Verdict::Accepted => (true, "accepted".to_owned()),
@@ -292,7 +314,10 @@ impl Node {
         let (installed, detail) = match route {
             Some(route) => (
                 route.installed,
-                format!("{} by {} dev {} mtu {} {}", route.prefix, route.transport, route.dev, route.mtu, route.reason),
+                format!(
+                    "{} by {} dev {} mtu {} {}",
+                    route.prefix, route.transport, route.dev, route.mtu, route.reason
+                ),
             ),
             None => (false, format!("none to {address} in the kernel")),
         };
@@ -303,7 +328,9 @@ impl Node {
             || "never heard directly".to_owned(),
             |at| format!("heard {} ms ago", now.duration_since(at).as_millis()),
         );
-        let rtt = member.rtt.map_or_else(String::new, |rtt| format!(", round trip {:.2} ms", rtt.as_secs_f64() * 1e3));
+        let rtt = member
+            .rtt
+            .map_or_else(String::new, |rtt| format!(", round trip {:.2} ms", rtt.as_secs_f64() * 1e3));
         let alive = matches!(member.state, MemberState::Alive | MemberState::Suspect);
         hop("peer", alive, format!("{} is {}, {seen}{rtt}", member.node, member.state))
     }
@@ -315,7 +342,9 @@ impl Node {
             let pod = &attachment.pod;
             attachment.id.container() == what
                 || (!pod.name.is_empty() && pod.name == what)
-                || what.split_once('/').is_some_and(|(namespace, name)| pod.namespace == namespace && pod.name == name)
+                || what
+                    .split_once('/')
+                    .is_some_and(|(namespace, name)| pod.namespace == namespace && pod.name == name)
                 || attachment.addresses.iter().any(|own| Some(own.address.addr()) == address)
         })
     }
@@ -333,7 +362,12 @@ impl Node {
             });
         };
         let status = self.status(now);
-        check("ready", self.ready().err().into_iter().collect(), "pods can be attached".into(), "see the sentence above; the checks below narrow it down");
+        check(
+            "ready",
+            self.ready().err().into_iter().collect(),
+            "pods can be attached".into(),
+            "see the sentence above; the checks below narrow it down",
+        );
         check(
             "store",
             self.leases.error.clone().into_iter().collect(),
@@ -359,16 +393,26 @@ impl Node {
             "check that UDP port gossip.listen_port is open between the nodes, and `weft peers`",
         );
         let mut identity: Vec<String> = Vec::new();
-        identity.extend(self.problems.wrong_key.filter(|(_, at)| now.duration_since(*at) < MEMORY).map(|(from, _)| {
-            format!("{from} gossips with a key that is not in this node's ring")
-        }));
-        identity.extend(self.problems.duplicate_name.as_ref().filter(|(_, _, at)| now.duration_since(*at) < MEMORY).map(
-            |(from, key, _)| {
-                super::duplicate_name(self.config.node.name.as_str(), &format!("gossips at {from}"), key)
-            },
-        ));
+        identity.extend(
+            self.problems
+                .wrong_key
+                .filter(|(_, at)| now.duration_since(*at) < MEMORY)
+                .map(|(from, _)| format!("{from} gossips with a key that is not in this node's ring")),
+        );
+        identity.extend(
+            self.problems.duplicate_name.as_ref().filter(|(_, _, at)| now.duration_since(*at) < MEMORY).map(
+                |(from, key, _)| {
+                    super::duplicate_name(self.config.node.name.as_str(), &format!("gossips at {from}"), key)
+                },
+            ),
+        );
         identity.extend(self.recent_route_conflicts(now));
-        check("identity", identity, "no other node has this name, key or subnet".into(), "every node needs its own name and the cluster's key");
+        check(
+            "identity",
+            identity,
+            "no other node has this name, key or subnet".into(),
+            "every node needs its own name and the cluster's key",
+        );
         check(
             "kernel",
             status.reconcile.map(|reconcile| reconcile.failed).unwrap_or_default(),
@@ -381,27 +425,45 @@ impl Node {
             "nothing seen that cuts pods off".into(),
             "let the firewall's forward chain accept the cluster's CIDRs",
         );
-        check("host", self.preflight.clone(), "no overlap with the cluster's CIDRs".into(), "choose cluster.cidrs that nothing else uses");
+        check(
+            "host",
+            self.preflight.clone(),
+            "no overlap with the cluster's CIDRs".into(),
+            "choose cluster.cidrs that nothing else uses",
+        );
         let own = self.underlay.as_ref().map_or(0, |underlay| underlay.mtu);
         let smaller: Vec<_> = self
             .mesh
             .members()
             .filter(|member| u32::from(member.record.facts.mtu) < own && member.state == MemberState::Alive)
-            .map(|member| format!("{} has underlay mtu {}, this node {own}", member.node, member.record.facts.mtu))
+            .map(|member| {
+                format!("{} has underlay mtu {}, this node {own}", member.node, member.record.facts.mtu)
+            })
             .collect();
-        check("mtu", smaller, format!("underlay {own}, pods {}", status.pod_mtu), "set underlay.mtu to the smallest of the cluster on every node");
+        check(
+            "mtu",
+            smaller,
+            format!("underlay {own}, pods {}", status.pod_mtu),
+            "set underlay.mtu to the smallest of the cluster on every node",
+        );
         let full: Vec<_> = self
             .subnets()
             .into_iter()
             .filter(|subnet| self.pods.pool().free(*subnet) == 0)
             .map(|subnet| format!("{subnet} has no free pod address"))
             .collect();
-        check("pods", full, format!("{} attached", status.pods), "delete pods on this node, or give nodes larger blocks");
+        check(
+            "pods",
+            full,
+            format!("{} attached", status.pods),
+            "delete pods on this node, or give nodes larger blocks",
+        );
         Doctor { ok: checks.iter().all(|check| check.ok), checks }
     }
 }
 
 fn addresses(attachment: &Attachment) -> String {
-    let addresses: Vec<_> = attachment.addresses.iter().map(|address| address.address.addr().to_string()).collect();
+    let addresses: Vec<_> =
+        attachment.addresses.iter().map(|address| address.address.addr().to_string()).collect();
     addresses.join(", ")
 }

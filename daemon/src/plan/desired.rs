@@ -6,8 +6,8 @@ use ipnet::IpNet;
 use weft_wire::types::{MacAddress, Subnet};
 
 use super::model::{
-    BRIDGE, Desired, Inputs, Link, LinkKind, METRIC, NftTable, Peer, PlannedRoute, Route, Transport, VXLAN_V4, VXLAN_V6,
-    Vxlan,
+    BRIDGE, Desired, Inputs, Link, LinkKind, METRIC, NftTable, Peer, PlannedRoute, Route, Transport,
+    VXLAN_V4, VXLAN_V6, Vxlan,
 };
 
 /// Ethernet (14) + VXLAN (8, RFC 7348) + UDP (8) + IPv4 (20), in bytes.
@@ -105,6 +105,7 @@ fn plan_tunnels(inputs: &Inputs, plan: &mut Desired) {
             mac: MacAddress::derived(&inputs.node, if v4 { "v4" } else { "v6" }),
         };
         plan.state.links.insert(name.into(), link);
+        plan.state.offloads.insert(name.into(), inputs.dataplane.tx_checksum);
     }
 }
 
@@ -113,7 +114,13 @@ fn plan_subnet(inputs: &Inputs, peer: &Peer, subnet: Subnet, plan: &mut Desired)
         if let Some(route) = &route {
             plan.state.routes.insert((subnet.net(), METRIC), route.clone());
         }
-        plan.routes.push(PlannedRoute { prefix: subnet.net(), node: peer.node.clone(), transport, route, reason });
+        plan.routes.push(PlannedRoute {
+            prefix: subnet.net(),
+            node: peer.node.clone(),
+            transport,
+            route,
+            reason,
+        });
     };
     if let Some(own) = inputs.subnets.iter().find(|own| own.overlaps(subnet)) {
         return route(Transport::Vxlan, None, format!("this node's own pods use {own}"));
@@ -143,7 +150,10 @@ fn plan_subnet(inputs: &Inputs, peer: &Peer, subnet: Subnet, plan: &mut Desired)
         return route(
             Transport::Vxlan,
             None,
-            format!("{} and this node have no underlay family in common; give both an IPv4 or IPv6 address", peer.node),
+            format!(
+                "{} and this node have no underlay family in common; give both an IPv4 or IPv6 address",
+                peer.node
+            ),
         );
     };
     let room = peer.mtu.min(inputs.underlay.mtu).saturating_sub(overhead);

@@ -21,7 +21,8 @@ pub fn diff(desired: &Desired, actual: &Actual) -> Vec<Op> {
 }
 
 fn replaced_links(desired: &State, actual: &State) -> BTreeSet<String> {
-    let differs = |name: &String, kind: &LinkKind| actual.links.get(name).is_some_and(|found| found.kind != *kind);
+    let differs =
+        |name: &String, kind: &LinkKind| actual.links.get(name).is_some_and(|found| found.kind != *kind);
     let wanted = desired.links.iter();
     wanted.filter(|(name, link)| differs(name, &link.kind)).map(|(name, _)| name.clone()).collect()
 }
@@ -33,6 +34,7 @@ fn without(state: &State, gone: &BTreeSet<String>) -> State {
     left.neighbours.retain(|(dev, _), _| !gone.contains(dev));
     left.fdb.retain(|(dev, _), _| !gone.contains(dev));
     left.routes.retain(|_, route| !gone.contains(&route.dev));
+    left.offloads.retain(|dev, _| !gone.contains(dev));
     left.sysctls.retain(|path, _| !gone.iter().any(|dev| path.contains(&format!("/{dev}/"))));
     left
 }
@@ -48,6 +50,11 @@ fn add_links(desired: &State, left: &State, ops: &mut Vec<Op>) {
 }
 
 fn add_settings(desired: &State, left: &State, ops: &mut Vec<Op>) {
+    for (dev, on) in &desired.offloads {
+        if left.offloads.get(dev) != Some(on) {
+            ops.push(Op::SetOffload(dev.clone(), *on));
+        }
+    }
     for (path, value) in &desired.sysctls {
         if left.sysctls.get(path) != Some(value) {
             ops.push(Op::SetSysctl(path.clone(), value.clone()));
@@ -88,7 +95,9 @@ fn mend_veths(desired: &Desired, actual: &Actual, replaced: &BTreeSet<String>, o
 
 fn set_nft(desired: &Desired, actual: &Actual, ops: &mut Vec<Op>) {
     match (&desired.nft, &actual.state.nft) {
-        (Some(table), found) if found.as_ref() != desired.state.nft.as_ref() => ops.push(Op::SetNft(table.clone())),
+        (Some(table), found) if found.as_ref() != desired.state.nft.as_ref() => {
+            ops.push(Op::SetNft(table.clone()))
+        }
         (None, Some(_)) => ops.push(Op::DelNft),
         _ => {}
     }

@@ -24,7 +24,8 @@ pub const METRIC: u32 = 2117;
 
 /// Returns whether a device name is one that weft gives to a pod's host end: `weft` and 8 hex digits.
 pub fn is_host_veth(name: &str) -> bool {
-    name.strip_prefix("weft").is_some_and(|rest| rest.len() == 8 && rest.bytes().all(|b| b.is_ascii_hexdigit()))
+    name.strip_prefix("weft")
+        .is_some_and(|rest| rest.len() == 8 && rest.bytes().all(|b| b.is_ascii_hexdigit()))
 }
 
 /// Everything that a pass reads beside the kernel.
@@ -189,6 +190,8 @@ pub struct State {
     pub fdb: BTreeMap<(String, MacAddress), IpAddr>,
     /// The routes with weft's protocol number, by destination and metric.
     pub routes: BTreeMap<(IpNet, u32), Route>,
+    /// Whether the VXLAN devices leave checksums to the card, by name.
+    pub offloads: BTreeMap<String, bool>,
     /// Kernel settings by path below `/proc/sys`.
     pub sysctls: BTreeMap<String, String>,
     /// The digest of the nftables table.
@@ -285,6 +288,8 @@ pub enum Op {
     SetRoute(IpNet, u32, Route),
     /// Remove a route.
     DelRoute(IpNet, u32, Route),
+    /// Switch TX checksum offload of a device.
+    SetOffload(String, bool),
     /// Write a kernel setting.
     SetSysctl(String, String),
     /// Make or replace the nftables table, whole.
@@ -305,12 +310,17 @@ impl fmt::Display for Op {
             Self::DelLink(name) | Self::DelVeth(name) => write!(f, "remove device {name}"),
             Self::AddAddress(dev, address) => write!(f, "add address {address} dev {dev}"),
             Self::DelAddress(dev, address) => write!(f, "remove address {address} dev {dev}"),
-            Self::SetNeighbour(dev, address, mac) => write!(f, "set neighbour {address} lladdr {mac} dev {dev}"),
+            Self::SetNeighbour(dev, address, mac) => {
+                write!(f, "set neighbour {address} lladdr {mac} dev {dev}")
+            }
             Self::DelNeighbour(dev, address) => write!(f, "remove neighbour {address} dev {dev}"),
             Self::SetFdb(dev, mac, to) => write!(f, "set fdb {mac} dst {to} dev {dev}"),
             Self::DelFdb(dev, mac, _) => write!(f, "remove fdb {mac} dev {dev}"),
             Self::SetRoute(prefix, _, route) => write!(f, "set route {prefix} dev {}", route.dev),
             Self::DelRoute(prefix, ..) => write!(f, "remove route {prefix}"),
+            Self::SetOffload(dev, on) => {
+                write!(f, "set tx checksum offload {} dev {dev}", if *on { "on" } else { "off" })
+            }
             Self::SetSysctl(path, value) => write!(f, "set sysctl {path} = {value}"),
             Self::SetNft(_) => write!(f, "set nftables table inet weft"),
             Self::DelNft => write!(f, "remove nftables table inet weft"),

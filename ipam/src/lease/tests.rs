@@ -1,3 +1,5 @@
+mod model;
+
 use super::*;
 use crate::carve::{Carver, ClusterCidr};
 use crate::store::memory::MemoryMap;

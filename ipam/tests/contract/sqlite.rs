@@ -87,7 +87,12 @@ fn threads_with_their_own_connections_win_each_key_once() {
                 let file = file.clone();
                 scope.spawn(move || {
                     runtime().block_on(async {
-                        let store = SqliteStore::open(file);
+                        // On a busy machine's disk a hundred writes that wait for one another take their time.
+                        let patient = SqliteOptions {
+                            busy_timeout: Duration::from_secs(60),
+                            ..SqliteOptions::default()
+                        };
+                        let store = SqliteStore::with_options(file, patient);
                         let mut won = 0;
                         for number in 0..25 {
                             let put = store.put_if(key(number), Expect::Absent, vec![racer]).await;

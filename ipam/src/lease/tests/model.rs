@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use rand_chacha::ChaCha8Rng;
 use rand_core::{RngCore, SeedableRng};
 
-use super::*;
+use super::super::*;
 use crate::carve::ClusterCidr;
 use crate::store::memory::MemoryMap;
 use crate::store::{Entry, Snapshot};
