@@ -325,10 +325,10 @@ fn exchange(socket: &Path, request: &Request) -> io::Result<Reply> {
         }
         received.extend_from_slice(&chunk[..read]);
         let header = frame::length(&received, MAX_REPLY_BYTES).map_err(io::Error::other)?;
-        if let Some((start, length)) = header {
-            if let Some(frame) = received.get(start..start + length) {
-                return Reply::decode(frame).map_err(io::Error::other);
-            }
+        if let Some((start, length)) = header
+            && let Some(frame) = received.get(start..start + length)
+        {
+            return Reply::decode(frame).map_err(io::Error::other);
         }
     }
 }

@@ -122,12 +122,12 @@ async fn read_frame(stream: &mut UnixStream, buffer: &mut Vec<u8>) -> io::Result
     loop {
         let header = frame::length(buffer, MAX_REQUEST_BYTES)
             .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
-        if let Some((start, length)) = header {
-            if buffer.len() >= start + length {
-                let rest = buffer.split_off(start + length);
-                let frame = std::mem::replace(buffer, rest).split_off(start);
-                return Ok(Some(frame));
-            }
+        if let Some((start, length)) = header
+            && buffer.len() >= start + length
+        {
+            let rest = buffer.split_off(start + length);
+            let frame = std::mem::replace(buffer, rest).split_off(start);
+            return Ok(Some(frame));
         }
         let mut chunk = [0; 4096];
         let read = timeout(IDLE, stream.read(&mut chunk)).await.map_err(|_| io::ErrorKind::TimedOut)??;

@@ -71,6 +71,10 @@ pub struct Reply {
 
 /// The kinds of reply.
 #[derive(Clone, PartialEq, prost::Oneof)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one reply exists at a time, and boxes would clutter every reader"
+)]
 pub enum ReplyBody {
     /// `cni`.
     #[prost(message, tag = "1")]

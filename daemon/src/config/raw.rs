@@ -307,12 +307,12 @@ impl Raw {
             }
             Kind::Static => StoreKind::Static(self.store.subnets),
         };
-        if let StoreKind::Static(subnets) = &kind {
-            if let Some(outside) = subnets.iter().find(|subnet| !carver.allows(**subnet)) {
-                return Err(format!(
-                    "store.subnets: {outside} is not inside cluster.cidrs, or is reserved there; choose a subnet of the cluster"
-                ));
-            }
+        if let StoreKind::Static(subnets) = &kind
+            && let Some(outside) = subnets.iter().find(|subnet| !carver.allows(**subnet))
+        {
+            return Err(format!(
+                "store.subnets: {outside} is not inside cluster.cidrs, or is reserved there; choose a subnet of the cluster"
+            ));
         }
         if self.overlay.vni == 0 || self.overlay.vni >= 1 << 24 {
             return Err(format!("overlay.vni {} is out of range: use 1 to 16777215", self.overlay.vni));

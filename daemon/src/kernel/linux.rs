@@ -42,10 +42,10 @@ impl Linux {
         rtnl::read_neighbours(&mut self.conn, &links, &mut actual.state)?;
         rtnl::read_routes(&mut self.conn, &links, &mut actual.state)?;
         for (name, link) in &actual.state.links {
-            if let (LinkKind::Vxlan(_), Some(ethtool)) = (&link.kind, &mut self.ethtool) {
-                if let Ok(on) = ethtool.tx_checksum(name) {
-                    actual.state.offloads.insert(name.clone(), on);
-                }
+            if let (LinkKind::Vxlan(_), Some(ethtool)) = (&link.kind, &mut self.ethtool)
+                && let Ok(on) = ethtool.tx_checksum(name)
+            {
+                actual.state.offloads.insert(name.clone(), on);
             }
         }
         for name in settings {

@@ -126,7 +126,7 @@ impl Node {
             .collect();
         self.lease_views(now)
             .into_iter()
-            .filter(|view| !(view.expired && answers && !view.own && !alive.contains(&view.node)))
+            .filter(|view| !view.expired || !answers || view.own || alive.contains(&view.node))
             .map(|view| (view.subnet, Owner { node: view.node, key: view.key, epoch: view.epoch }))
             .collect()
     }

@@ -40,7 +40,7 @@ impl Node {
     /// Lists, adds, uses or removes a cluster key.
     pub(super) fn change_cluster_keys(&mut self, request: &ClusterKeyRequest, now: Instant) -> Reply {
         match self.changed_ring(request) {
-            Err(reply) => return reply,
+            Err((code, why)) => return Reply::refusal(code, why),
             Ok(None) => {}
             Ok(Some(ring)) => {
                 if let Err(error) = write_ring(&self.config.cluster.key_file, &ring) {
@@ -54,20 +54,15 @@ impl Node {
         ReplyBody::ClusterKeys(ClusterKeys { ids: self.ring.ids().map(|id| id.to_string()).collect() }).into()
     }
 
-    fn changed_ring(&self, request: &ClusterKeyRequest) -> Result<Option<KeyRing>, Reply> {
+    fn changed_ring(&self, request: &ClusterKeyRequest) -> Result<Option<KeyRing>, (u32, String)> {
         let mut keys: Vec<ClusterKey> = self.ring.keys().cloned().collect();
         let place = keys.iter().position(|key| key.id().to_string() == request.key);
-        let unknown = || {
-            Reply::refusal(
-                2,
-                format!("no key {:?} in the ring; `weft cluster-key list` shows the ids", request.key),
-            )
-        };
+        let unknown =
+            || (2, format!("no key {:?} in the ring; `weft cluster-key list` shows the ids", request.key));
         match request.action.as_str() {
             "" | "list" => return Ok(None),
             "add" => {
-                let key: ClusterKey =
-                    request.key.parse().map_err(|error| Reply::refusal(1, format!("{error}")))?;
+                let key: ClusterKey = request.key.parse().map_err(|error| (1, format!("{error}")))?;
                 if keys.contains(&key) {
                     return Ok(None);
                 }
@@ -76,21 +71,18 @@ impl Node {
             "use" => keys[..=place.ok_or_else(unknown)?].rotate_right(1),
             "remove" => match place.ok_or_else(unknown)? {
                 0 => {
-                    return Err(Reply::refusal(
+                    return Err((
                         1,
-                        "this key seals what the node sends; `weft cluster-key use` another one first",
+                        "this key seals what the node sends; `weft cluster-key use` another one first".into(),
                     ));
                 }
                 place => drop(keys.remove(place)),
             },
             other => {
-                return Err(Reply::refusal(
-                    1,
-                    format!("unknown action {other:?}: use list, add, use or remove"),
-                ));
+                return Err((1, format!("unknown action {other:?}: use list, add, use or remove")));
             }
         }
-        KeyRing::new(keys).map(Some).map_err(|error| Reply::refusal(1, error.to_string()))
+        KeyRing::new(keys).map(Some).map_err(|error| (1, error.to_string()))
     }
 
     /// Replaces the node's signing key; the old one endorses it, so peers follow without a person.
@@ -118,11 +110,11 @@ impl Node {
     pub(super) fn use_next_key(&mut self, now: Instant) {
         let Some(key) = &self.endorsed else { return };
         let public = key.public();
-        if self.leases.core.held().iter().all(|held| held.key == public) {
-            if let Some(key) = self.endorsed.take() {
-                self.mesh.rotate_key(key, now);
-                info!(key = public.short(), "node key rotated");
-            }
+        if self.leases.core.held().iter().all(|held| held.key == public)
+            && let Some(key) = self.endorsed.take()
+        {
+            self.mesh.rotate_key(key, now);
+            info!(key = public.short(), "node key rotated");
         }
     }
 }

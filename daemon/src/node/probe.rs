@@ -113,10 +113,12 @@ impl Probe {
         if kind == b'?' {
             return Some(message(b'!', token));
         }
-        if let Stage::Asking { peer, offload, .. } = self.stage {
-            if kind == b'!' && token == self.token && from.ip() == peer {
-                self.stage = Stage::Decided { broken: !offload };
-            }
+        if let Stage::Asking { peer, offload, .. } = self.stage
+            && kind == b'!'
+            && token == self.token
+            && from.ip() == peer
+        {
+            self.stage = Stage::Decided { broken: !offload };
         }
         None
     }

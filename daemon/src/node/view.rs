@@ -98,27 +98,27 @@ impl Node {
         warnings.extend(self.problems.lease.keys().cloned());
         warnings.extend(self.recent_route_conflicts(now));
         warnings.extend(self.problems.memory.iter().cloned());
-        if let Some((from, at)) = self.problems.wrong_key {
-            if now.duration_since(at) < MEMORY {
-                warnings.push(format!(
+        if let Some((from, at)) = self.problems.wrong_key
+            && now.duration_since(at) < MEMORY
+        {
+            warnings.push(format!(
                     "{from} gossips with a cluster key that is not in this node's ring; compare `weft cluster-key list` on both"
                 ));
-            }
         }
-        if let Some((from, key, at)) = &self.problems.duplicate_name {
-            if now.duration_since(*at) < MEMORY {
-                warnings.push(super::duplicate_name(
-                    self.config.node.name.as_str(),
-                    &format!("gossips at {from}"),
-                    key,
-                ));
-            }
+        if let Some((from, key, at)) = &self.problems.duplicate_name
+            && now.duration_since(*at) < MEMORY
+        {
+            warnings.push(super::duplicate_name(
+                self.config.node.name.as_str(),
+                &format!("gossips at {from}"),
+                key,
+            ));
         }
         for member in self.mesh.members() {
-            if let Verdict::Refused { why } | Verdict::Pending { why } = member.verdict {
-                if member.state != MemberState::Left {
-                    warnings.push(format!("no routes to {}: {why}", member.node));
-                }
+            if let Verdict::Refused { why } | Verdict::Pending { why } = member.verdict
+                && member.state != MemberState::Left
+            {
+                warnings.push(format!("no routes to {}: {why}", member.node));
             }
         }
         warnings.extend(self.pass.report.iter().flat_map(|report| report.warnings.iter().cloned()));
