@@ -202,6 +202,8 @@ fn read_neighbour(entry: &NeighbourMessage, name: &str, state: &mut State) {
     let address = entry.attributes.iter().find_map(|attribute| match attribute {
         NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => Some(IpAddr::from(*address)),
         NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => Some(IpAddr::from(*address)),
+        // The family of a forwarding entry is the bridge's, so only the length tells the family of its endpoint.
+        NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => endpoint(bytes),
         _ => None,
     });
     let lladdr = entry.attributes.iter().find_map(|attribute| match attribute {
@@ -216,6 +218,11 @@ fn read_neighbour(entry: &NeighbourMessage, name: &str, state: &mut State) {
     } else {
         state.neighbours.insert((name.to_owned(), address), lladdr);
     }
+}
+
+fn endpoint(bytes: &[u8]) -> Option<IpAddr> {
+    let v4 = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
+    v4.or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from)).ok()
 }
 
 fn route_query(v4: bool) -> RouteNetlinkMessage {
