@@ -201,4 +201,11 @@ fn plan_sysctls(inputs: &Inputs, plan: &mut Desired) {
             set(format!("net/ipv6/conf/{device}/accept_dad"), "0");
         }
     }
+    if families(false) {
+        // A host that forwards stops to hear router advertisements, and forgets the default routes that it has from
+        // them, unless told otherwise (Documentation/networking/ip-sysctl.rst, accept_ra). Where they are off, by
+        // choice or because a program does the kernel's part, they stay off.
+        let path = format!("net/ipv6/conf/{}/accept_ra", inputs.underlay.device);
+        plan.amend.insert(path, ("1".into(), "2".into()));
+    }
 }

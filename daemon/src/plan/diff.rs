@@ -12,6 +12,7 @@ pub fn diff(desired: &Desired, actual: &Actual) -> Vec<Op> {
     let left = without(&actual.state, &replaced);
     let mut ops: Vec<Op> = replaced.iter().map(|name| Op::DelLink(name.clone())).collect();
     add_links(&desired.state, &left, &mut ops);
+    amend_settings(desired, &left, &mut ops);
     add_settings(&desired.state, &left, &mut ops);
     add_paths(&desired.state, &left, &mut ops);
     mend_veths(desired, actual, &replaced, &mut ops);
@@ -45,6 +46,15 @@ fn add_links(desired: &State, left: &State, ops: &mut Vec<Op>) {
             None => ops.push(Op::AddLink(name.clone(), link.clone())),
             Some(found) if found != link => ops.push(Op::SetLink(name.clone(), link.clone())),
             Some(_) => {}
+        }
+    }
+}
+
+/// Before the other settings: these keep what works from suffering by them.
+fn amend_settings(desired: &Desired, left: &State, ops: &mut Vec<Op>) {
+    for (path, (from, to)) in &desired.amend {
+        if left.sysctls.get(path) == Some(from) {
+            ops.push(Op::SetSysctl(path.clone(), to.clone()));
         }
     }
 }
