@@ -8,8 +8,13 @@ use super::model::{Actual, Desired, LinkKind, Op, State, VethState};
 /// Computes the changes; none for a kernel that is as desired.
 pub fn diff(desired: &Desired, actual: &Actual) -> Vec<Op> {
     let replaced = replaced_links(&desired.state, &actual.state);
-    // What hangs on a device that is replaced goes with it.
-    let left = without(&actual.state, &replaced);
+    // What hangs on a device that is replaced goes with it, and a device that changes its Ethernet address
+    // forgets its neighbours.
+    let mut left = without(&actual.state, &replaced);
+    left.neighbours.retain(|(dev, _), _| {
+        let macs = (desired.state.links.get(dev), actual.state.links.get(dev));
+        !matches!(macs, (Some(wanted), Some(found)) if wanted.mac != found.mac)
+    });
     let mut ops: Vec<Op> = replaced.iter().map(|name| Op::DelLink(name.clone())).collect();
     add_links(&desired.state, &left, &mut ops);
     amend_settings(desired, &left, &mut ops);
