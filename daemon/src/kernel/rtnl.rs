@@ -404,8 +404,10 @@ pub(super) fn encode(op: &Op, known: &Known) -> Option<Vec<(RouteNetlinkMessage,
             message.header.index = of(name)?;
             message.header.flags = LinkFlags::Up;
             message.header.change_mask = LinkFlags::Up;
-            message.attributes =
-                vec![LinkAttribute::Mtu(state.mtu), LinkAttribute::Controller(known.index.get(BRIDGE).copied()?)];
+            message.attributes = vec![
+                LinkAttribute::Mtu(state.mtu),
+                LinkAttribute::Controller(known.index.get(BRIDGE).copied()?),
+            ];
             // The port's own settings are taken only from a message that finds it a port (rtnl_newlink).
             let port = InfoPortData::BridgePort(vec![InfoBridgePort::HairpinMode(state.hairpin)]);
             let mut second = LinkMessage::default();

@@ -158,7 +158,10 @@ fn plan_subnet(inputs: &Inputs, peer: &Peer, subnet: Subnet, plan: &mut Desired)
     };
     let room = peer.mtu.min(inputs.underlay.mtu).saturating_sub(overhead);
     let mtu = (room < plan.pod_mtu).then_some(room);
-    let via = subnet.network();
+    // The kernel refuses an IPv6 gateway that it would reach through another device, which the subnet's own address
+    // is as long as the route through that device stands: a peer could not move between devices without a gap. The
+    // link-local address of the peer's device has no such history.
+    let via = if subnet.is_ipv4() { subnet.network() } else { link_local(mac).addr() };
     let way = Route { dev: dev.into(), via: Some(via), source: source(inputs, subnet), mtu };
     route(Transport::Vxlan, Some(way), format!("to {endpoint}"));
     plan.state.neighbours.insert((dev.into(), via), mac);
