@@ -1,6 +1,8 @@
 //! Laws of the plan, against a kernel in memory: a second pass finds nothing, order does not matter, what is not
 //! weft's is never named.
 
+#![allow(clippy::unwrap_used, reason = "a test that unwraps names its line")]
+
 use std::collections::BTreeSet;
 
 use ipnet::IpNet;

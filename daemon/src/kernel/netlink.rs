@@ -12,6 +12,8 @@ use netlink_packet_core::{
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::{Socket, protocols::NETLINK_ROUTE};
 use nix::errno::Errno;
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::{TimeVal, TimeValLike};
 
 /// The most messages of one send: were each refused, the answers must fit the receive buffer, of which the
 /// kernel charges about 1 KiB for each (net.core.rmem_default is 212,992).
@@ -62,6 +64,8 @@ impl Conn {
         socket.bind_auto()?;
         socket.set_ext_ack(true)?;
         socket.set_cap_ack(true)?;
+        // The kernel answers within the send; the limit only keeps a lost answer from hanging the caller.
+        setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(5)).map_err(io::Error::from)?;
         Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(64 * 1024) })
     }
 

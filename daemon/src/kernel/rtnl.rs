@@ -236,7 +236,9 @@ pub(super) fn read_routes(conn: &mut Conn, links: &[Found], state: &mut State) -
     for v4 in [true, false] {
         for message in conn.dump(route_query(v4))? {
             let RouteNetlinkMessage::NewRoute(route) = message else { continue };
-            if u8::from(route.header.protocol) != PROTOCOL || route.header.kind != RouteType::Unicast {
+            let main = route.header.table == RouteHeader::RT_TABLE_MAIN;
+            if !main || u8::from(route.header.protocol) != PROTOCOL || route.header.kind != RouteType::Unicast
+            {
                 continue;
             }
             if let Some((key, route)) = read_route(&route, links, v4) {
