@@ -8,6 +8,7 @@ pub mod gossip;
 pub mod journal;
 pub mod kernel;
 pub mod leases;
+pub mod metrics;
 pub mod node;
 pub mod plan;
 pub mod reconcile;

@@ -21,6 +21,7 @@ use crate::kernel::linux::Linux;
 use crate::kernel::netlink::Conn;
 use crate::kernel::{UnderlaySpec, monitor, preflight};
 use crate::leases::Leases;
+use crate::metrics;
 use crate::server;
 use crate::state::{self, StateDir};
 
@@ -103,6 +104,9 @@ pub fn start(config: Config) -> Result<Node, Fatal> {
     let sockets = Sockets::new(config.gossip.port, datagrams);
     let (probes, probe_inbox) = mpsc::channel(EVENTS);
     let (calls, call_inbox) = mpsc::channel(EVENTS);
+    if let Some(address) = config.metrics {
+        metrics::serve(address, calls.clone());
+    }
     server::serve(&config.node.socket, calls).map_err(fatal)?;
     let inbox = Inbox {
         datagrams: datagram_inbox,

@@ -1,0 +1,174 @@
+//! Metrics for Prometheus over plain HTTP: `GET /metrics`, and `GET /readyz` for who only asks whether it is well.
+//!
+//! It holds no numbers: each scrape asks the loop, as `weft status` does. Invariant: a client gets one short
+//! request, one answer and a bounded time.
+
+use std::fmt::Write;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::time::timeout;
+use tracing::{debug, warn};
+use weft_wire::api::{Empty, ReplyBody, Request, RequestBody, Status};
+
+use crate::server::Call;
+
+const CONNECTIONS: usize = 16;
+const REQUEST_MAX: usize = 4096;
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Starts to serve; an address that cannot be listened on is told in the log, and nothing else stops.
+pub fn serve(address: SocketAddr, calls: mpsc::Sender<Call>) {
+    tokio::spawn(async move {
+        match TcpListener::bind(address).await {
+            Ok(listener) => accept(listener, calls).await,
+            Err(error) => {
+                warn!(%address, err = %error, "metrics not served; set metrics.listen to a free address, or \"off\"");
+            }
+        }
+    });
+}
+
+async fn accept(listener: TcpListener, calls: mpsc::Sender<Call>) {
+    let slots = Arc::new(Semaphore::new(CONNECTIONS));
+    while let Ok(slot) = slots.clone().acquire_owned().await {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let calls = calls.clone();
+                tokio::spawn(async move {
+                    match timeout(PATIENCE, answer(stream, calls)).await {
+                        Ok(Ok(())) => {}
+                        outcome => debug!(?outcome, "scrape not answered"),
+                    }
+                    drop(slot);
+                });
+            }
+            // Out of descriptors, as a rule: some come back when other connections end.
+            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+        }
+        if calls.is_closed() {
+            return;
+        }
+    }
+}
+
+async fn answer(mut stream: TcpStream, calls: mpsc::Sender<Call>) -> io::Result<()> {
+    let mut head = Vec::new();
+    while !head.windows(4).any(|window| window == b"\r\n\r\n") {
+        let mut chunk = [0; 512];
+        let read = stream.read(&mut chunk).await?;
+        if read == 0 || head.len() + read > REQUEST_MAX {
+            return Ok(());
+        }
+        head.extend_from_slice(&chunk[..read]);
+    }
+    let line = String::from_utf8_lossy(&head);
+    let mut words = line.split_ascii_whitespace();
+    let (code, body) = match (words.next(), words.next()) {
+        (Some("GET"), Some("/metrics")) => ("200 OK", text(&status(&calls).await?)),
+        (Some("GET"), Some("/readyz")) => {
+            let status = status(&calls).await?;
+            if status.ready { ("200 OK", "ready\n".into()) } else { ("503 Service Unavailable", status.blocked + "\n") }
+        }
+        (Some("GET"), Some(_)) => ("404 Not Found", "try /metrics or /readyz\n".into()),
+        _ => ("405 Method Not Allowed", "use GET\n".into()),
+    };
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    let mut reply = format!("HTTP/1.1 {code}\r\ncontent-type: {kind}\r\n");
+    write!(reply, "content-length: {}\r\nconnection: close\r\n\r\n{body}", body.len())
+        .expect("a String takes all that is written");
+    stream.write_all(reply.as_bytes()).await
+}
+
+async fn status(calls: &mpsc::Sender<Call>) -> io::Result<Status> {
+    let gone = || io::Error::other("the daemon is stopping");
+    let request = Request { body: Some(RequestBody::Status(Empty {})) };
+    let (reply, answer) = oneshot::channel();
+    calls.send(Call { request, privileged: false, reply }).await.map_err(|_| gone())?;
+    match answer.await.map_err(|_| gone())?.body {
+        Some(ReplyBody::Status(status)) => Ok(status),
+        _ => Err(gone()),
+    }
+}
+
+#[derive(Debug, Clone, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct StateLabel {
+    state: &'static str,
+}
+
+/// Writes a status in the OpenMetrics text format.
+fn text(status: &Status) -> String {
+    let mut registry = Registry::with_prefix("weft");
+    let mut gauge = |name: &str, help: &str, value: u64| {
+        let gauge = Gauge::<i64>::default();
+        gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
+        registry.register(name, help, gauge);
+    };
+    let store = status.store.clone().unwrap_or_default();
+    let reconcile = status.reconcile.clone().unwrap_or_default();
+    gauge("ready", "Whether pods can be attached", status.ready.into());
+    gauge("pods", "Pods attached to the node", status.pods.into());
+    gauge("pod_mtu_bytes", "MTU of pods", status.pod_mtu.into());
+    gauge("warnings", "Sentences that `weft status` warns with", status.warnings.len() as u64);
+    gauge("store_healthy", "Whether the lease store answers", store.healthy.into());
+    gauge("store_stale_milliseconds", "Age of the view of the lease store", store.stale_ms.unwrap_or_default());
+    gauge("reconcile_ok", "Whether the last pass over the kernel met no refusal", reconcile.last_ok.into());
+    gauge("reconcile_failed", "Changes that the kernel refused in the last pass", reconcile.failed.len() as u64);
+    gauge("reconcile_passes", "Passes over the kernel since the daemon started", reconcile.passes);
+    gauge("uptime_seconds", "How long the daemon has run", status.uptime_s);
+    let counts = status.peers.clone().unwrap_or_default();
+    let peers = Family::<StateLabel, Gauge>::default();
+    for (state, count) in [("alive", counts.alive), ("suspect", counts.suspect), ("dead", counts.dead)] {
+        peers.get_or_create(&StateLabel { state }).set(count.into());
+    }
+    registry.register("peers", "Other nodes by state", peers);
+    let mut text = String::new();
+    encode(&mut text, &registry).expect("a String takes all that is written");
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use weft_wire::api::Reply;
+
+    async fn get(address: SocketAddr, request: &str) -> String {
+        let mut stream = TcpStream::connect(address).await.expect("connected");
+        stream.write_all(request.as_bytes()).await.expect("sent");
+        let mut reply = String::new();
+        stream.read_to_string(&mut reply).await.expect("answered");
+        reply
+    }
+
+    #[tokio::test]
+    async fn a_scrape_gets_the_loops_numbers_and_anything_else_a_refusal() {
+        let (calls, mut inbox) = mpsc::channel::<Call>(4);
+        tokio::spawn(async move {
+            while let Some(call) = inbox.recv().await {
+                let status = Status { ready: true, pods: 7, ..Status::default() };
+                let _ = call.reply.send(Reply::from(ReplyBody::Status(status)));
+            }
+        });
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("bound");
+        tokio::spawn(accept(listener, calls));
+        let reply = get(address, "GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n").await;
+        assert!(reply.starts_with("HTTP/1.1 200 OK"), "{reply}");
+        for line in ["weft_pods 7", "weft_ready 1", "weft_peers{state=\"alive\"} 0", "# EOF"] {
+            assert!(reply.contains(line), "{line} is not in {reply}");
+        }
+        assert!(get(address, "GET /readyz HTTP/1.1\r\n\r\n").await.ends_with("ready\n"));
+        assert!(get(address, "GET /secrets HTTP/1.1\r\n\r\n").await.starts_with("HTTP/1.1 404"));
+        assert!(get(address, "POST /metrics HTTP/1.1\r\n\r\n").await.starts_with("HTTP/1.1 405"));
+    }
+}
