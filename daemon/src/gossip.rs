@@ -72,7 +72,7 @@ impl Sockets {
         for address in missing {
             match self.listen(SocketAddr::new(address, self.port)) {
                 Ok(open) => {
-                    info!(%address, port = self.port, "listening for gossip");
+                    info!(%address, port = self.port, "listening");
                     self.open.insert(address, open);
                 }
                 Err(error) => errors.push(error),

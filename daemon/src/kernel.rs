@@ -91,5 +91,5 @@ pub fn purge(kernel: &mut dyn Kernel) -> Vec<String> {
 
 /// Returns the settings that a plan is about.
 pub fn settings_of(plan: &Desired) -> BTreeSet<String> {
-    plan.state.sysctls.keys().cloned().collect()
+    plan.state.sysctls.keys().chain(plan.amend.keys()).cloned().collect()
 }

@@ -57,7 +57,7 @@ const LEAVE: Duration = Duration::from_secs(5);
 enum Event {
     /// A gossip datagram came.
     Datagram(Received),
-    /// A checksum probe or its answer came through the tunnel.
+    /// A checksum probe came through the tunnel.
     Probe(Received),
     /// The store answered or changed.
     Store(leases::Done),
@@ -190,12 +190,15 @@ impl Node {
 
     fn handle(&mut self, event: Event, now: Instant) -> Result<(), Fatal> {
         match event {
+            Event::Datagram(Received { datagram, .. }) if probe::is_answer(&datagram) => {
+                self.take_probe_answer(&datagram, now);
+            }
             Event::Datagram(Received { from, datagram }) => {
                 if let Err(reason) = self.mesh.handle_datagram(from, &datagram, now) {
                     debug!(%from, %reason, "gossip datagram dropped");
                 }
             }
-            Event::Probe(Received { from, datagram }) => self.take_probe(from, &datagram, now),
+            Event::Probe(Received { from, datagram }) => self.answer_probe(from, &datagram),
             Event::Store(done) => {
                 self.leases.handle(done, now);
                 self.take_lease_table(now);
@@ -443,20 +446,33 @@ impl Node {
         }
     }
 
-    fn take_probe(&mut self, from: SocketAddr, datagram: &[u8], now: Instant) {
-        let open = self.probe.wake().is_some();
-        if let Some(answer) = self.probe.handle(from, datagram) {
-            self.probe_sockets.send(from, &answer);
+    /// Answers a peer's probe over the underlay, to where the peer gossips: no one else gets an answer.
+    fn answer_probe(&mut self, from: SocketAddr, datagram: &[u8]) {
+        let Some(answer) = probe::answer_to(datagram) else { return };
+        let asker = self.mesh.members().find(|member| {
+            member.verdict.is_accepted()
+                && member.record.facts.subnets.iter().any(|leased| leased.subnet.contains(from.ip()))
+        });
+        if let Some(to) = asker.and_then(|member| member.record.facts.gossip.first().copied()) {
+            self.sockets.send(to, &answer);
         }
-        if open && self.probe.wake().is_none() {
+    }
+
+    fn take_probe_answer(&mut self, datagram: &[u8], now: Instant) {
+        if self.probe.wake().is_none() {
+            return;
+        }
+        self.probe.handle_answer(datagram);
+        if self.probe.wake().is_none() {
             let broken = self.probe.is_broken();
             if broken {
-                warn!(peer = %from.ip(), "this kernel breaks TX checksum offload in the tunnel, it is off");
+                warn!("this kernel breaks TX checksum offload in the tunnel, it is off");
             } else {
-                info!(peer = %from.ip(), "TX checksum offload works through the tunnel, it stays on");
+                info!("TX checksum offload works through the tunnel, it stays on");
             }
             self.memory.tx_checksum_off = broken.then(|| self.boot.clone());
             self.touch_memory(now);
+            self.remember_now();
             self.wake(now);
         }
     }

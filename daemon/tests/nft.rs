@@ -1,4 +1,5 @@
 //! The nftables table against the real kernel, each test in network namespaces of its own, judged by `nft`.
+#![allow(clippy::unwrap_used, reason = "a test that unwraps names its line")]
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::process::Command;

@@ -1,6 +1,6 @@
 //! The kernel of the running thread's network namespace.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
 
@@ -16,8 +16,8 @@ use crate::plan::model::{Actual, BRIDGE, LinkKind, Op, Underlay};
 #[derive(Debug)]
 pub struct Linux {
     conn: Conn,
-    /// Device names to indices, as of the last dump or change.
-    index: BTreeMap<String, u32>,
+    /// As of the last dump or change.
+    known: rtnl::Known,
     nft: nft::Conn,
     /// Absent on kernels before 5.6, which have no ethtool over netlink: there the offload stays as it is.
     ethtool: Option<Ethtool>,
@@ -30,14 +30,15 @@ impl Linux {
     /// Where the kernel gives none.
     pub fn open() -> io::Result<Self> {
         let nft = nft::Conn::open().map_err(io::Error::other)?;
-        Ok(Self { conn: Conn::open()?, index: BTreeMap::new(), nft, ethtool: Ethtool::open().ok() })
+        Ok(Self { conn: Conn::open()?, known: rtnl::Known::default(), nft, ethtool: Ethtool::open().ok() })
     }
 
     fn dump_all(&mut self, settings: &BTreeSet<String>) -> Result<Actual, Refusal> {
         let mut actual = Actual::default();
         let links = rtnl::links(&mut self.conn)?;
-        self.index = links.iter().map(|link| (link.name.clone(), link.index)).collect();
         rtnl::read_links(&links, &mut actual);
+        self.known.index = links.iter().map(|link| (link.name.clone(), link.index)).collect();
+        self.known.links = actual.state.links.clone();
         rtnl::read_addresses(&mut self.conn, &links, &mut actual.state)?;
         rtnl::read_neighbours(&mut self.conn, &links, &mut actual.state)?;
         rtnl::read_routes(&mut self.conn, &links, &mut actual.state)?;
@@ -58,16 +59,26 @@ impl Linux {
 
     /// Makes the changes of one run of netlink operations.
     fn apply_batch(&mut self, ops: &[Op], answers: &mut Vec<Result<(), KernelError>>) {
-        let encoded: Vec<_> = ops.iter().map(|op| rtnl::encode(op, &self.index)).collect();
-        let messages = encoded.iter().flatten().cloned().collect();
+        let mut messages = Vec::with_capacity(ops.len());
+        let counts: Vec<Option<usize>> = ops
+            .iter()
+            .map(|op| {
+                let encoded = rtnl::encode(op, &self.known)?;
+                let count = encoded.len();
+                messages.extend(encoded);
+                Some(count)
+            })
+            .collect();
         let mut told = self.conn.change(messages).into_iter();
-        for (op, message) in ops.iter().zip(&encoded) {
-            answers.push(match message {
-                None => Err(KernelError(format!("{op}: its device is gone"))),
-                Some(_) => match told.next() {
-                    Some(Err(refusal)) if !rtnl::tolerated(op, refusal.errno) => Err(explain(op, &refusal)),
-                    _ => Ok(()),
-                },
+        for (op, count) in ops.iter().zip(counts) {
+            let Some(count) = count else {
+                answers.push(Err(KernelError(format!("{op}: its device is gone"))));
+                continue;
+            };
+            let refused = told.by_ref().take(count).fold(None, |first, answer| first.or(answer.err()));
+            answers.push(match refused {
+                Some(refusal) if !rtnl::tolerated(op, refusal.errno) => Err(explain(op, &refusal)),
+                _ => Ok(()),
             });
         }
     }
@@ -112,7 +123,7 @@ impl Kernel for Linux {
                     self.apply_batch(&ops[run..=place], &mut answers);
                     if let Ok(links) = rtnl::links(&mut self.conn) {
                         let made = links.into_iter().find(|link| link.name == *name);
-                        self.index.extend(made.map(|link| (link.name, link.index)));
+                        self.known.index.extend(made.map(|link| (link.name, link.index)));
                     }
                     run = place + 1;
                 }

@@ -202,6 +202,8 @@ fn read_neighbour(entry: &NeighbourMessage, name: &str, state: &mut State) {
     let address = entry.attributes.iter().find_map(|attribute| match attribute {
         NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => Some(IpAddr::from(*address)),
         NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => Some(IpAddr::from(*address)),
+        // The family of a forwarding entry is the bridge's, so only the length tells the family of its endpoint.
+        NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => endpoint(bytes),
         _ => None,
     });
     let lladdr = entry.attributes.iter().find_map(|attribute| match attribute {
@@ -216,6 +218,11 @@ fn read_neighbour(entry: &NeighbourMessage, name: &str, state: &mut State) {
     } else {
         state.neighbours.insert((name.to_owned(), address), lladdr);
     }
+}
+
+fn endpoint(bytes: &[u8]) -> Option<IpAddr> {
+    let v4 = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
+    v4.or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from)).ok()
 }
 
 fn route_query(v4: bool) -> RouteNetlinkMessage {
@@ -347,18 +354,25 @@ pub(super) fn tolerated(op: &Op, errno: Errno) -> bool {
     }
 }
 
-/// Writes an operation as a message with its flags; `None` where its device is not there.
-pub(super) fn encode(op: &Op, index: &BTreeMap<String, u32>) -> Option<(RouteNetlinkMessage, u16)> {
+/// What a change needs to know of the kernel beside itself: devices' indices, and weft's devices as they are.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    pub index: BTreeMap<String, u32>,
+    pub links: BTreeMap<String, Link>,
+}
+
+/// Writes an operation as messages with their flags; `None` where its device is not there.
+pub(super) fn encode(op: &Op, known: &Known) -> Option<Vec<(RouteNetlinkMessage, u16)>> {
     let set = NLM_F_CREATE | NLM_F_REPLACE;
-    let of = |name: &String| index.get(name).copied();
-    Some(match op {
+    let of = |name: &String| known.index.get(name).copied();
+    Some(vec![match op {
         Op::AddLink(name, link) => {
             (RouteNetlinkMessage::NewLink(new_link(name, link)), NLM_F_CREATE | NLM_F_EXCL)
         }
         Op::SetLink(name, link) => {
             let mut message = LinkMessage::default();
             message.header.index = of(name)?;
-            shape(&mut message, link);
+            shape(&mut message, link, known.links.get(name));
             (RouteNetlinkMessage::SetLink(message), 0)
         }
         Op::DelLink(name) | Op::DelVeth(name) => {
@@ -390,34 +404,46 @@ pub(super) fn encode(op: &Op, index: &BTreeMap<String, u32>) -> Option<(RouteNet
             message.header.index = of(name)?;
             message.header.flags = LinkFlags::Up;
             message.header.change_mask = LinkFlags::Up;
-            let port = InfoPortData::BridgePort(vec![InfoBridgePort::HairpinMode(state.hairpin)]);
             message.attributes = vec![
                 LinkAttribute::Mtu(state.mtu),
-                LinkAttribute::Controller(index.get(BRIDGE).copied()?),
-                LinkAttribute::LinkInfo(vec![
-                    LinkInfo::PortKind(InfoPortKind::Bridge),
-                    LinkInfo::PortData(port),
-                ]),
+                LinkAttribute::Controller(known.index.get(BRIDGE).copied()?),
             ];
-            (RouteNetlinkMessage::SetLink(message), 0)
+            // The port's own settings are taken only from a message that finds it a port (rtnl_newlink).
+            let port = InfoPortData::BridgePort(vec![InfoBridgePort::HairpinMode(state.hairpin)]);
+            let mut second = LinkMessage::default();
+            second.header.index = message.header.index;
+            second.attributes = vec![LinkAttribute::LinkInfo(vec![
+                LinkInfo::PortKind(InfoPortKind::Bridge),
+                LinkInfo::PortData(port),
+            ])];
+            return Some(vec![
+                (RouteNetlinkMessage::SetLink(message), 0),
+                (RouteNetlinkMessage::NewLink(second), 0),
+            ]);
         }
         Op::SetOffload(..) | Op::SetSysctl(..) | Op::SetNft(_) | Op::DelNft => return None,
-    })
+    }])
 }
 
-fn shape(message: &mut LinkMessage, link: &Link) {
+/// Writes what differs from what is there. An address that is only repeated would already make the kernel
+/// forget all neighbours of the device, permanent ones too (`neigh_changeaddr`).
+fn shape(message: &mut LinkMessage, link: &Link, found: Option<&Link>) {
     if link.up {
         message.header.flags = LinkFlags::Up;
         message.header.change_mask = LinkFlags::Up;
     }
-    message.attributes.push(LinkAttribute::Mtu(link.mtu));
-    message.attributes.push(LinkAttribute::Address(link.mac.0.to_vec()));
+    if found.is_none_or(|found| found.mtu != link.mtu) {
+        message.attributes.push(LinkAttribute::Mtu(link.mtu));
+    }
+    if found.is_none_or(|found| found.mac != link.mac) {
+        message.attributes.push(LinkAttribute::Address(link.mac.0.to_vec()));
+    }
 }
 
 fn new_link(name: &str, link: &Link) -> LinkMessage {
     let mut message = LinkMessage::default();
     message.attributes.push(LinkAttribute::IfName(name.into()));
-    shape(&mut message, link);
+    shape(&mut message, link, None);
     let infos = match &link.kind {
         LinkKind::Bridge | LinkKind::Other(_) => vec![LinkInfo::Kind(InfoKind::Bridge)],
         LinkKind::Vxlan(vxlan) => {

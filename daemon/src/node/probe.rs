@@ -1,8 +1,8 @@
 //! Whether this kernel breaks checksums that it leaves to the card inside the tunnel: decided by asking a peer
 //! through the tunnel, never by the kernel's version.
 //!
-//! A request goes from the node's gateway address to a peer's, as pods' packets do. Answered: the offload stays
-//! on. Not answered: the offload goes off and the peer is asked again; only an answer then proves that the
+//! A request goes through the tunnel from the node's gateway address to a peer's, as pods' packets do; the answer
+//! comes over the underlay, so that the peer's kernel has no part in it. Answered: the offload stays on. Not answered: the offload goes off and the peer is asked again; only an answer then proves that the
 //! offload was to blame. Not answered either way: something else is wrong, and the offload stays on.
 //!
 //! Pure: the loop sends what it is told and hands in what comes. Invariant: an answer is as long as its request.
@@ -10,11 +10,13 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-/// The UDP port of the probe, on the nodes' gateway addresses.
+/// The UDP port of requests, on the nodes' gateway addresses. Answers go to the gossip port.
 pub const PORT: u16 = 7119;
 
 const MAGIC: &[u8; 8] = b"weftprb1";
 const LENGTH: usize = 64;
+const REQUEST: u8 = b'?';
+const ANSWER: u8 = b'!';
 /// How long an answer may take; several requests go out meanwhile.
 const PATIENCE: Duration = Duration::from_millis(1500);
 const BETWEEN: Duration = Duration::from_millis(250);
@@ -96,7 +98,7 @@ impl Probe {
             return None;
         }
         *next = now + BETWEEN;
-        Some((SocketAddr::new(*peer, PORT), message(b'?', self.token)))
+        Some((SocketAddr::new(*peer, PORT), message(REQUEST, self.token)))
     }
 
     fn ask(&mut self, peer: IpAddr, offload: bool, now: Instant) {
@@ -107,21 +109,24 @@ impl Probe {
         self.stage = Stage::Asking { peer, offload, next, deadline: now + PATIENCE };
     }
 
-    /// Takes a datagram that came to the probe's port; returns the answer to a request.
-    pub fn handle(&mut self, from: SocketAddr, datagram: &[u8]) -> Option<Vec<u8>> {
-        let (kind, token) = parse(datagram)?;
-        if kind == b'?' {
-            return Some(message(b'!', token));
-        }
-        if let Stage::Asking { peer, offload, .. } = self.stage
-            && kind == b'!'
-            && token == self.token
-            && from.ip() == peer
+    /// Takes an answer, which its token proves to be one to the question that is open.
+    pub fn handle_answer(&mut self, datagram: &[u8]) {
+        if let Stage::Asking { offload, .. } = self.stage
+            && parse(datagram) == Some((ANSWER, self.token))
         {
             self.stage = Stage::Decided { broken: !offload };
         }
-        None
     }
+}
+
+/// Returns the answer to a request; `None` for anything else.
+pub fn answer_to(datagram: &[u8]) -> Option<Vec<u8>> {
+    parse(datagram).filter(|(kind, _)| *kind == REQUEST).map(|(_, token)| message(ANSWER, token))
+}
+
+/// Returns whether a datagram that came with the gossip is an answer.
+pub fn is_answer(datagram: &[u8]) -> bool {
+    parse(datagram).is_some_and(|(kind, _)| kind == ANSWER)
 }
 
 fn message(kind: u8, token: u64) -> Vec<u8> {
@@ -148,14 +153,13 @@ mod tests {
         let mut now = Instant::now();
         let peer: IpAddr = "10.32.4.1".parse().unwrap();
         let mut probe = Probe::new(false, 7, now);
-        let mut responder = Probe::new(false, 1, now);
         for _ in 0..100 {
             if let Some((to, request)) = probe.poll(Some(peer), now) {
                 assert_eq!(to, SocketAddr::new(peer, PORT));
-                let answer = responder.handle("10.32.5.1:7119".parse().unwrap(), &request).unwrap();
+                let answer = answer_to(&request).unwrap();
                 assert_eq!(answer.len(), request.len());
                 if answers(probe.offload()) {
-                    assert_eq!(probe.handle(to, &answer), None);
+                    probe.handle_answer(&answer);
                 }
             }
             match probe.wake() {
@@ -192,10 +196,12 @@ mod tests {
         let mut probe = Probe::new(false, 7, now);
         let peer: IpAddr = "10.32.4.1".parse().unwrap();
         let (_, request) = probe.poll(Some(peer), now).unwrap();
-        for datagram in [&request[..63], b"", b"weftprb1!", &message(b'!', 99), &message(b'x', 8)] {
-            assert_eq!(probe.handle(SocketAddr::new(peer, PORT), datagram), None);
+        for datagram in [&request[..63], b"", b"weftprb1!", &message(ANSWER, 99), &message(b'x', 8), &request]
+        {
+            probe.handle_answer(datagram);
+            assert!(!is_answer(datagram) || datagram == message(ANSWER, 99));
         }
-        assert_eq!(probe.handle("10.32.9.1:7119".parse().unwrap(), &message(b'!', 8)), None);
+        assert_eq!(answer_to(&message(ANSWER, 8)), None, "an answer is not answered");
         assert!(probe.wake().is_some(), "still undecided");
     }
 }

@@ -116,7 +116,7 @@ pub fn start(config: Config) -> Result<Node, Fatal> {
     };
     info!(node = %config.node.name, site = %config.node.site, incarnation = memory.incarnation, "weftd started");
     let known_broken = memory.tx_checksum_off.as_ref() == Some(&boot);
-    let probe = Probe::new(known_broken, memory.incarnation, now);
+    let probe = Probe::new(known_broken, random_u64()?, now);
     let mut node = Node {
         probe,
         probe_sockets: Sockets::new(probe::PORT, probes),
@@ -197,10 +197,13 @@ fn open_pods(
         info!(stale = recovered.stale, "addresses of pods from before the last boot are free");
     }
     let subnets: Vec<_> = leases.core.held().iter().map(|held| held.subnet).collect();
-    let seed = state::random().map_err(fatal)?;
-    let seed = u64::from_le_bytes(seed[..8].try_into().expect("eight bytes"));
-    let pool = PodPool::new(&subnets, &config.pods.reserved, seed);
+    let pool = PodPool::new(&subnets, &config.pods.reserved, random_u64()?);
     Ok(pods::Pods::new(pool, journal, recovered.attachments, done))
+}
+
+fn random_u64() -> Result<u64, Fatal> {
+    let bytes = state::random().map_err(fatal)?;
+    Ok(u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes")))
 }
 
 /// Returns a receiver of SIGTERM and SIGINT.

@@ -158,7 +158,10 @@ fn plan_subnet(inputs: &Inputs, peer: &Peer, subnet: Subnet, plan: &mut Desired)
     };
     let room = peer.mtu.min(inputs.underlay.mtu).saturating_sub(overhead);
     let mtu = (room < plan.pod_mtu).then_some(room);
-    let via = subnet.network();
+    // The kernel refuses an IPv6 gateway that it would reach through another device, which the subnet's own address
+    // is as long as the route through that device stands: a peer could not move between devices without a gap. The
+    // link-local address of the peer's device has no such history.
+    let via = if subnet.is_ipv4() { subnet.network() } else { link_local(mac).addr() };
     let way = Route { dev: dev.into(), via: Some(via), source: source(inputs, subnet), mtu };
     route(Transport::Vxlan, Some(way), format!("to {endpoint}"));
     plan.state.neighbours.insert((dev.into(), via), mac);
@@ -200,5 +203,12 @@ fn plan_sysctls(inputs: &Inputs, plan: &mut Desired) {
             // The addresses are the node's by lease: no probe may delay them.
             set(format!("net/ipv6/conf/{device}/accept_dad"), "0");
         }
+    }
+    if families(false) {
+        // A host that forwards stops to hear router advertisements, and forgets the default routes that it has from
+        // them, unless told otherwise (Documentation/networking/ip-sysctl.rst, accept_ra). Where they are off, by
+        // choice or because a program does the kernel's part, they stay off.
+        let path = format!("net/ipv6/conf/{}/accept_ra", inputs.underlay.device);
+        plan.amend.insert(path, ("1".into(), "2".into()));
     }
 }

@@ -8,10 +8,16 @@ use super::model::{Actual, Desired, LinkKind, Op, State, VethState};
 /// Computes the changes; none for a kernel that is as desired.
 pub fn diff(desired: &Desired, actual: &Actual) -> Vec<Op> {
     let replaced = replaced_links(&desired.state, &actual.state);
-    // What hangs on a device that is replaced goes with it.
-    let left = without(&actual.state, &replaced);
+    // What hangs on a device that is replaced goes with it, and a device that changes its Ethernet address
+    // forgets its neighbours.
+    let mut left = without(&actual.state, &replaced);
+    left.neighbours.retain(|(dev, _), _| {
+        let macs = (desired.state.links.get(dev), actual.state.links.get(dev));
+        !matches!(macs, (Some(wanted), Some(found)) if wanted.mac != found.mac)
+    });
     let mut ops: Vec<Op> = replaced.iter().map(|name| Op::DelLink(name.clone())).collect();
     add_links(&desired.state, &left, &mut ops);
+    amend_settings(desired, &left, &mut ops);
     add_settings(&desired.state, &left, &mut ops);
     add_paths(&desired.state, &left, &mut ops);
     mend_veths(desired, actual, &replaced, &mut ops);
@@ -45,6 +51,15 @@ fn add_links(desired: &State, left: &State, ops: &mut Vec<Op>) {
             None => ops.push(Op::AddLink(name.clone(), link.clone())),
             Some(found) if found != link => ops.push(Op::SetLink(name.clone(), link.clone())),
             Some(_) => {}
+        }
+    }
+}
+
+/// Before the other settings: these keep what works from suffering by them.
+fn amend_settings(desired: &Desired, left: &State, ops: &mut Vec<Op>) {
+    for (path, (from, to)) in &desired.amend {
+        if left.sysctls.get(path) == Some(from) {
+            ops.push(Op::SetSysctl(path.clone(), to.clone()));
         }
     }
 }

@@ -164,6 +164,8 @@ pub struct Desired {
     pub strays: BTreeSet<String>,
     /// Whether host ends reflect to themselves.
     pub hairpin: bool,
+    /// Settings that change only where they have a certain value: from what, to what.
+    pub amend: BTreeMap<String, (String, String)>,
     /// What a person should hear.
     pub warnings: Vec<String>,
 }
