@@ -5,7 +5,7 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use weft_wire::types::NodeName;
+use weft_wire::types::{NodeName, Subnet};
 
 use crate::kernel::{Kernel, settings_of};
 use crate::plan::desired::desired;
@@ -23,8 +23,10 @@ pub struct Report {
     pub warnings: Vec<String>,
     /// Every peer subnet with its way.
     pub routes: Vec<RouteStatus>,
-    /// The MTU of pods in bytes.
+    /// The MTU of pods in bytes; 0 where the underlay was not known.
     pub pod_mtu: u32,
+    /// The node's subnets that the pass was about.
+    pub subnets: Vec<Subnet>,
     /// Host ends that are in the kernel and not in the inputs.
     pub unknown_veths: Vec<String>,
 }
@@ -62,7 +64,12 @@ pub struct RouteStatus {
 /// Brings the kernel to what the inputs ask for.
 pub fn reconcile(kernel: &mut dyn Kernel, inputs: &Inputs) -> Report {
     let plan = desired(inputs);
-    let mut report = Report { pod_mtu: plan.pod_mtu, warnings: plan.warnings.clone(), ..Report::default() };
+    let mut report = Report {
+        pod_mtu: plan.pod_mtu,
+        subnets: inputs.subnets.clone(),
+        warnings: plan.warnings.clone(),
+        ..Report::default()
+    };
     let actual = match kernel.dump(&settings_of(&plan)) {
         Ok(actual) => actual,
         Err(error) => {

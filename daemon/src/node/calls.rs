@@ -9,6 +9,7 @@ use weft_wire::types::NodeName;
 
 use super::{LEAVE, Node, worker};
 use crate::attach::Network;
+use crate::reconcile::Report;
 use crate::server::Call;
 
 /// How long a ping waits for its answer.
@@ -90,7 +91,9 @@ impl Node {
         if let Err(why) = &self.underlay {
             return Err(format!("the node has no underlay: {why}"));
         }
-        let Some(report) = self.pass.report.as_ref().filter(|_| self.pass.last_ok.is_some()) else {
+        // An earlier pass may not have known the underlay or all subnets: then the bridge is not there for pods yet.
+        let covers = |report: &&Report| report.pod_mtu > 0 && report.subnets == self.subnets();
+        let Some(report) = self.pass.report.as_ref().filter(covers).filter(|_| self.pass.last_ok.is_some()) else {
             let failed = self.pass.report.iter().flat_map(|report| &report.failed).next();
             let why = failed.map_or_else(
                 || "the first pass is under way".to_owned(),
