@@ -78,7 +78,11 @@ async fn answer(mut stream: TcpStream, calls: mpsc::Sender<Call>) -> io::Result<
         (Some("GET"), Some("/metrics")) => ("200 OK", text(&status(&calls).await?)),
         (Some("GET"), Some("/readyz")) => {
             let status = status(&calls).await?;
-            if status.ready { ("200 OK", "ready\n".into()) } else { ("503 Service Unavailable", status.blocked + "\n") }
+            if status.ready {
+                ("200 OK", "ready\n".into())
+            } else {
+                ("503 Service Unavailable", status.blocked + "\n")
+            }
         }
         (Some("GET"), Some(_)) => ("404 Not Found", "try /metrics or /readyz\n".into()),
         _ => ("405 Method Not Allowed", "use GET\n".into()),
@@ -121,9 +125,17 @@ fn text(status: &Status) -> String {
     gauge("pod_mtu_bytes", "MTU of pods", status.pod_mtu.into());
     gauge("warnings", "Sentences that `weft status` warns with", status.warnings.len() as u64);
     gauge("store_healthy", "Whether the lease store answers", store.healthy.into());
-    gauge("store_stale_milliseconds", "Age of the view of the lease store", store.stale_ms.unwrap_or_default());
+    gauge(
+        "store_stale_milliseconds",
+        "Age of the view of the lease store",
+        store.stale_ms.unwrap_or_default(),
+    );
     gauge("reconcile_ok", "Whether the last pass over the kernel met no refusal", reconcile.last_ok.into());
-    gauge("reconcile_failed", "Changes that the kernel refused in the last pass", reconcile.failed.len() as u64);
+    gauge(
+        "reconcile_failed",
+        "Changes that the kernel refused in the last pass",
+        reconcile.failed.len() as u64,
+    );
     gauge("reconcile_passes", "Passes over the kernel since the daemon started", reconcile.passes);
     gauge("uptime_seconds", "How long the daemon has run", status.uptime_s);
     let counts = status.peers.clone().unwrap_or_default();

@@ -227,3 +227,26 @@ fn is_global(address: IpAddr) -> bool {
         IpAddr::V6(address) => !address.is_loopback() && !address.is_unicast_link_local(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::model::{Link, LinkKind};
+    use weft_wire::types::MacAddress;
+
+    #[test]
+    fn a_missing_capability_or_kernel_feature_is_named_with_what_to_do() {
+        let link = Link { kind: LinkKind::Bridge, mtu: 1450, up: true, mac: MacAddress([2; 6]) };
+        let said = |name: &str, errno: Errno| {
+            explain(&Op::AddLink(name.into(), link.clone()), &Refusal::from(errno)).to_string()
+        };
+        for (name, errno, words) in [
+            ("weft0", Errno::EPERM, "CAP_NET_ADMIN"),
+            ("weft0", Errno::EOPNOTSUPP, "modprobe bridge"),
+            ("weft-vx4", Errno::EOPNOTSUPP, "modprobe vxlan"),
+            ("weft-vx4", Errno::EEXIST, "overlay.vni"),
+        ] {
+            assert!(said(name, errno).contains(words), "{}", said(name, errno));
+        }
+    }
+}

@@ -93,7 +93,8 @@ impl Node {
         }
         // An earlier pass may not have known the underlay or all subnets: then the bridge is not there for pods yet.
         let covers = |report: &&Report| report.pod_mtu > 0 && report.subnets == self.subnets();
-        let Some(report) = self.pass.report.as_ref().filter(covers).filter(|_| self.pass.last_ok.is_some()) else {
+        let Some(report) = self.pass.report.as_ref().filter(covers).filter(|_| self.pass.last_ok.is_some())
+        else {
             let failed = self.pass.report.iter().flat_map(|report| &report.failed).next();
             let why = failed.map_or_else(
                 || "the first pass is under way".to_owned(),
