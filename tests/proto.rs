@@ -24,28 +24,37 @@ fn documented(file: &str) -> Messages {
         .collect()
 }
 
-/// Reads the structs and oneofs of a source file by their prost attributes.
+/// The name that a `pub struct` or `pub enum` line declares.
+fn declared(line: &str) -> Option<&str> {
+    let rest = line.strip_prefix("pub struct ").or(line.strip_prefix("pub enum "))?;
+    // An empty message is one line.
+    Some(&rest[..rest.find([' ', '{', ';', '(']).unwrap_or(rest.len())])
+}
+
+/// Reads the structs and oneofs of source files by their prost attributes.
 fn encoded(files: &[&str]) -> Messages {
     let mut messages = Messages::new();
     for file in files {
         let text = std::fs::read_to_string(wire().join("src").join(file)).expect("the source is there");
-        let (mut name, mut tag, mut is_message) = (String::new(), None, false);
+        let lines = || text.lines().map(str::trim);
         // A oneof is an enum of its own; its members count for the message that holds it.
         let mut owners = BTreeMap::new();
-        for line in text.lines().map(str::trim) {
+        let mut name = "";
+        for line in lines() {
+            name = declared(line).unwrap_or(name);
+            if let Some((_, rest)) = line.split_once("oneof = \"") {
+                owners.insert(rest.split('"').next().unwrap_or_default(), name);
+            }
+        }
+        let (mut name, mut tag, mut is_message) = ("", None, false);
+        for line in lines() {
             if line.starts_with("#[derive") {
                 is_message = line.contains("Message") || line.contains("Oneof");
-            } else if let Some(rest) = line.strip_prefix("pub struct ").or(line.strip_prefix("pub enum ")) {
-                // An empty message is one line.
-                let end = rest.find([' ', '{', ';', '(']).unwrap_or(rest.len());
-                name = rest[..end].to_owned();
-                name = owners.get(&name).cloned().unwrap_or(name);
+            } else if let Some(found) = declared(line) {
+                name = owners.get(found).copied().unwrap_or(found);
                 if is_message {
-                    messages.entry(name.clone()).or_default();
+                    messages.entry(name.to_owned()).or_default();
                 }
-            } else if let Some(rest) = line.strip_prefix("#[prost(oneof = \"") {
-                let oneof = rest.split('"').next().unwrap_or_default();
-                owners.insert(oneof.to_owned(), name.clone());
             } else if let Some(rest) = line.strip_prefix("#[prost(") {
                 tag = rest
                     .split("tag = \"")
@@ -54,7 +63,7 @@ fn encoded(files: &[&str]) -> Messages {
             } else if let Some(tag) = tag.take() {
                 let field = line.trim_start_matches("pub ").split([':', '(']).next().unwrap_or_default();
                 let field = field.trim_start_matches("r#").replace('_', "").to_lowercase();
-                messages.entry(name.clone()).or_default().insert((tag, field));
+                messages.entry(name.to_owned()).or_default().insert((tag, field));
             }
         }
     }
