@@ -1,4 +1,4 @@
-//! A blocking rtnetlink connection for bulk work: dumps, and changes in batches with an answer for each.
+//! A blocking rtnetlink connection: dumps, single objects, and changes in batches with an answer for each.
 //!
 //! Why not netlink-proto: docs/decisions/0004-own-netlink-batch-writer.md. Invariant: after a call no answer
 //! of it is left in the socket.
@@ -84,6 +84,26 @@ impl Conn {
                     NetlinkPayload::InnerMessage(message) => found.push(message),
                     NetlinkPayload::Done(_) => return Ok(found),
                     NetlinkPayload::Error(error) => return Err(Errno::from_raw(-error.raw_code()).into()),
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// Asks for one object.
+    pub fn get(&mut self, message: RouteNetlinkMessage) -> Result<RouteNetlinkMessage, Refusal> {
+        let mut bytes = Vec::new();
+        let sequence = self.emit(message, 0, &mut bytes);
+        self.socket.send(&bytes, 0)?;
+        loop {
+            for answer in self.receive()? {
+                match answer.payload {
+                    NetlinkPayload::InnerMessage(found) if answer.header.sequence_number == sequence => {
+                        return Ok(found);
+                    }
+                    NetlinkPayload::Error(error) if answer.header.sequence_number == sequence => {
+                        return Err(Errno::from_raw(-error.raw_code()).into());
+                    }
                     _ => {}
                 }
             }
