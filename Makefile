@@ -15,7 +15,7 @@ NEEDS := cc:gcc ip:iproute2 unshare:util-linux nsenter:util-linux ping:iputils-p
 NEEDS_FILES := /usr/lib/cni/bridge:containernetworking-plugins
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build lab lab-down test lint
+.PHONY: help deps build lab lab-down test lint bench-cni
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -57,6 +57,9 @@ lab-down: ## take the lab down
 
 test: deps build ## install what the tests need and run all of them
 	WEFT_BIN_DIR=$(BIN) cargo test --locked --no-fail-fast --workspace $(TEST_ARGS) </dev/null
+
+bench-cni: deps build ## time CNI calls against the reference plugins; ratios last (root)
+	WEFT_BIN_DIR=$(BIN) cargo bench --locked -p weft-tests --bench cni
 
 lint: ## rustfmt and clippy, warnings denied
 	cargo fmt --all --check

@@ -444,8 +444,8 @@ fn a_change_of_weft_objects_is_heard() {
 
 /// Prints what a number of peers cost; `WEFT_PEERS` chooses it.
 #[test]
-fn scale() {
-    let Some(count) = std::env::var("WEFT_PEERS").ok().and_then(|count| count.parse().ok()) else { return };
+fn many_peers_are_found_in_place_by_the_second_pass() {
+    let count = std::env::var("WEFT_PEERS").ok().and_then(|count| count.parse().ok()).unwrap_or(300);
     on_a_node(move |kernel| {
         let full = inputs(kernel, count);
         let start = Instant::now();

@@ -41,6 +41,7 @@ fn main() {
     ];
     println!("median of {CALLS} calls in ms, nsenter and fork included");
     println!("{:<36} {:>8} {:>8} {:>8}", "", "VERSION", "ADD", "DEL");
+    let mut rounds = Vec::new();
     for _ in 0..3 {
         let mut times = vec![[vec![], vec![], vec![]]; plugins.len()];
         for call in 0..CALLS {
@@ -52,9 +53,20 @@ fn main() {
                 }
             }
         }
+        let mut medians = Vec::new();
         for ((name, ..), times) in plugins.iter().zip(&mut times) {
             let [version, add, del] = times.each_mut().map(|times| median(times));
             println!("{name:<36} {version:>8.2} {add:>8.2} {del:>8.2}");
+            medians.push([add, del]);
+        }
+        rounds.push(medians);
+    }
+    for (place, verb) in ["ADD", "DEL"].into_iter().enumerate() {
+        for (other, (name, ..)) in plugins.iter().enumerate().skip(1) {
+            let mut ratios: Vec<f64> =
+                rounds.iter().map(|round| round[0][place] / round[other][place]).collect();
+            ratios.sort_by(f64::total_cmp);
+            println!("{verb}: weft-cni / {name} = {:.2} [{:.2}..{:.2}]", ratios[1], ratios[0], ratios[2]);
         }
     }
 }
