@@ -249,7 +249,7 @@ impl Node {
             self.probe_wake(),
             Some(self.survey),
             self.pings.values().map(|ping| ping.deadline).min(),
-            self.leaving.as_ref().map(|leaving| leaving.deadline),
+            self.leaving.as_ref().map(|leaving| leaving.wake(now)),
         ];
         Ok(wakes.into_iter().flatten().min().unwrap_or(now + RESYNC))
     }

@@ -12,6 +12,8 @@ use crate::attach::Network;
 use crate::reconcile::Report;
 use crate::server::Call;
 
+/// How long the mesh takes to tell enough peers that the node goes.
+const TELL: Duration = Duration::from_millis(600);
 /// How long a ping waits for its answer.
 const PING: Duration = Duration::from_secs(2);
 
@@ -27,8 +29,15 @@ pub(super) struct PendingPing {
 #[derive(Debug)]
 pub(super) struct Leaving {
     pub(super) deadline: Instant,
+    told: Instant,
     reply: Option<oneshot::Sender<Reply>>,
     purged: bool,
+}
+
+impl Leaving {
+    pub(super) fn wake(&self, now: Instant) -> Instant {
+        if now < self.told { self.told } else { self.deadline }
+    }
 }
 
 impl Node {
@@ -165,7 +174,7 @@ impl Node {
         self.leases.core.release(now);
         self.mesh.leave(now);
         let purged = self.jobs.send(worker::Job::Purge).is_err();
-        self.leaving = Some(Leaving { deadline: now + LEAVE, reply: Some(reply), purged });
+        self.leaving = Some(Leaving { deadline: now + LEAVE, told: now + TELL, reply: Some(reply), purged });
     }
 
     pub(super) fn take_purged(&mut self, left: &[String]) {
@@ -182,7 +191,7 @@ impl Node {
         let released = self.leases.core.held().is_empty();
         let Some(leaving) = &mut self.leaving else { return false };
         let late = now >= leaving.deadline;
-        if !(leaving.purged && (released || late)) {
+        if !(leaving.purged && now >= leaving.told && (released || late)) {
             return false;
         }
         let message = if released {

@@ -6,7 +6,9 @@ use std::time::Instant;
 
 use tracing::{info, warn};
 use weft_ipam::lease::LeaseView;
-use weft_wire::mesh::{Authority, Capabilities, Facts, LeasedSubnet, MemberState, MemberView, Owner};
+use weft_wire::mesh::{
+    Authority, Capabilities, Facts, LeasedSubnet, MemberState, NodeRecord, Owner, Verdict,
+};
 use weft_wire::types::{MacAddress, NodeName, Subnet};
 
 use super::{Node, REMEMBER, REMEMBERED_PEER};
@@ -70,12 +72,12 @@ impl Node {
         let mut heard = BTreeSet::new();
         let mut peers = BTreeMap::new();
         for member in self.mesh.members() {
-            let pending = matches!(member.verdict, weft_wire::mesh::Verdict::Pending { .. });
-            if member.state == MemberState::Left || !pending {
+            if member.state == MemberState::Left || !matches!(member.verdict, Verdict::Pending { .. }) {
                 heard.insert(member.node.clone());
             }
-            if member.state != MemberState::Left && member.verdict.is_accepted() {
-                peers.insert(member.node.clone(), planned(&member));
+            // The record in force, not the latest: that one may wait for the lease table.
+            if let Some(record) = member.routed {
+                peers.insert(member.node.clone(), planned(record));
             }
         }
         let table = self.table(now);
@@ -246,11 +248,11 @@ impl Node {
     }
 }
 
-fn planned(member: &MemberView<'_>) -> RememberedPeer {
-    let facts = &member.record.facts;
+fn planned(record: &NodeRecord) -> RememberedPeer {
+    let facts = &record.facts;
     RememberedPeer {
         peer: Peer {
-            node: member.node.clone(),
+            node: record.node.clone(),
             subnets: facts.subnets.iter().map(|leased| leased.subnet).collect(),
             underlay: facts.underlay.clone(),
             vtep_v4: facts.vtep_v4,
