@@ -37,6 +37,8 @@ pub use start::start;
 
 /// Changes that come together are planned together.
 const COALESCE: Duration = Duration::from_millis(50);
+/// Between two passes that changes in the kernel ask for.
+const KERNEL_QUIET: Duration = Duration::from_millis(200);
 /// Between two looks at the kernel when nothing woke the node.
 const RESYNC: Duration = Duration::from_secs(30);
 /// Between two looks for pods that vanished without a DEL.
@@ -132,6 +134,7 @@ struct Pass {
     running: bool,
     due: Option<Instant>,
     resync: Option<Instant>,
+    ended: Option<Instant>,
     report: Option<Report>,
     last_ok: Option<Instant>,
     passes: u64,
@@ -207,7 +210,7 @@ impl Node {
                 self.take_pass(underlay, report, now);
             }
             Event::Kernel(worker::Done::Purged(left)) => self.take_purged(&left),
-            Event::KernelChanged => self.wake(now),
+            Event::KernelChanged => self.wake_for_kernel(now),
             Event::Pod(done) => {
                 if self.pods.handle_done(done) {
                     self.pods_changed(now);
@@ -361,6 +364,14 @@ impl Node {
         self.pass.due = Some(self.pass.due.map_or(due, |earlier| earlier.min(due)));
     }
 
+    /// Asks for a pass because the kernel changed; a foreign program that changes it all the time gets a pass
+    /// five times a second.
+    fn wake_for_kernel(&mut self, now: Instant) {
+        let earliest = self.pass.ended.map_or(now, |ended| ended + KERNEL_QUIET);
+        let due = earliest.max(now + COALESCE);
+        self.pass.due = Some(self.pass.due.map_or(due, |earlier| earlier.min(due)));
+    }
+
     fn start_pass(&mut self, now: Instant) {
         if self.pass.resync.is_some_and(|resync| resync <= now) {
             self.pass.due = Some(now);
@@ -385,6 +396,7 @@ impl Node {
         now: Instant,
     ) {
         self.pass.running = false;
+        self.pass.ended = Some(now);
         self.pass.passes += 1;
         match found {
             Err(error) => {

@@ -4,6 +4,7 @@
 //! at once counts as a change.
 
 use std::io;
+use std::time::Duration;
 
 use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
 use netlink_sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket};
@@ -14,6 +15,8 @@ const ROUTE_GROUPS: u32 = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400;
 /// NFNLGRP_NFTABLES is group 7 (linux/netfilter/nfnetlink.h).
 const NFTABLES_GROUPS: u32 = 1 << (7 - 1);
 const BUFFER: usize = 64 * 1024;
+/// A socket that fails is asked again, and never in a busy loop.
+const AFTER_FAILURE: Duration = Duration::from_secs(1);
 
 /// Starts to watch the network namespace of the calling thread; a full `changed` already says enough.
 ///
@@ -34,8 +37,13 @@ async fn read(socket: TokioSocket, changed: mpsc::Sender<()>) {
         buffer.clear();
         let told = match socket.recv(&mut buffer).await {
             Ok(_) => matters(&buffer),
-            // ENOBUFS: messages were lost, and any of them may have mattered.
-            Err(_) => true,
+            // Messages were lost, and any of them may have mattered.
+            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => true,
+            Err(error) => {
+                tracing::warn!(err = %error, "kernel monitor failed a read");
+                tokio::time::sleep(AFTER_FAILURE).await;
+                true
+            }
         };
         if told && matches!(changed.try_send(()), Err(mpsc::error::TrySendError::Closed(()))) {
             return;

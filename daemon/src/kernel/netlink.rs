@@ -18,6 +18,8 @@ use nix::sys::time::{TimeVal, TimeValLike};
 /// The most messages of one send: were each refused, the answers must fit the receive buffer, of which the
 /// kernel charges about 1 KiB for each (net.core.rmem_default is 212,992).
 const BATCH: usize = 128;
+/// The bytes of a message's header (linux/netlink.h, `nlmsghdr`).
+const HEADER: usize = 16;
 
 /// A socket in the namespace of the thread that opened it.
 #[derive(Debug)]
@@ -187,14 +189,14 @@ impl Conn {
         }
         let mut answers = Vec::new();
         let mut rest = &self.buffer[..];
-        while rest.len() >= 16 {
-            let answer =
-                NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest).map_err(|_| Errno::EBADMSG)?;
-            let length = answer.header.length as usize;
-            if length < 16 {
-                return Err(Errno::EBADMSG.into());
+        while let Some(length) = rest.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes) as usize) {
+            if length < HEADER {
+                break;
             }
-            answers.push(answer);
+            // An object that the message crate cannot read is not one of weft's; the others still count.
+            if let Ok(answer) = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest) {
+                answers.push(answer);
+            }
             rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
         }
         Ok(answers)
