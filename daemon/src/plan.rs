@@ -6,3 +6,4 @@
 pub mod desired;
 pub mod diff;
 pub mod model;
+pub mod table;

@@ -8,7 +8,8 @@ use std::thread;
 use std::time::Duration;
 
 use nix::sched::{CloneFlags, unshare};
-use weft_daemon::kernel::nft::{self, Conn, Table};
+use weft_daemon::kernel::nft::{self, Conn};
+use weft_daemon::plan::table::{Table, VERSION};
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -92,7 +93,7 @@ fn table() -> Table {
         masquerade: true,
         vxlan_port: 8472,
         bridge: "weft0".into(),
-        version: nft::VERSION,
+        version: VERSION,
     }
 }
 

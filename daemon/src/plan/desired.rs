@@ -6,9 +6,10 @@ use ipnet::IpNet;
 use weft_wire::types::{MacAddress, Subnet};
 
 use super::model::{
-    BRIDGE, Desired, Inputs, Link, LinkKind, METRIC, NftTable, Peer, PlannedRoute, Route, Transport,
-    VXLAN_V4, VXLAN_V6, Vxlan,
+    BRIDGE, Desired, Inputs, Link, LinkKind, METRIC, Peer, PlannedRoute, Route, Transport, VXLAN_V4,
+    VXLAN_V6, Vxlan,
 };
+use super::table::{Table, VERSION};
 
 /// Ethernet (14) + VXLAN (8, RFC 7348) + UDP (8) + IPv4 (20), in bytes.
 const OVERHEAD_V4: u32 = 50;
@@ -31,13 +32,13 @@ pub fn desired(inputs: &Inputs) -> Desired {
         }
     }
     plan_sysctls(inputs, &mut plan);
-    let table = NftTable {
+    let table = Table {
         cluster: inputs.dataplane.cluster_cidrs.clone(),
         except: inputs.dataplane.non_masquerade.clone(),
         masquerade: inputs.dataplane.masquerade,
         vxlan_port: inputs.dataplane.vxlan_port,
         bridge: BRIDGE.into(),
-        version: crate::kernel::nft::VERSION,
+        version: VERSION,
     };
     plan.state.nft = Some(table.digest());
     plan.nft = Some(table);

@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use weft_wire::types::{MacAddress, NodeName, Subnet};
 
-pub use crate::kernel::nft::Table as NftTable;
+use super::table::Table as NftTable;
 
 /// The bridge that all pods of the node join.
 pub const BRIDGE: &str = "weft0";
