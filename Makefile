@@ -9,18 +9,20 @@ NODES ?= 3
 LAB_ARGS ?=
 TEST_ARGS ?=
 
-# What the lab and the tests run beside cargo: "command:debian-package".
-NEEDS := cc:gcc ip:iproute2 unshare:util-linux nsenter:util-linux ping:iputils-ping nft:nftables \
-	ethtool:ethtool iperf3:iperf3 tcpdump:tcpdump containerd:containerd ctr:containerd runc:runc busybox:busybox-static
+# What is run beside cargo, "command:debian-package": by the build and the lab, and by the tests in addition.
+NEEDS_LAB := cc:gcc ip:iproute2 unshare:util-linux nsenter:util-linux ping:iputils-ping nft:nftables ethtool:ethtool
+NEEDS := $(NEEDS_LAB) iperf3:iperf3 tcpdump:tcpdump containerd:containerd ctr:containerd runc:runc busybox:busybox-static
 NEEDS_FILES := /usr/lib/cni/bridge:containernetworking-plugins
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build lab lab-down test lint bench-cni
+.PHONY: help deps deps-lab build lab lab-down test lint bench-cni
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\)[a-z -]*:.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-deps: ## install what the lab and the tests run (Debian packages, as root; otherwise names them)
+deps-lab: NEEDS := $(NEEDS_LAB)
+deps-lab: NEEDS_FILES :=
+deps deps-lab: ## install what the lab and the tests run (Debian packages, as root; otherwise names them)
 	@command -v cargo >/dev/null || { echo "make deps: cargo is missing: install Rust 1.95 or newer (https://rustup.rs)"; exit 1; }
 	@missing=(); \
 	for need in $(NEEDS); do \
@@ -45,7 +47,7 @@ build: ## build the release executables: weftd, weft, weft-cni, weft-lab
 	RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --locked --target $(HOST) --workspace --bins
 	@echo "build: $(BINARIES) in $(BIN)"
 
-lab: build ## bring up three nodes with two pods each, and show peers, routes and the ping matrix
+lab: deps-lab build ## bring up three nodes with two pods each, and show peers, routes and the ping matrix
 	@$(BIN)/weft-lab --name $(LAB) up --nodes $(NODES) --dual-stack $(LAB_ARGS)
 	@echo; echo '== weft peers (on n1)'; $(BIN)/weft-lab --name $(LAB) exec n1 -- weft peers
 	@echo; echo '== weft routes (on n1)'; $(BIN)/weft-lab --name $(LAB) exec n1 -- weft routes
