@@ -11,18 +11,22 @@ TEST_ARGS ?=
 
 # What is run beside cargo, "command:debian-package": by the build and the lab, and by the tests in addition.
 NEEDS_LAB := cc:gcc ip:iproute2 unshare:util-linux nsenter:util-linux ping:iputils-ping nft:nftables ethtool:ethtool
-NEEDS := $(NEEDS_LAB) iperf3:iperf3 tcpdump:tcpdump containerd:containerd ctr:containerd runc:runc busybox:busybox-static
-NEEDS_FILES := /usr/lib/cni/bridge:containernetworking-plugins
+NEEDS_TEST := iperf3:iperf3 tcpdump:tcpdump containerd:containerd ctr:containerd runc:runc busybox:busybox-static
 
 .DEFAULT_GOAL := help
-.PHONY: help deps deps-lab build lab lab-down test lint bench-cni
+.PHONY: help deps deps-lab installed build lab lab-down test lint bench-cni
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\)[a-z -]*:.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+deps: NEEDS := $(NEEDS_LAB) $(NEEDS_TEST)
+deps: NEEDS_FILES := /usr/lib/cni/bridge:containernetworking-plugins
+deps: installed ## install what the lab and the tests run (Debian packages, as root; otherwise names them)
 
 deps-lab: NEEDS := $(NEEDS_LAB)
-deps-lab: NEEDS_FILES :=
-deps deps-lab: ## install what the lab and the tests run (Debian packages, as root; otherwise names them)
+deps-lab: installed
+
+installed:
 	@command -v cargo >/dev/null || { echo "make deps: cargo is missing: install Rust 1.95 or newer (https://rustup.rs)"; exit 1; }
 	@missing=(); \
 	for need in $(NEEDS); do \
