@@ -82,6 +82,12 @@ impl Pod {
         if let Some(thread) = self.thread.take() {
             thread.join().expect("the pod's thread does nothing");
         }
+        // A joined thread may still be on its way out of the kernel, with its namespace in its hands.
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while self.path.exists() {
+            assert!(std::time::Instant::now() < deadline, "{} does not go away", self.path.display());
+            std::thread::yield_now();
+        }
     }
 }
 

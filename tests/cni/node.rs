@@ -76,6 +76,11 @@ impl Drop for Holder {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+        // A joined thread may still be on its way out of the kernel, with its namespaces in its hands.
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while self.namespace("net").exists() && std::time::Instant::now() < deadline {
+            std::thread::yield_now();
+        }
     }
 }
 
