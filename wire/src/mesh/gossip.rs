@@ -238,7 +238,7 @@ impl Mesh {
     }
 }
 
-fn forgotten(tombstone: &Tombstone) -> proto::Update {
+pub(super) fn forgotten(tombstone: &Tombstone) -> proto::Update {
     proto::Update {
         node: tombstone.node.to_string(),
         liveness: Liveness::Forgotten as i32,

@@ -7,6 +7,7 @@
 use std::ops::RangeInclusive;
 
 use super::api::MeshEvent;
+use super::gossip::forgotten;
 use super::membership::{Id, below};
 use super::proto::{self, Body, Liveness};
 use super::timer::Timer;
@@ -22,6 +23,8 @@ const DESCEND: usize = 6;
 const BURST: usize = 8;
 /// Records fit a datagram at least one at a time; three or four of the usual size do.
 const MOST_RECORDS: usize = BURST * 4;
+/// Forgotten members that one answer tells of: each takes at most 90 bytes.
+const MOST_BURIED: usize = 8;
 
 /// What anti-entropy compares of a member.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -214,6 +217,7 @@ impl Mesh {
 
     pub(super) fn on_sync_items(&mut self, reply: &super::ReplyTo, page: &proto::SyncItems) {
         let (mut push, mut want, mut lives) = (Vec::new(), Vec::new(), Vec::new());
+        let mut buried = Vec::new();
         let mut ours = self.table.range(page.first..=page.last).peekable();
         for theirs in &page.items {
             while let Some((id, _)) = ours.next_if(|(_, member)| member.hash < theirs.name_hash) {
@@ -221,11 +225,14 @@ impl Mesh {
             }
             match ours.next_if(|(_, member)| member.hash == theirs.name_hash) {
                 None => {
-                    let buried = self.table.tombstones.get(&theirs.name_hash).is_some_and(|tombstone| {
-                        theirs.version <= tombstone.version && theirs.incarnation <= tombstone.incarnation
+                    let stone = self.table.tombstones.get(&theirs.name_hash).filter(|stone| {
+                        theirs.version <= stone.version && theirs.incarnation <= stone.incarnation
                     });
-                    if !buried {
-                        want.push(theirs.name_hash);
+                    match stone {
+                        None => want.push(theirs.name_hash),
+                        // The rumour passed them by.
+                        Some(stone) if theirs.dead => buried.push(forgotten(stone)),
+                        Some(_) => {}
                     }
                 }
                 Some((id, member)) => {
@@ -249,6 +256,10 @@ impl Mesh {
             if self.merge_liveness(id, incarnation, state, &[]) {
                 self.sync_soon();
             }
+        }
+        buried.truncate(MOST_BURIED);
+        if !buried.is_empty() {
+            self.reply(reply, Body::Push(proto::Push { sync: true }), buried);
         }
         self.push_records(reply, push);
         want.truncate(MOST_RECORDS);
