@@ -414,7 +414,10 @@ impl Lab {
     /// Starts a ping every 10 ms.
     pub fn background_ping(&self, place: impl Into<Place>, to: IpAddr) -> Ping {
         let to = to.to_string();
-        Ping(self.background(place, &["ping", "-n", "-O", "-i", "0.01", &to]))
+        let ping = self.background(place, &["ping", "-n", "-O", "-i", "0.01", &to]);
+        // An interrupt before ping listens for one would end it without its summary.
+        ping.started.recv_timeout(Duration::from_secs(10)).expect("ping says something within seconds");
+        Ping(ping)
     }
 }
 
@@ -474,6 +477,8 @@ fn may_make_user_namespaces() -> anyhow::Result<()> {
 pub struct Background {
     child: Child,
     output: Option<JoinHandle<String>>,
+    /// Gets a message once the command has written something.
+    started: std::sync::mpsc::Receiver<()>,
 }
 
 impl Background {
@@ -482,12 +487,17 @@ impl Background {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).process_group(0);
         let mut child = command.spawn().expect("the command starts");
         let mut stdout = child.stdout.take().expect("standard output was asked to be a pipe");
+        let (tell, started) = std::sync::mpsc::channel();
         let output = std::thread::spawn(move || {
-            let mut bytes = Vec::new();
+            let mut bytes = vec![0; 1];
+            let first = stdout.read(&mut bytes).unwrap_or_default();
+            bytes.truncate(first);
+            // No one may be waiting for it.
+            tell.send(()).ok();
             stdout.read_to_end(&mut bytes).ok();
             String::from_utf8_lossy(&bytes).into_owned()
         });
-        Background { child, output: Some(output) }
+        Background { child, output: Some(output), started }
     }
 
     /// Waits for the command's own end and returns what it wrote.
