@@ -207,7 +207,7 @@ impl Lab {
         }
         for stale in Handle::all().into_iter().filter(|lab| lab.presence() == Presence::Stale) {
             progress(&format!("removing what an interrupted run of lab {} left", stale.name()));
-            stale.remove()?;
+            stale.remove_locked()?;
         }
         handle.create()?;
         handle.write("options.json", &options)?;

@@ -179,8 +179,15 @@ impl Handle {
         Ok(())
     }
 
-    /// Removes the directory of a lab that is not alive.
+    /// Removes the directory of a lab that is not alive. Takes the lock: another process may be at it too, or be
+    /// making a lab in the directory around it.
     pub(crate) fn remove(&self) -> anyhow::Result<()> {
+        let _lock = self.lock()?;
+        self.remove_locked()
+    }
+
+    /// Is [`Handle::remove`] for a caller that holds the lock.
+    pub(crate) fn remove_locked(&self) -> anyhow::Result<()> {
         match fs::remove_dir_all(&self.dir) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 Err(error).with_context(|| format!("cannot remove {}", self.dir.display()))
