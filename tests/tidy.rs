@@ -112,6 +112,9 @@ fn cores_have_no_clock_no_socket_and_no_randomness_of_their_own() {
             "ipam/src/pods",
             "daemon/src/plan.rs",
             "daemon/src/plan",
+            "daemon/src/control.rs",
+            "daemon/src/control",
+            "daemon/src/reconcile.rs",
         ],
         &[
             "Instant::now",

@@ -86,40 +86,42 @@ impl Node {
         if self.leaving.is_some() {
             return Err("the node is leaving the cluster; no more pods are attached".into());
         }
-        if self.subnets().is_empty() {
+        if self.control.subnets().is_empty() {
             let why = self
+                .control
                 .problems
                 .lease
                 .keys()
                 .next()
                 .cloned()
-                .or_else(|| self.leases.error.clone())
+                .or_else(|| self.control.store_error.clone())
                 .unwrap_or_else(|| "the store has not answered yet".into());
             return Err(format!("the node has no pod subnet: {why}"));
         }
-        if let Err(why) = &self.underlay {
+        if let Err(why) = &self.control.underlay {
             return Err(format!("the node has no underlay: {why}"));
         }
         // An earlier pass may not have known the underlay or all subnets: then the bridge is not there for pods yet.
-        let covers = |report: &&Report| report.pod_mtu > 0 && report.subnets == self.subnets();
-        let Some(report) = self.pass.report.as_ref().filter(covers).filter(|_| self.pass.last_ok.is_some())
+        let covers = |report: &&Report| report.pod_mtu > 0 && report.subnets == self.control.subnets();
+        let Some(report) =
+            self.control.pass.report.as_ref().filter(covers).filter(|_| self.control.pass.last_ok.is_some())
         else {
-            let failed = self.pass.report.iter().flat_map(|report| &report.failed).next();
+            let failed = self.control.pass.report.iter().flat_map(|report| &report.failed).next();
             let why = failed.map_or_else(
                 || "the first pass is under way".to_owned(),
                 |failure| format!("{}: {}", failure.what, failure.error),
             );
             return Err(format!("the kernel is not programmed yet: {why}"));
         };
-        Ok(Network { bridge: "weft0".into(), mtu: report.pod_mtu, hairpin: self.config.pods.hairpin })
+        Ok(Network { bridge: "weft0".into(), mtu: report.pod_mtu, hairpin: self.control.config.pods.hairpin })
     }
 
     fn forget(&mut self, name: &str) -> Reply {
         match name.parse::<NodeName>() {
             Err(error) => Reply::refusal(1, error.to_string()),
             Ok(node) => {
-                self.mesh.forget(&node);
-                self.memory.peers.remove(&node);
+                self.control.mesh.forget(&node);
+                self.control.memory.peers.remove(&node);
                 Reply::done(format!("{node} is forgotten, if it was dead"))
             }
         }
@@ -129,7 +131,7 @@ impl Node {
         let token = self.next_token;
         self.next_token += 1;
         let started = request.node.parse::<NodeName>().map_err(|error| error.to_string()).and_then(|node| {
-            self.mesh.ping(&node, token, now).map(|()| node).map_err(|error| error.to_string())
+            self.control.mesh.ping(&node, token, now).map(|()| node).map_err(|error| error.to_string())
         });
         match started {
             Ok(node) => {
@@ -171,8 +173,7 @@ impl Node {
             return;
         }
         info!("leaving the cluster");
-        self.leases.core.release(now);
-        self.mesh.leave(now);
+        self.control.leave(now);
         let purged = self.jobs.send(worker::Job::Purge).is_err();
         self.leaving = Some(Leaving { deadline: now + LEAVE, told: now + TELL, reply: Some(reply), purged });
     }
@@ -188,7 +189,7 @@ impl Node {
 
     /// Ends the leaving once the kernel is clean and the leases are given back, or the time is over.
     pub(super) fn left(&mut self, now: Instant) -> bool {
-        let released = self.leases.core.held().is_empty();
+        let released = self.control.leasing.held().is_empty();
         let Some(leaving) = &mut self.leaving else { return false };
         let late = now >= leaving.deadline;
         if !(leaving.purged && now >= leaving.told && (released || late)) {

@@ -43,11 +43,11 @@ impl Node {
             Err((code, why)) => return Reply::refusal(code, why),
             Ok(None) => {}
             Ok(Some(ring)) => {
-                if let Err(error) = write_ring(&self.config.cluster.key_file, &ring) {
+                if let Err(error) = write_ring(&self.control.config.cluster.key_file, &ring) {
                     return Reply::refusal(1, error.to_string());
                 }
                 info!(action = request.action, keys = ?ring.ids().collect::<Vec<_>>(), "cluster keys changed");
-                self.mesh.set_ring(ring.clone(), now);
+                self.control.mesh.set_ring(ring.clone(), now);
                 self.ring = ring;
             }
         }
@@ -90,7 +90,11 @@ impl Node {
         let rotate = || -> Result<NodeKey, StateError> {
             let key = NodeKey::from_secret(state::random()?);
             // The mesh endorses the same way; the file must have the endorsement before the key is used.
-            let endorsed = key.endorsed_by(self.mesh.key(), &self.config.cluster.id, &self.config.node.name);
+            let endorsed = key.endorsed_by(
+                self.control.mesh.key(),
+                &self.control.config.cluster.id,
+                &self.control.config.node.name,
+            );
             self.dir.set_node_key(&endorsed)?;
             Ok(endorsed)
         };
@@ -98,23 +102,9 @@ impl Node {
             Err(error) => Reply::refusal(1, error.to_string()),
             Ok(key) => {
                 let public = key.public();
-                self.leases.core.rotate_key(public, now);
-                self.endorsed = Some(key);
-                self.use_next_key(now);
+                self.control.use_key(key, now);
                 Reply::done(format!("the node now signs with key {public}"))
             }
-        }
-    }
-
-    /// Signs with the next key as soon as every lease names it, so that no peer sees a record without a lease.
-    pub(super) fn use_next_key(&mut self, now: Instant) {
-        let Some(key) = &self.endorsed else { return };
-        let public = key.public();
-        if self.leases.core.held().iter().all(|held| held.key == public)
-            && let Some(key) = self.endorsed.take()
-        {
-            self.mesh.rotate_key(key, now);
-            info!(key = public.short(), "node key rotated");
         }
     }
 }

@@ -6,15 +6,12 @@ use std::time::Instant;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::info;
-use weft_ipam::lease::{LeaseConfig, Leasing};
 use weft_ipam::pods::PodPool;
 use weft_ipam::store::{SqliteStore, StaticStore, Store};
-use weft_wire::mesh::{Authority, Mesh, MeshConfig, Timing};
-use weft_wire::types::to_hex;
 
-use super::probe::{self, Probe};
-use super::{Fatal, Inbox, Node, Pass, Problems, keys, pods, worker};
+use super::{Fatal, Inbox, Node, keys, pods, worker};
 use crate::config::{Config, StoreKind};
+use crate::control::{Control, PROBE_PORT, Start};
 use crate::gossip::Sockets;
 use crate::journal::{self, Journal};
 use crate::kernel::linux::Linux;
@@ -64,41 +61,16 @@ pub fn start(config: Config) -> Result<Node, Fatal> {
     let (changed, kernel_changed) = mpsc::channel(1);
     monitor::watch(changed).map_err(fatal)?;
 
-    let leasing = leasing(&config, &key.public(), &memory, now)?;
     let store: Box<dyn Store> = match &config.store.kind {
         StoreKind::Sqlite(path) => Box::new(SqliteStore::open(path.clone())),
         StoreKind::Static(subnets) => Box::new(StaticStore::new(subnets.clone())),
     };
     let (store_done, store_inbox) = mpsc::channel(EVENTS);
-    let leases = Leases::new(leasing, store, store_done);
+    let leases = Leases::new(store, store_done);
 
     let (pods_done, pods_inbox) = mpsc::channel(EVENTS);
     let boot = journal::boot_id().map_err(fatal)?;
-    let pods = open_pods(&config, &dir, &leases, &boot, pods_done)?;
-
-    let mut seeds = config.gossip.seeds.clone();
-    seeds.extend(memory.peers.values().flat_map(|peer| peer.gossip.first().copied()));
-    seeds.sort_unstable();
-    seeds.dedup();
-    let timing = Timing {
-        probe_interval: config.gossip.probe_interval,
-        probe_timeout: config.gossip.probe_interval / 2,
-        ..Timing::default()
-    };
-    let mesh_config = MeshConfig {
-        cluster: config.cluster.id.clone(),
-        node: config.node.name.clone(),
-        site: config.node.site.clone(),
-        key,
-        ring: ring.clone(),
-        seeds,
-        incarnation: memory.incarnation,
-        timing,
-    };
-    let mut mesh = Mesh::new(mesh_config, state::random().map_err(fatal)?, now);
-    if matches!(config.store.kind, StoreKind::Static(_)) {
-        mesh.set_authority(Authority::Claims, now);
-    }
+    let pods = open_pods(&config, &dir, &memory, &boot, pods_done)?;
 
     let (datagrams, datagram_inbox) = mpsc::channel(DATAGRAMS);
     let sockets = Sockets::new(config.gossip.port, datagrams);
@@ -119,37 +91,26 @@ pub fn start(config: Config) -> Result<Node, Fatal> {
         stop: signals().map_err(fatal)?,
     };
     info!(node = %config.node.name, site = %config.node.site, incarnation = memory.incarnation, "weftd started");
-    let known_broken = memory.tx_checksum_off.as_ref() == Some(&boot);
-    let probe = Probe::new(known_broken, random_u64()?, now);
+    let seed = state::random().map_err(fatal)?;
+    let start = Start { config, memory, boot, key, ring: ring.clone(), seed };
+    let control = Control::new(start, now);
     let mut node = Node {
-        probe,
-        probe_sockets: Sockets::new(probe::PORT, probes),
-        config,
+        control,
         dir,
-        memory,
-        memory_dirty: None,
-        started: now,
-        mesh,
         sockets,
+        probe_sockets: Sockets::new(PROBE_PORT, probes),
         leases,
         pods,
-        underlay: Err("not looked for yet".into()),
         jobs,
-        pass: Pass::default(),
-        problems: Problems::default(),
         pings: BTreeMap::new(),
+        next_token: 1,
         leaving: None,
         inbox,
-        preflight,
-        boot,
-        strays: std::collections::BTreeSet::new(),
-        survey: now,
         ring,
-        authority: None,
-        next_token: 1,
-        endorsed: None,
+        preflight,
+        unheard: Vec::new(),
+        survey: now,
     };
-    node.take_lease_table(now);
     node.pods_changed(now);
     Ok(node)
 }
@@ -166,33 +127,10 @@ fn preflight(config: &Config, established: bool) -> Result<Vec<String>, Fatal> {
     }
 }
 
-fn leasing(
-    config: &Config,
-    key: &weft_wire::types::PublicKey,
-    memory: &state::Memory,
-    now: Instant,
-) -> Result<Leasing, Fatal> {
-    let boot = to_hex(&state::random().map_err(fatal)?[..8]);
-    let mut lease_config = LeaseConfig::new(
-        config.node.name.clone(),
-        config.node.site.clone(),
-        *key,
-        config.cluster.carver.clone(),
-        boot,
-    )
-    .with_ttl(config.store.lease_ttl);
-    if let StoreKind::Static(subnets) = &config.store.kind {
-        lease_config.fixed.clone_from(subnets);
-    }
-    lease_config.old_keys.extend(memory.held.iter().map(|held| held.key).filter(|held| held != key));
-    let seed = state::random().map_err(fatal)?;
-    Ok(Leasing::new(lease_config, memory.held.clone(), seed, now))
-}
-
 fn open_pods(
     config: &Config,
     dir: &StateDir,
-    leases: &Leases,
+    memory: &state::Memory,
     boot: &str,
     done: mpsc::Sender<pods::Done>,
 ) -> Result<pods::Pods, Fatal> {
@@ -200,7 +138,7 @@ fn open_pods(
     if recovered.stale > 0 {
         info!(stale = recovered.stale, "addresses of pods from before the last boot are free");
     }
-    let subnets: Vec<_> = leases.core.held().iter().map(|held| held.subnet).collect();
+    let subnets: Vec<_> = memory.held.iter().map(|held| held.subnet).collect();
     let pool = PodPool::new(&subnets, &config.pods.reserved, random_u64()?);
     Ok(pods::Pods::new(pool, journal, recovered.attachments, done))
 }

@@ -12,6 +12,7 @@ use weft_wire::mesh::{MemberState, Verdict};
 use super::Node;
 use crate::attach::Attachment;
 use crate::config::TxChecksum;
+use crate::control::duplicate_name;
 
 /// How long a problem that has not shown again is still told.
 const MEMORY: Duration = Duration::from_secs(60);
@@ -24,7 +25,7 @@ impl Node {
     pub(super) fn status(&self, now: Instant) -> Status {
         let ready = self.ready();
         let mut counts = PeerCounts::default();
-        for member in self.mesh.members() {
+        for member in self.control.mesh.members() {
             match member.state {
                 MemberState::Alive => counts.alive += 1,
                 MemberState::Suspect => counts.suspect += 1,
@@ -32,35 +33,36 @@ impl Node {
                 MemberState::Left => {}
             }
         }
-        let report = self.pass.report.as_ref();
+        let report = self.control.pass.report.as_ref();
         Status {
-            node: self.config.node.name.to_string(),
-            site: self.config.node.site.to_string(),
-            subnets: self.subnets().iter().map(ToString::to_string).collect(),
+            node: self.control.config.node.name.to_string(),
+            site: self.control.config.node.site.to_string(),
+            subnets: self.control.subnets().iter().map(ToString::to_string).collect(),
             store: Some(Store {
                 kind: self.leases.kind().into(),
-                healthy: self.leases.error.is_none() && self.leases.core.staleness(now).is_some(),
-                stale_ms: self.leases.core.staleness(now).map(millis),
-                error: self.leases.error.clone().unwrap_or_default(),
+                healthy: self.control.store_error.is_none() && self.control.leasing.staleness(now).is_some(),
+                stale_ms: self.control.leasing.staleness(now).map(millis),
+                error: self.control.store_error.clone().unwrap_or_default(),
             }),
             peers: Some(counts),
             reconcile: Some(Reconcile {
                 last_ok: report.is_some_and(|report| report.failed.is_empty()),
-                pending: u32::from(self.pass.running || self.pass.due.is_some()),
+                pending: u32::from(self.control.pass.running || self.control.pass.due.is_some()),
                 failed: report
                     .iter()
                     .flat_map(|report| &report.failed)
                     .map(|failure| format!("{}: {}", failure.what, failure.error))
                     .collect(),
-                last_ok_ms: self.pass.last_ok.map(|at| millis(now.duration_since(at))),
-                passes: self.pass.passes,
+                last_ok_ms: self.control.pass.last_ok.map(|at| millis(now.duration_since(at))),
+                passes: self.control.pass.passes,
             }),
             warnings: self.warnings(now),
             ready: ready.is_ok(),
             blocked: ready.err().unwrap_or_default(),
             version: env!("CARGO_PKG_VERSION").into(),
-            uptime_s: now.duration_since(self.started).as_secs(),
+            uptime_s: now.duration_since(self.control.started).as_secs(),
             underlay: self
+                .control
                 .underlay
                 .iter()
                 .flat_map(|underlay| &underlay.addresses)
@@ -68,17 +70,21 @@ impl Node {
                 .collect(),
             pod_mtu: report.map_or(0, |report| report.pod_mtu),
             tx_checksum: self.tx_checksum(),
-            key: self.mesh.key().public().to_string(),
+            key: self.control.mesh.key().public().to_string(),
             pods: u32::try_from(self.pods.attachments().count()).unwrap_or(u32::MAX),
         }
     }
 
     fn tx_checksum(&self) -> String {
-        match self.config.overlay.tx_checksum {
+        match self.control.config.overlay.tx_checksum {
             TxChecksum::On => "on (configured)".into(),
             TxChecksum::Off => "off (configured)".into(),
             TxChecksum::Auto => {
-                format!("{} ({})", if self.probe.offload() { "on" } else { "off" }, self.probe.verdict())
+                format!(
+                    "{} ({})",
+                    if self.control.probe.offload() { "on" } else { "off" },
+                    self.control.probe.verdict()
+                )
             }
         }
     }
@@ -86,52 +92,58 @@ impl Node {
     /// Everything that a person should hear of now, one sentence each.
     fn warnings(&self, now: Instant) -> Vec<String> {
         let mut warnings = self.preflight.clone();
-        if let Some(error) = &self.leases.error {
-            let age = self.leases.core.staleness(now).map_or_else(
+        if let Some(error) = &self.control.store_error {
+            let age = self.control.leasing.staleness(now).map_or_else(
                 || "it has not answered since the daemon started".to_owned(),
                 |age| format!("the view of it is {} s old", age.as_secs()),
             );
             warnings.push(format!("the lease store does not answer ({error}); {age}, and what runs goes on"));
         }
-        warnings.extend(self.underlay.as_ref().err().cloned());
-        warnings.extend(self.problems.gossip.iter().cloned());
-        warnings.extend(self.problems.lease.keys().cloned());
+        warnings.extend(self.control.underlay.as_ref().err().cloned());
+        warnings.extend(self.unheard.iter().cloned());
+        warnings.extend(self.control.problems.lease.keys().cloned());
         warnings.extend(self.recent_route_conflicts(now));
-        warnings.extend(self.problems.memory.iter().cloned());
-        if let Some((from, at)) = self.problems.wrong_key
+        warnings.extend(self.control.problems.memory.iter().cloned());
+        if let Some((from, at)) = self.control.problems.wrong_key
             && now.duration_since(at) < MEMORY
         {
             warnings.push(format!(
                     "{from} gossips with a cluster key that is not in this node's ring; compare `weft cluster-key list` on both"
                 ));
         }
-        if let Some((from, key, at)) = &self.problems.duplicate_name
+        if let Some((from, key, at)) = &self.control.problems.duplicate_name
             && now.duration_since(*at) < MEMORY
         {
-            warnings.push(super::duplicate_name(
-                self.config.node.name.as_str(),
+            warnings.push(duplicate_name(
+                self.control.config.node.name.as_str(),
                 &format!("gossips at {from}"),
                 key,
             ));
         }
-        for member in self.mesh.members() {
+        for member in self.control.mesh.members() {
             if let Verdict::Refused { why } | Verdict::Pending { why } = member.verdict
                 && member.state != MemberState::Left
             {
                 warnings.push(format!("no routes to {}: {why}", member.node));
             }
         }
-        warnings.extend(self.pass.report.iter().flat_map(|report| report.warnings.iter().cloned()));
+        warnings.extend(self.control.pass.report.iter().flat_map(|report| report.warnings.iter().cloned()));
         warnings
     }
 
     fn recent_route_conflicts(&self, now: Instant) -> impl Iterator<Item = String> + '_ {
         let recent = move |at: &Instant| now.duration_since(*at) < MEMORY * 10;
-        self.problems.route_conflicts.iter().filter(move |(_, at)| recent(at)).map(|(text, _)| text.clone())
+        self.control
+            .problems
+            .route_conflicts
+            .iter()
+            .filter(move |(_, at)| recent(at))
+            .map(|(text, _)| text.clone())
     }
 
     pub(super) fn peers(&self, now: Instant) -> Peers {
         let mut peers: Vec<_> = self
+            .control
             .mesh
             .members()
             .map(|member| {
@@ -163,7 +175,8 @@ impl Node {
     }
 
     fn transport_to(&self, node: &str) -> String {
-        self.pass
+        self.control
+            .pass
             .report
             .iter()
             .flat_map(|report| &report.routes)
@@ -173,7 +186,7 @@ impl Node {
     }
 
     pub(super) fn routes(&self) -> Routes {
-        let routes = self.pass.report.iter().flat_map(|report| &report.routes);
+        let routes = self.control.pass.report.iter().flat_map(|report| &report.routes);
         Routes {
             routes: routes
                 .map(|route| Route {
@@ -191,7 +204,7 @@ impl Node {
     }
 
     pub(super) fn lease_list(&self, now: Instant) -> Leases {
-        let leases = self.lease_views(now).into_iter().map(|view| Lease {
+        let leases = self.control.lease_views(now).into_iter().map(|view| Lease {
             subnet: view.subnet.to_string(),
             node: view.node.to_string(),
             site: view.site.to_string(),
@@ -273,11 +286,11 @@ impl Node {
                 ),
             );
         };
-        let owner = self.lease_views(now).into_iter().find(|view| view.subnet.contains(address));
-        let member = self
-            .mesh
-            .members()
-            .find(|member| member.record.facts.subnets.iter().any(|leased| leased.subnet.contains(address)));
+        let owner = self.control.lease_views(now).into_iter().find(|view| view.subnet.contains(address));
+        let member =
+            self.control.mesh.members().find(|member| {
+                member.record.facts.subnets.iter().any(|leased| leased.subnet.contains(address))
+            });
         if let Some(owner) = &owner {
             hop(
                 "lease",
@@ -306,6 +319,7 @@ impl Node {
             return false;
         }
         let route = self
+            .control
             .pass
             .report
             .iter()
@@ -370,18 +384,18 @@ impl Node {
         );
         check(
             "store",
-            self.leases.error.clone().into_iter().collect(),
+            self.control.store_error.clone().into_iter().collect(),
             format!("{} answers", self.leases.kind()),
             "running pods are not affected; bring the store back before leases expire",
         );
         check(
             "leases",
-            self.problems.lease.keys().cloned().collect(),
+            self.control.problems.lease.keys().cloned().collect(),
             format!("holds {}", status.subnets.join(", ")),
             "`weft leases` lists every lease",
         );
         let counts = status.peers.unwrap_or_default();
-        let lonely = counts.alive == 0 && !self.config.gossip.seeds.is_empty();
+        let lonely = counts.alive == 0 && !self.control.config.gossip.seeds.is_empty();
         check(
             "peers",
             lonely
@@ -394,17 +408,21 @@ impl Node {
         );
         let mut identity: Vec<String> = Vec::new();
         identity.extend(
-            self.problems
+            self.control
+                .problems
                 .wrong_key
                 .filter(|(_, at)| now.duration_since(*at) < MEMORY)
                 .map(|(from, _)| format!("{from} gossips with a key that is not in this node's ring")),
         );
         identity.extend(
-            self.problems.duplicate_name.as_ref().filter(|(_, _, at)| now.duration_since(*at) < MEMORY).map(
-                |(from, key, _)| {
-                    super::duplicate_name(self.config.node.name.as_str(), &format!("gossips at {from}"), key)
-                },
-            ),
+            self.control
+                .problems
+                .duplicate_name
+                .as_ref()
+                .filter(|(_, _, at)| now.duration_since(*at) < MEMORY)
+                .map(|(from, key, _)| {
+                    duplicate_name(self.control.config.node.name.as_str(), &format!("gossips at {from}"), key)
+                }),
         );
         identity.extend(self.recent_route_conflicts(now));
         check(
@@ -416,12 +434,12 @@ impl Node {
         check(
             "kernel",
             status.reconcile.map(|reconcile| reconcile.failed).unwrap_or_default(),
-            format!("as planned, after {} passes", self.pass.passes),
+            format!("as planned, after {} passes", self.control.pass.passes),
             "the daemon tries again; the sentence is the kernel's own",
         );
         check(
             "forwarding",
-            self.pass.report.iter().flat_map(|report| report.warnings.iter().cloned()).collect(),
+            self.control.pass.report.iter().flat_map(|report| report.warnings.iter().cloned()).collect(),
             "nothing seen that cuts pods off".into(),
             "let the firewall's forward chain accept the cluster's CIDRs",
         );
@@ -431,8 +449,9 @@ impl Node {
             "no overlap with the cluster's CIDRs".into(),
             "choose cluster.cidrs that nothing else uses",
         );
-        let own = self.underlay.as_ref().map_or(0, |underlay| underlay.mtu);
+        let own = self.control.underlay.as_ref().map_or(0, |underlay| underlay.mtu);
         let smaller: Vec<_> = self
+            .control
             .mesh
             .members()
             .filter(|member| u32::from(member.record.facts.mtu) < own && member.state == MemberState::Alive)
@@ -447,6 +466,7 @@ impl Node {
             "set underlay.mtu to the smallest of the cluster on every node",
         );
         let full: Vec<_> = self
+            .control
             .subnets()
             .into_iter()
             .filter(|subnet| self.pods.pool().free(*subnet) == 0)

@@ -4,16 +4,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::Instant;
 
-use tracing::{info, warn};
+use tracing::info;
 use weft_ipam::lease::LeaseView;
 use weft_wire::mesh::{
     Authority, Capabilities, Facts, LeasedSubnet, MemberState, NodeRecord, Owner, Verdict,
 };
 use weft_wire::types::{MacAddress, NodeName, Subnet};
 
-use super::{Node, REMEMBER, REMEMBERED_PEER};
+use super::{Control, Output, REMEMBERED_PEER};
 use crate::config::{OverlayConfig, StoreKind, TxChecksum};
-use crate::plan::model::{self, Dataplane, HostVeth, Inputs, Peer};
+use crate::plan::model::{self, Dataplane, Inputs, Peer};
 use crate::state::{RememberedLease, RememberedPeer};
 
 /// Derives the Ethernet address of a node's VXLAN device of one family.
@@ -21,24 +21,20 @@ fn vtep(node: &NodeName, v4: bool) -> MacAddress {
     MacAddress::derived(node, if v4 { "v4" } else { "v6" })
 }
 
-impl Node {
-    /// Puts together everything that a pass reads.
+impl Control {
+    /// Puts together what a pass reads, but for the pods: the shell adds them at the last moment.
     pub(super) fn inputs(&mut self, now: Instant) -> Inputs {
         let peers = self.planned_peers(now);
-        self.remember_peers(&peers, now);
+        self.remember_peers(&peers);
         let unknown = || model::Underlay { device: String::new(), index: 0, mtu: 0, addresses: Vec::new() };
         Inputs {
-            strays: self.pods.set_strays(std::mem::take(&mut self.strays)),
+            strays: std::mem::take(&mut self.strays),
             node: self.config.node.name.clone(),
             dataplane: self.dataplane(),
             underlay: self.underlay.clone().unwrap_or_else(|_| unknown()),
             subnets: self.subnets(),
             peers: peers.into_values().map(|remembered| remembered.peer).collect(),
-            attachments: self
-                .pods
-                .attachments()
-                .map(|attachment| HostVeth { ifname: attachment.host_ifname(), mtu: attachment.mtu })
-                .collect(),
+            attachments: Vec::new(),
         }
     }
 
@@ -59,11 +55,6 @@ impl Node {
             },
             hairpin: self.config.pods.hairpin,
         }
-    }
-
-    /// Returns the node's subnets: those whose leases it holds.
-    pub(super) fn subnets(&self) -> Vec<Subnet> {
-        self.leases.core.held().iter().map(|held| held.subnet).collect()
     }
 
     /// Returns the peers to have routes to: those whose records are accepted, and those that an earlier run
@@ -98,28 +89,22 @@ impl Node {
         peers
     }
 
-    fn remember_peers(&mut self, peers: &BTreeMap<NodeName, RememberedPeer>, now: Instant) {
+    fn remember_peers(&mut self, peers: &BTreeMap<NodeName, RememberedPeer>) {
         if *peers != self.memory.peers {
             self.memory.peers.clone_from(peers);
             // Before the kernel is programmed: a daemon that is killed right after must find what it did.
-            if self.dir.set_memory_of_boot(&self.memory).is_err() {
-                self.touch_memory(now);
-            }
+            self.remember_first(false);
         }
-    }
-
-    pub(super) fn touch_memory(&mut self, now: Instant) {
-        self.memory_dirty.get_or_insert(now + REMEMBER);
     }
 
     /// Returns who owns which subnet: the store's view, or the last one remembered while it has not answered.
     fn table(&self, now: Instant) -> BTreeMap<Subnet, Owner> {
-        if self.leases.core.staleness(now).is_none() {
+        if self.leasing.staleness(now).is_none() {
             return self.memory.leases.iter().map(|(subnet, lease)| (*subnet, lease.into())).collect();
         }
         // An expired lease that no one took is let go only where the store answers and its node does not: while
         // the store is away, everyone's lease looks old.
-        let answers = self.leases.error.is_none();
+        let answers = self.store_error.is_none();
         let alive: BTreeSet<_> = self
             .mesh
             .members()
@@ -133,8 +118,9 @@ impl Node {
             .collect()
     }
 
-    pub(super) fn lease_views(&self, now: Instant) -> Vec<LeaseView> {
-        self.leases.core.table(now)
+    /// Returns every lease of the store, as last seen.
+    pub fn lease_views(&self, now: Instant) -> Vec<LeaseView> {
+        self.leasing.table(now)
     }
 
     /// Tells the mesh who may announce what, after the store spoke or time passed.
@@ -161,54 +147,16 @@ impl Node {
 
     /// After the held leases changed: pods, peers and the memory follow.
     pub(super) fn leases_changed(&mut self, now: Instant) {
-        let held = self.leases.core.held();
+        let held = self.leasing.held();
         if self.memory.held != held {
             let subnets: Vec<_> = held.iter().map(|held| held.subnet.to_string()).collect();
             info!(subnets = subnets.join(", "), "node subnets");
             self.memory.held = held;
-            self.touch_memory(now);
             // A lease must be on the disk before it is announced: a restart announces what it finds there.
-            self.remember_now();
+            self.remember_first(true);
         }
-        self.pods.set_subnets(&self.subnets());
+        self.outputs.push_back(Output::Subnets(self.subnets()));
         self.take_lease_table(now);
-        self.announce(now);
-        self.wake(now);
-    }
-
-    /// Returns the gateway of a peer that lives and that a tunnel leads to, IPv4 first.
-    pub(super) fn tunnelled_gateway(&self) -> Option<std::net::IpAddr> {
-        let report = self.pass.report.as_ref()?;
-        let alive = |node: &NodeName| {
-            self.mesh.members().any(|member| member.node == node && member.state == MemberState::Alive)
-        };
-        let mut routes: Vec<_> = report
-            .routes
-            .iter()
-            .filter(|route| {
-                route.installed && route.transport == model::Transport::Vxlan && alive(&route.node)
-            })
-            .collect();
-        routes.sort_by_key(|route| !route.prefix.addr().is_ipv4());
-        routes.first().and_then(|route| Subnet::try_from(route.prefix).ok()).map(Subnet::gateway)
-    }
-
-    /// After the set of pods changed.
-    pub(super) fn pods_changed(&mut self, now: Instant) {
-        let free = self.pods.is_empty();
-        self.leases.core.set_may_renumber(free, now);
-        self.wake(now);
-    }
-
-    /// After the underlay changed: gossip listens there, and peers hear of it.
-    pub(super) fn underlay_changed(&mut self, now: Instant) {
-        let Ok(underlay) = &self.underlay else { return };
-        let addresses: Vec<_> = underlay.addresses.iter().map(|address| address.addr()).collect();
-        self.problems.gossip =
-            self.sockets.set_addresses(&addresses).iter().map(ToString::to_string).collect();
-        for problem in &self.problems.gossip {
-            warn!("{problem}");
-        }
         self.announce(now);
         self.wake(now);
     }
@@ -226,8 +174,7 @@ impl Node {
         };
         let facts = Facts {
             subnets: self
-                .leases
-                .core
+                .leasing
                 .held()
                 .iter()
                 .map(|held| LeasedSubnet { subnet: held.subnet, epoch: held.epoch })

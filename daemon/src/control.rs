@@ -1,0 +1,538 @@
+//! The control plane of one node, without its shell: mesh, leases and plan put together.
+//!
+//! It decides what is announced, which peers the kernel is programmed for, when a pass is due and what is remembered.
+//! Pure: datagrams, answers of the store, reports of passes and `now` go in; [`Output`]s come out. The shell
+//! (`node.rs`) owns sockets, store, kernel, pods and disk, and so does the simulation of the tests. Drain
+//! [`Control::poll_output`] until [`Output::Wait`] after every call.
+//!
+//! Invariants: an event wakes, and the pass that follows reads everything; what must be on the disk comes out before
+//! what relies on it; a subnet whose lease is lost is no longer announced.
+
+mod checksum;
+mod facts;
+mod probe;
+mod schedule;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use rand_chacha::ChaCha8Rng;
+use rand_core::{RngCore, SeedableRng};
+use tracing::{debug, error, info, warn};
+use weft_ipam::lease::{self, LeaseConfig, LeaseConflict, LeaseEvent, Leasing};
+use weft_ipam::store::{Change, Key, PutError, Snapshot, StoreError};
+use weft_wire::mesh::{Authority, Mesh, MeshConfig, MeshEvent, NodeKey, Owner, Timing};
+use weft_wire::seal::KeyRing;
+use weft_wire::types::{PublicKey, Subnet, to_hex};
+
+use crate::config::{Config, StoreKind};
+use crate::plan::model::{Inputs, Underlay};
+use crate::state::Memory;
+
+pub use probe::PORT as PROBE_PORT;
+use probe::Probe;
+pub use schedule::Pass;
+
+/// What is remembered is written at most this often.
+const REMEMBER: Duration = Duration::from_millis(500);
+/// After a write of the memory that failed.
+const RETRY: Duration = Duration::from_secs(1);
+/// Peers that an earlier run knew are kept this long without a word of them, where no store speaks for them.
+const REMEMBERED_PEER: Duration = Duration::from_secs(600);
+/// A node that hears of another with its name this soon after its start is the later one.
+const NEWCOMER: Duration = Duration::from_secs(20);
+
+/// What the shell has to do next.
+#[derive(Debug)]
+pub enum Output {
+    /// Write the memory, and tell by [`Control::handle_remembered`] before the next poll.
+    Remember {
+        /// Whether it must outlive a power cut, or only this boot.
+        durable: bool,
+    },
+    /// Ask the store; answer by [`Control::handle_store`].
+    Store(StoreRequest),
+    /// Send a gossip datagram.
+    Send {
+        /// The peer.
+        to: SocketAddr,
+        /// What to send.
+        datagram: Vec<u8>,
+    },
+    /// Send a checksum probe, from the node's gateway address so that it takes the tunnel.
+    Probe {
+        /// The peer's gateway.
+        to: SocketAddr,
+        /// What to send.
+        datagram: Vec<u8>,
+    },
+    /// Give new pods addresses of these subnets only.
+    Subnets(Vec<Subnet>),
+    /// Listen for gossip on these addresses.
+    Listen(Vec<IpAddr>),
+    /// Bring the kernel to this; the shell adds the pods. Answer by [`Control::handle_pass`].
+    Reconcile(Box<Inputs>),
+    /// A ping was answered.
+    Pong {
+        /// As given to [`Mesh::ping`].
+        token: u64,
+        /// The round trip.
+        rtt: Duration,
+    },
+    /// The daemon must end, with this sentence.
+    Fatal(String),
+    /// Nothing to do before `until` but wait for something to handle.
+    Wait {
+        /// When to call [`Control::handle_timeout`].
+        until: Instant,
+    },
+}
+
+/// What to ask the store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StoreRequest {
+    /// All entries.
+    List,
+    /// A conditional write.
+    Put {
+        /// The key.
+        key: Key,
+        /// The condition.
+        expect: weft_ipam::store::Expect,
+        /// The value.
+        value: Vec<u8>,
+    },
+    /// A conditional delete.
+    Delete {
+        /// The key.
+        key: Key,
+        /// The condition.
+        revision: u64,
+    },
+}
+
+/// An answer of the store, or a change that it saw.
+#[derive(Debug)]
+pub enum StoreAnswer {
+    /// To [`StoreRequest::List`].
+    Listed(Result<Snapshot, StoreError>),
+    /// To [`StoreRequest::Put`].
+    Put(Key, Result<u64, PutError>),
+    /// To [`StoreRequest::Delete`].
+    Deleted(Key, Result<u64, PutError>),
+    /// Another writer changed something.
+    Changed(Change),
+}
+
+/// What people should hear of until it is over.
+#[derive(Debug, Default)]
+pub struct Problems {
+    /// Who gossips with a key that is not in the ring, and when last.
+    pub wrong_key: Option<(SocketAddr, Instant)>,
+    /// Who has this node's name, and when that last showed.
+    pub duplicate_name: Option<(SocketAddr, PublicKey, Instant)>,
+    /// Subnets that two nodes claim: sentence and time.
+    pub route_conflicts: BTreeMap<String, Instant>,
+    /// What keeps the node from its leases: sentence and time.
+    pub lease: BTreeMap<String, Instant>,
+    /// Why the memory could not be written.
+    pub memory: Option<String>,
+}
+
+/// What a control plane starts from.
+#[derive(Debug)]
+pub struct Start {
+    /// The configuration.
+    pub config: Config,
+    /// What an earlier run left; its incarnation counts this start and is on the disk.
+    pub memory: Memory,
+    /// Names this boot of the machine.
+    pub boot: String,
+    /// The node's signing key.
+    pub key: NodeKey,
+    /// The cluster keys.
+    pub ring: KeyRing,
+    /// Fresh random bytes.
+    pub seed: [u8; 32],
+}
+
+/// The control plane of one node.
+#[derive(Debug)]
+pub struct Control {
+    /// The configuration.
+    pub config: Config,
+    /// The mesh.
+    pub mesh: Mesh,
+    /// The leases.
+    pub leasing: Leasing,
+    /// Why the store did not answer last time; `None` while it answers.
+    pub store_error: Option<String>,
+    /// What a later run starts from.
+    pub memory: Memory,
+    /// What carries the tunnels, or why nothing does.
+    pub underlay: Result<Underlay, String>,
+    /// Where the reconciler stands.
+    pub pass: Pass,
+    /// What people should hear of.
+    pub problems: Problems,
+    /// Whether this kernel breaks checksums.
+    pub(crate) probe: Probe,
+    /// When this run began.
+    pub started: Instant,
+    boot: String,
+    authority: Option<BTreeMap<Subnet, Owner>>,
+    /// The next node key, until the leases carry it.
+    endorsed: Option<NodeKey>,
+    /// Host ends that the last pass found and no pod accounted for.
+    strays: BTreeSet<String>,
+    memory_due: Option<Instant>,
+    /// A write of the memory that nothing may overtake, and whether it is a durable one.
+    memory_first: Option<bool>,
+    /// A pass that waits for the memory.
+    job: Option<Box<Inputs>>,
+    leaving: bool,
+    outputs: VecDeque<Output>,
+}
+
+impl Control {
+    /// Starts from what an earlier run remembered.
+    pub fn new(start: Start, now: Instant) -> Self {
+        let mut seeds = ChaCha8Rng::from_seed(start.seed);
+        let mut mesh = mesh(&start, random(&mut seeds), now);
+        if matches!(start.config.store.kind, StoreKind::Static(_)) {
+            mesh.set_authority(Authority::Claims, now);
+        }
+        let leasing = leasing(&start, &mut seeds, now);
+        let Start { config, memory, boot, .. } = start;
+        let known_broken = memory.tx_checksum_off.as_ref() == Some(&boot);
+        let probe = Probe::new(known_broken, seeds.next_u64(), now);
+        let mut control = Self {
+            config,
+            mesh,
+            leasing,
+            store_error: None,
+            memory,
+            underlay: Err("not looked for yet".into()),
+            pass: Pass::default(),
+            problems: Problems::default(),
+            probe,
+            started: now,
+            boot,
+            authority: None,
+            endorsed: None,
+            strays: BTreeSet::new(),
+            memory_due: None,
+            memory_first: None,
+            job: None,
+            leaving: false,
+            outputs: VecDeque::new(),
+        };
+        control.take_lease_table(now);
+        control.wake(now);
+        control
+    }
+
+    /// Takes a gossip datagram, or the answer to a probe.
+    pub fn handle_datagram(&mut self, from: SocketAddr, datagram: &[u8], now: Instant) {
+        if probe::is_answer(datagram) {
+            self.take_probe_answer(datagram, now);
+        } else if let Err(reason) = self.mesh.handle_datagram(from, datagram, now) {
+            debug!(%from, %reason, "gossip datagram dropped");
+        }
+    }
+
+    /// Takes an answer or a change of the store.
+    pub fn handle_store(&mut self, answer: StoreAnswer, now: Instant) {
+        match answer {
+            StoreAnswer::Listed(Ok(snapshot)) => {
+                self.store_error = None;
+                self.leasing.handle_snapshot(&snapshot, now);
+            }
+            StoreAnswer::Put(key, Ok(revision)) => {
+                self.store_error = None;
+                self.leasing.handle_put(key, Ok(revision), now);
+            }
+            StoreAnswer::Put(key, Err(PutError::Conflict(entry))) => {
+                self.leasing.handle_put(key, Err(entry), now)
+            }
+            StoreAnswer::Deleted(key, Ok(revision)) => self.leasing.handle_delete(key, Ok(revision), now),
+            StoreAnswer::Deleted(key, Err(PutError::Conflict(entry))) => {
+                self.leasing.handle_delete(key, Err(entry), now);
+            }
+            StoreAnswer::Changed(change) => self.leasing.handle_change(&change, now),
+            StoreAnswer::Listed(Err(error))
+            | StoreAnswer::Put(_, Err(PutError::Store(error)))
+            | StoreAnswer::Deleted(_, Err(PutError::Store(error))) => {
+                self.store_error = Some(error.to_string());
+                self.leasing.handle_store_error(now);
+            }
+        }
+        self.take_lease_table(now);
+    }
+
+    /// Does what is due.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        self.mesh.handle_timeout(now);
+        self.leasing.handle_timeout(now);
+    }
+
+    /// Takes whether the node has pods: one without may move to another subnet.
+    pub fn handle_pods(&mut self, none: bool, now: Instant) {
+        self.leasing.set_may_renumber(none, now);
+        self.wake(now);
+    }
+
+    /// Takes how the last [`Output::Remember`] went.
+    pub fn handle_remembered(&mut self, outcome: Result<(), String>, now: Instant) {
+        self.problems.memory = outcome.err().inspect(|error| {
+            warn!(err = error, "memory not written");
+            self.memory_due = Some(now + RETRY);
+        });
+    }
+
+    /// Signs with this key, which the present one endorses, as soon as every lease names it. It must be on the disk.
+    pub fn use_key(&mut self, key: NodeKey, now: Instant) {
+        self.leasing.rotate_key(key.public(), now);
+        self.endorsed = Some(key);
+        self.use_next_key(now);
+    }
+
+    /// Gives the leases back and tells the mesh; no pass follows.
+    pub fn leave(&mut self, now: Instant) {
+        self.leaving = true;
+        self.leasing.release(now);
+        self.mesh.leave(now);
+    }
+
+    /// Returns what to do next; call until it returns [`Output::Wait`].
+    pub fn poll_output(&mut self, now: Instant) -> Output {
+        loop {
+            if let Some(durable) = self.memory_first.take() {
+                if durable {
+                    self.memory_due = None;
+                }
+                return Output::Remember { durable };
+            }
+            if let Some(output) = self.outputs.pop_front() {
+                return output;
+            }
+            if let Some(inputs) = self.job.take() {
+                return Output::Reconcile(inputs);
+            }
+            let lease_wake = match self.leasing.poll_output(now) {
+                lease::Output::List => return Output::Store(StoreRequest::List),
+                lease::Output::Put { key, expect, value } => {
+                    return Output::Store(StoreRequest::Put { key, expect, value });
+                }
+                lease::Output::Delete { key, revision } => {
+                    return Output::Store(StoreRequest::Delete { key, revision });
+                }
+                lease::Output::Event(event) => {
+                    self.handle_lease_event(event, now);
+                    continue;
+                }
+                lease::Output::Wait { until } => until,
+            };
+            let mesh_wake = match self.mesh.poll_output(now) {
+                weft_wire::mesh::Output::Send { to, datagram } => return Output::Send { to, datagram },
+                weft_wire::mesh::Output::Event(event) => {
+                    self.handle_mesh_event(event, now);
+                    continue;
+                }
+                weft_wire::mesh::Output::Wait { until, .. } => until,
+            };
+            if self.run_probe(now) || self.start_pass(now) || self.remember_if_due(now) {
+                continue;
+            }
+            let wakes =
+                [Some(lease_wake), Some(mesh_wake), self.pass.wake(), self.memory_due, self.probe_wake()];
+            let until = wakes.into_iter().flatten().min().expect("the mesh always has a next time");
+            return Output::Wait { until };
+        }
+    }
+
+    fn handle_lease_event(&mut self, event: LeaseEvent, now: Instant) {
+        match event {
+            LeaseEvent::Acquired(held) | LeaseEvent::Renewed(held) => {
+                debug!(subnet = %held.subnet, epoch = %held.epoch, "lease held");
+                self.use_next_key(now);
+                self.problems.lease.clear();
+            }
+            LeaseEvent::Lost { subnet, to } => {
+                let owner = to.map_or_else(|| "no one".to_owned(), |node| node.to_string());
+                error!(%subnet, owner, "lease lost, the subnet is no longer announced");
+                self.problems.lease.insert(
+                    format!("the lease of {subnet} was lost to {owner}; recreate the pods that still use it"),
+                    now,
+                );
+            }
+            LeaseEvent::Released(subnet) => info!(%subnet, "lease released"),
+            LeaseEvent::Exhausted { cidrs, capacity, .. } => {
+                let cidrs: Vec<_> = cidrs.iter().map(ToString::to_string).collect();
+                let sentence = format!(
+                    "no free node subnet in {}: all {capacity} are leased; add a CIDR to cluster.cidrs or remove nodes that are gone",
+                    cidrs.join(", ")
+                );
+                self.tell_lease_problem(sentence, now);
+            }
+            LeaseEvent::Conflict(conflict) => self.handle_lease_conflict(&conflict, now),
+            other => debug!(event = ?other, "lease event"),
+        }
+        self.leases_changed(now);
+    }
+
+    fn handle_lease_conflict(&mut self, conflict: &LeaseConflict, now: Instant) {
+        let name = &self.config.node.name;
+        let sentence = match conflict {
+            LeaseConflict::DuplicateName { subnet, key } => {
+                let sentence = duplicate_name(name.as_str(), &format!("writes the lease of {subnet}"), key);
+                if now.duration_since(self.started) < NEWCOMER {
+                    return self.outputs.push_front(Output::Fatal(sentence));
+                }
+                sentence
+            }
+            LeaseConflict::FixedTaken { subnet, owner } => format!(
+                "the configured subnet overlaps {subnet}, which {owner} leases; choose another in store.subnets"
+            ),
+            LeaseConflict::Outside { subnet } => format!(
+                "the held subnet {subnet} is outside cluster.cidrs; it is kept while pods use it, drain the node to renumber it"
+            ),
+            LeaseConflict::Unreadable { subnet, why } => {
+                format!("the store's entry for {subnet} cannot be read ({why}); it is left alone")
+            }
+            other => format!("lease conflict: {other:?}"),
+        };
+        self.tell_lease_problem(sentence, now);
+    }
+
+    fn tell_lease_problem(&mut self, sentence: String, now: Instant) {
+        if self.problems.lease.insert(sentence.clone(), now).is_none() {
+            warn!("{sentence}");
+        }
+    }
+
+    fn handle_mesh_event(&mut self, event: MeshEvent, now: Instant) {
+        match event {
+            MeshEvent::RoutesChanged => self.wake(now),
+            MeshEvent::MemberChanged { node, state } => {
+                info!(peer = %node, %state, "peer changed");
+                self.wake(now);
+            }
+            MeshEvent::Pong { token, rtt, .. } => self.outputs.push_back(Output::Pong { token, rtt }),
+            MeshEvent::Conflict { subnet, kept, refused } => {
+                let sentence = format!(
+                    "{refused} and {kept} both claim addresses of {subnet}; {kept} keeps them here, give {refused} another subnet"
+                );
+                if self.problems.route_conflicts.insert(sentence.clone(), now).is_none() {
+                    warn!(%subnet, %kept, %refused, "two nodes claim one subnet");
+                }
+            }
+            MeshEvent::DuplicateName { from, key } => {
+                let sentence =
+                    duplicate_name(self.config.node.name.as_str(), &format!("gossips at {from}"), &key);
+                if now.duration_since(self.started) < NEWCOMER && !self.established() {
+                    return self.outputs.push_front(Output::Fatal(sentence));
+                }
+                warn!(%from, ?key, "another node has this node's name");
+                self.problems.duplicate_name = Some((from, key, now));
+            }
+            MeshEvent::WrongKey { from } => {
+                warn!(%from, "gossip comes that no key of the ring opens");
+                self.problems.wrong_key = Some((from, now));
+            }
+        }
+    }
+
+    /// Whether the node has been announced with a lease of its own.
+    fn established(&self) -> bool {
+        self.mesh.record().is_some_and(|record| !record.facts.subnets.is_empty())
+            && self.mesh.members().next().is_some()
+    }
+
+    fn use_next_key(&mut self, now: Instant) {
+        let Some(key) = &self.endorsed else { return };
+        let public = key.public();
+        // No peer may see a record without a lease.
+        if self.leasing.held().iter().all(|held| held.key == public)
+            && let Some(key) = self.endorsed.take()
+        {
+            self.mesh.rotate_key(key, now);
+            info!(key = public.short(), "node key rotated");
+        }
+    }
+
+    fn touch_memory(&mut self, now: Instant) {
+        self.memory_due.get_or_insert(now + REMEMBER);
+    }
+
+    /// Has the memory written before anything else comes out.
+    fn remember_first(&mut self, durable: bool) {
+        self.memory_first = Some(durable || self.memory_first == Some(true));
+    }
+
+    fn remember_if_due(&mut self, now: Instant) -> bool {
+        let due = self.memory_due.is_some_and(|due| due <= now);
+        if due {
+            self.remember_first(true);
+        }
+        due
+    }
+
+    /// Returns whether the memory has something that was not written yet.
+    pub fn unremembered(&self) -> bool {
+        self.memory_due.is_some() || self.memory_first.is_some()
+    }
+}
+
+fn random(seeds: &mut ChaCha8Rng) -> [u8; 32] {
+    let mut bytes = [0; 32];
+    seeds.fill_bytes(&mut bytes);
+    bytes
+}
+
+fn mesh(start: &Start, seed: [u8; 32], now: Instant) -> Mesh {
+    let Start { config, memory, .. } = start;
+    let mut seeds = config.gossip.seeds.clone();
+    seeds.extend(memory.peers.values().flat_map(|peer| peer.gossip.first().copied()));
+    seeds.sort_unstable();
+    seeds.dedup();
+    let timing = Timing {
+        probe_interval: config.gossip.probe_interval,
+        probe_timeout: config.gossip.probe_interval / 2,
+        ..Timing::default()
+    };
+    let mesh_config = MeshConfig {
+        cluster: config.cluster.id.clone(),
+        node: config.node.name.clone(),
+        site: config.node.site.clone(),
+        key: start.key.clone(),
+        ring: start.ring.clone(),
+        seeds,
+        incarnation: memory.incarnation,
+        timing,
+    };
+    Mesh::new(mesh_config, seed, now)
+}
+
+fn leasing(start: &Start, seeds: &mut ChaCha8Rng, now: Instant) -> Leasing {
+    let Start { config, memory, .. } = start;
+    let key = start.key.public();
+    let run = to_hex(&random(seeds)[..8]);
+    let (node, site) = (config.node.name.clone(), config.node.site.clone());
+    let mut lease_config = LeaseConfig::new(node, site, key, config.cluster.carver.clone(), run)
+        .with_ttl(config.store.lease_ttl);
+    if let StoreKind::Static(subnets) = &config.store.kind {
+        lease_config.fixed.clone_from(subnets);
+    }
+    lease_config.old_keys.extend(memory.held.iter().map(|held| held.key).filter(|held| *held != key));
+    Leasing::new(lease_config, memory.held.clone(), random(seeds), now)
+}
+
+/// The sentence about a second node of one name.
+pub fn duplicate_name(name: &str, what: &str, key: &PublicKey) -> String {
+    format!(
+        "another node named {name} (key {}) {what}; give this node its own node.name, or stop the other",
+        key.short()
+    )
+}

@@ -1,0 +1,132 @@
+//! When a pass over the kernel is due, and what its report means for the node.
+
+use std::time::{Duration, Instant};
+
+use tracing::{info, warn};
+use weft_wire::types::Subnet;
+
+use super::{Control, Output};
+use crate::kernel::UnderlayError;
+use crate::plan::model::Underlay;
+use crate::reconcile::Report;
+
+/// Changes that come together are planned together.
+const COALESCE: Duration = Duration::from_millis(50);
+/// Between two passes that changes in the kernel ask for.
+const KERNEL_QUIET: Duration = Duration::from_millis(200);
+/// Between two looks at the kernel when nothing woke the node.
+const RESYNC: Duration = Duration::from_secs(30);
+/// After a pass with failures.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Where the reconciler stands.
+#[derive(Debug, Default)]
+pub struct Pass {
+    /// Whether one is under way.
+    pub running: bool,
+    /// When the next one begins, where something asked for it.
+    pub due: Option<Instant>,
+    /// The last report.
+    pub report: Option<Report>,
+    /// When one last ended without a failure.
+    pub last_ok: Option<Instant>,
+    /// How many have ended.
+    pub passes: u64,
+    resync: Option<Instant>,
+    ended: Option<Instant>,
+}
+
+impl Pass {
+    pub(super) fn wake(&self) -> Option<Instant> {
+        let next = [self.due, self.resync].into_iter().flatten().min();
+        next.filter(|_| !self.running)
+    }
+}
+
+impl Control {
+    /// Asks for a pass soon.
+    pub(super) fn wake(&mut self, now: Instant) {
+        let due = now + COALESCE;
+        self.pass.due = Some(self.pass.due.map_or(due, |earlier| earlier.min(due)));
+    }
+
+    /// Takes that something of ours or of the underlay may have changed in the kernel.
+    ///
+    /// A foreign program that changes it all the time gets a pass five times a second.
+    pub fn handle_kernel_change(&mut self, now: Instant) {
+        let earliest = self.pass.ended.map_or(now, |ended| ended + KERNEL_QUIET);
+        let due = earliest.max(now + COALESCE);
+        self.pass.due = Some(self.pass.due.map_or(due, |earlier| earlier.min(due)));
+    }
+
+    /// Has a pass made if one is due; returns whether one is.
+    pub(super) fn start_pass(&mut self, now: Instant) -> bool {
+        if self.pass.running || self.leaving || self.pass.wake().is_none_or(|due| due > now) {
+            return false;
+        }
+        let inputs = self.inputs(now);
+        self.pass.due = None;
+        self.pass.resync = Some(now + RESYNC);
+        self.pass.running = true;
+        self.job = Some(Box::new(inputs));
+        true
+    }
+
+    /// Takes what a pass found and did; no report where the underlay was not as the inputs said.
+    pub fn handle_pass(
+        &mut self,
+        found: Result<Underlay, UnderlayError>,
+        report: Option<Report>,
+        now: Instant,
+    ) {
+        self.pass.running = false;
+        self.pass.ended = Some(now);
+        self.pass.passes += 1;
+        match found {
+            Err(error) => {
+                let error = error.to_string();
+                if self.underlay.as_ref().err() != Some(&error) {
+                    warn!(err = error, "no underlay");
+                }
+                // What the kernel carries stays: the underlay may come back as it was.
+                self.underlay = self.underlay.clone().or(Err(error));
+                self.pass.due = Some(now + RETRY);
+            }
+            Ok(found) => {
+                if self.underlay.as_ref() != Ok(&found) {
+                    info!(device = found.device, mtu = found.mtu, addresses = ?found.addresses, "underlay found");
+                    self.underlay = Ok(found);
+                    self.underlay_changed(now);
+                }
+            }
+        }
+        let Some(report) = report else { return self.wake(now) };
+        if report.failed.is_empty() {
+            self.pass.last_ok = Some(now);
+        } else {
+            for failure in &report.failed {
+                warn!(what = failure.what, err = failure.error, "kernel refused a change");
+            }
+            self.pass.due.get_or_insert(now + RETRY);
+        }
+        self.strays = report.unknown_veths.iter().cloned().collect();
+        if !self.strays.is_empty() {
+            self.pass.due.get_or_insert(now + RETRY);
+        }
+        self.pass.report = Some(report);
+    }
+
+    /// After the underlay changed: gossip listens there, and peers hear of it.
+    fn underlay_changed(&mut self, now: Instant) {
+        let Ok(underlay) = &self.underlay else { return };
+        let addresses = underlay.addresses.iter().map(|address| address.addr()).collect();
+        self.outputs.push_back(Output::Listen(addresses));
+        self.announce(now);
+        self.wake(now);
+    }
+
+    /// Returns the node's subnets: those whose leases it holds.
+    pub fn subnets(&self) -> Vec<Subnet> {
+        self.leasing.held().iter().map(|held| held.subnet).collect()
+    }
+}
