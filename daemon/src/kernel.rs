@@ -2,6 +2,7 @@
 //! thread of its own; everything above is pure.
 
 pub mod linux;
+pub mod memory;
 pub mod monitor;
 pub mod netlink;
 pub mod nft;

@@ -3,76 +3,29 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that unwraps names its line")]
 
-use std::collections::BTreeSet;
-
 use ipnet::IpNet;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
+use weft_daemon::kernel::memory::MemoryKernel;
+use weft_daemon::kernel::{Kernel, purge};
 use weft_daemon::plan::desired::desired;
 use weft_daemon::plan::diff::diff;
 use weft_daemon::plan::model::{
-    Actual, Dataplane, Desired, HostVeth, Inputs, LinkKind, Op, Peer, Underlay, VethState, is_host_veth,
+    Actual, Dataplane, HostVeth, Inputs, LinkKind, Op, Peer, Underlay, VethState,
 };
 use weft_wire::types::MacAddress;
 
-/// What the kernel does with operations, as far as the plan can see.
-fn apply(actual: &mut Actual, ops: &[Op]) {
-    let state = &mut actual.state;
-    for op in ops {
-        match op.clone() {
-            Op::AddLink(name, link) => {
-                assert!(state.links.insert(name.clone(), link).is_none(), "{name} exists already");
-            }
-            Op::SetLink(name, link) => {
-                let found = state.links.get_mut(&name).expect("only a device that is there is changed");
-                assert_eq!(found.kind, link.kind, "the kernel cannot change what a device is");
-                *found = link;
-            }
-            Op::DelLink(name) => {
-                assert!(state.links.remove(&name).is_some(), "{name} is not there");
-                state.addresses.retain(|(dev, _)| *dev != name);
-                state.neighbours.retain(|(dev, _), _| *dev != name);
-                state.fdb.retain(|(dev, _), _| *dev != name);
-                state.routes.retain(|_, route| route.dev != name);
-                state.offloads.remove(&name);
-                state.sysctls.retain(|path, _| !path.contains(&format!("/{name}/")));
-                if name == "weft0" {
-                    actual.veths.values_mut().for_each(|veth| veth.bridged = false);
-                }
-            }
-            Op::AddAddress(dev, net) => {
-                assert!(state.links.contains_key(&dev), "{dev} is not there");
-                state.addresses.insert((dev, net));
-            }
-            Op::DelAddress(dev, net) => assert!(state.addresses.remove(&(dev, net))),
-            Op::SetNeighbour(dev, to, mac) => {
-                assert!(state.links.contains_key(&dev), "{dev} is not there");
-                state.neighbours.insert((dev, to), mac);
-            }
-            Op::DelNeighbour(dev, to) => assert!(state.neighbours.remove(&(dev, to)).is_some()),
-            Op::SetFdb(dev, mac, to) => {
-                assert!(state.links.contains_key(&dev), "{dev} is not there");
-                state.fdb.insert((dev, mac), to);
-            }
-            Op::DelFdb(dev, mac, _) => assert!(state.fdb.remove(&(dev, mac)).is_some()),
-            Op::SetRoute(prefix, metric, route) => {
-                state.routes.insert((prefix, metric), route);
-            }
-            Op::DelRoute(prefix, metric, _) => assert!(state.routes.remove(&(prefix, metric)).is_some()),
-            Op::SetOffload(dev, on) => {
-                assert!(state.links.contains_key(&dev), "{dev} is not there");
-                state.offloads.insert(dev, on);
-            }
-            Op::SetSysctl(path, value) => {
-                state.sysctls.insert(path, value);
-            }
-            Op::SetNft(table) => state.nft = Some(table.digest()),
-            Op::DelNft => state.nft = None,
-            Op::SetVeth(name, veth) => {
-                assert!(actual.veths.insert(name, veth).is_some(), "a host end is mended, never made");
-            }
-            Op::DelVeth(name) => assert!(actual.veths.remove(&name).is_some()),
-        }
+/// A kernel that knows the underlay of these inputs and holds `actual`.
+fn kernel(inputs: &Inputs, actual: Actual) -> MemoryKernel {
+    let mut kernel = MemoryKernel::new(Ok(inputs.underlay.clone()));
+    kernel.actual = actual;
+    kernel
+}
+
+/// Makes changes; the kernel must accept every one.
+fn apply(kernel: &mut MemoryKernel, ops: &[Op]) {
+    for (op, answer) in ops.iter().zip(kernel.apply(ops)) {
+        assert_eq!(answer, Ok(()), "{op}");
     }
 }
 
@@ -159,15 +112,15 @@ proptest! {
 
     #[test]
     fn a_second_pass_finds_nothing_from_any_state(before in any_inputs(), after in any_inputs()) {
-        let mut actual = with_veths(Actual::default(), &before);
-        let ops = diff(&desired(&before), &actual);
-        apply(&mut actual, &ops);
-        let mut actual = with_veths(actual, &after);
+        let mut kernel = kernel(&before, with_veths(Actual::default(), &before));
+        let ops = diff(&desired(&before), &kernel.actual);
+        apply(&mut kernel, &ops);
+        kernel.actual = with_veths(kernel.actual, &after);
         let plan = desired(&after);
-        let ops = diff(&plan, &actual);
-        apply(&mut actual, &ops);
-        prop_assert_eq!(diff(&plan, &actual), Vec::new());
-        prop_assert_eq!(&actual.state.routes, &plan.state.routes);
+        let ops = diff(&plan, &kernel.actual);
+        apply(&mut kernel, &ops);
+        prop_assert_eq!(diff(&plan, &kernel.actual), Vec::new());
+        prop_assert_eq!(&kernel.actual.state.routes, &plan.state.routes);
     }
 
     #[test]
@@ -203,16 +156,13 @@ proptest! {
 
     #[test]
     fn a_purge_leaves_nothing_with_the_mark(inputs in any_inputs()) {
-        let mut actual = with_veths(Actual::default(), &inputs);
-        let ops = diff(&desired(&inputs), &actual);
-        apply(&mut actual, &ops);
-        let strays: BTreeSet<_> = actual.veths.keys().cloned().collect();
-        prop_assert!(strays.iter().all(|name| is_host_veth(name)));
-        let ops = diff(&Desired { strays, ..Desired::default() }, &actual);
-        apply(&mut actual, &ops);
+        let mut kernel = kernel(&inputs, with_veths(Actual::default(), &inputs));
+        let ops = diff(&desired(&inputs), &kernel.actual);
+        apply(&mut kernel, &ops);
+        prop_assert_eq!(purge(&mut kernel), Vec::<String>::new());
         // Settings of the machine stay: others may have come to rely on them.
-        actual.state.sysctls.clear();
-        prop_assert_eq!(actual, Actual::default());
+        kernel.actual.state.sysctls.clear();
+        prop_assert_eq!(kernel.actual, Actual::default());
     }
 }
 
@@ -227,16 +177,16 @@ fn a_device_that_must_be_another_is_replaced_with_everything_on_it() {
             }
         }
     };
-    let mut actual = Actual::default();
-    let ops = diff(&desired(&inputs), &actual);
-    apply(&mut actual, &ops);
+    let mut kernel = kernel(&inputs, Actual::default());
+    let ops = diff(&desired(&inputs), &kernel.actual);
+    apply(&mut kernel, &ops);
     inputs.dataplane.vxlan_port = 4789;
     inputs.peers.iter_mut().for_each(|peer| peer.vxlan_port = 4789);
-    let ops = diff(&desired(&inputs), &actual);
+    let ops = diff(&desired(&inputs), &kernel.actual);
     assert!(ops.iter().any(|op| matches!(op, Op::DelLink(name) if name.starts_with("weft-vx"))));
-    apply(&mut actual, &ops);
-    assert_eq!(diff(&desired(&inputs), &actual), []);
-    let ports = actual.state.links.values().filter_map(|link| match &link.kind {
+    apply(&mut kernel, &ops);
+    assert_eq!(diff(&desired(&inputs), &kernel.actual), []);
+    let ports = kernel.actual.state.links.values().filter_map(|link| match &link.kind {
         LinkKind::Vxlan(vxlan) => Some(vxlan.port),
         _ => None,
     });
