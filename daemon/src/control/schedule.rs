@@ -6,8 +6,9 @@ use tracing::{info, warn};
 use weft_wire::types::Subnet;
 
 use super::{Control, Output};
+use crate::attach::Network;
 use crate::kernel::UnderlayError;
-use crate::plan::model::Underlay;
+use crate::plan::model::{BRIDGE, Underlay};
 use crate::reconcile::Report;
 
 /// Changes that come together are planned together.
@@ -123,6 +124,39 @@ impl Control {
         self.outputs.push_back(Output::Listen(addresses));
         self.announce(now);
         self.wake(now);
+    }
+
+    /// Tells whether pods can be attached, and if not, which step is missing.
+    pub fn ready(&self) -> Result<Network, String> {
+        if self.leaving {
+            return Err("the node is leaving the cluster; no more pods are attached".into());
+        }
+        if self.subnets().is_empty() {
+            let why = self
+                .problems
+                .lease
+                .keys()
+                .next()
+                .cloned()
+                .or_else(|| self.store_error.clone())
+                .unwrap_or_else(|| "the store has not answered yet".into());
+            return Err(format!("the node has no pod subnet: {why}"));
+        }
+        if let Err(why) = &self.underlay {
+            return Err(format!("the node has no underlay: {why}"));
+        }
+        // An earlier pass may not have known the underlay or all subnets: then the bridge is not there for pods yet.
+        let covers = |report: &&Report| report.pod_mtu > 0 && report.subnets == self.subnets();
+        let Some(report) = self.pass.report.as_ref().filter(covers).filter(|_| self.pass.last_ok.is_some())
+        else {
+            let failed = self.pass.report.iter().flat_map(|report| &report.failed).next();
+            let why = failed.map_or_else(
+                || "the first pass is under way".to_owned(),
+                |failure| format!("{}: {}", failure.what, failure.error),
+            );
+            return Err(format!("the kernel is not programmed yet: {why}"));
+        };
+        Ok(Network { bridge: BRIDGE.into(), mtu: report.pod_mtu, hairpin: self.config.pods.hairpin })
     }
 
     /// Returns the node's subnets: those whose leases it holds.

@@ -8,8 +8,6 @@ use weft_wire::api::{PingRequest, Pong, Reply, ReplyBody, RequestBody};
 use weft_wire::types::NodeName;
 
 use super::{LEAVE, Node, worker};
-use crate::attach::Network;
-use crate::reconcile::Report;
 use crate::server::Call;
 
 /// How long the mesh takes to tell enough peers that the node goes.
@@ -61,7 +59,7 @@ impl Node {
         }
         let answer = match body {
             RequestBody::Cni(request) => {
-                let ready = self.ready();
+                let ready = self.control.ready();
                 return self.pods.handle_call(request, reply, ready);
             }
             RequestBody::Ping(request) => return self.start_ping(&request, reply, now),
@@ -79,41 +77,6 @@ impl Node {
         };
         // A caller that hung up wants no answer.
         let _ = reply.send(answer);
-    }
-
-    /// Tells whether pods can be attached, and if not, which step is missing.
-    pub(super) fn ready(&self) -> Result<Network, String> {
-        if self.leaving.is_some() {
-            return Err("the node is leaving the cluster; no more pods are attached".into());
-        }
-        if self.control.subnets().is_empty() {
-            let why = self
-                .control
-                .problems
-                .lease
-                .keys()
-                .next()
-                .cloned()
-                .or_else(|| self.control.store_error.clone())
-                .unwrap_or_else(|| "the store has not answered yet".into());
-            return Err(format!("the node has no pod subnet: {why}"));
-        }
-        if let Err(why) = &self.control.underlay {
-            return Err(format!("the node has no underlay: {why}"));
-        }
-        // An earlier pass may not have known the underlay or all subnets: then the bridge is not there for pods yet.
-        let covers = |report: &&Report| report.pod_mtu > 0 && report.subnets == self.control.subnets();
-        let Some(report) =
-            self.control.pass.report.as_ref().filter(covers).filter(|_| self.control.pass.last_ok.is_some())
-        else {
-            let failed = self.control.pass.report.iter().flat_map(|report| &report.failed).next();
-            let why = failed.map_or_else(
-                || "the first pass is under way".to_owned(),
-                |failure| format!("{}: {}", failure.what, failure.error),
-            );
-            return Err(format!("the kernel is not programmed yet: {why}"));
-        };
-        Ok(Network { bridge: "weft0".into(), mtu: report.pod_mtu, hairpin: self.control.config.pods.hairpin })
     }
 
     fn forget(&mut self, name: &str) -> Reply {

@@ -23,7 +23,7 @@ fn millis(duration: Duration) -> u64 {
 
 impl Node {
     pub(super) fn status(&self, now: Instant) -> Status {
-        let ready = self.ready();
+        let ready = self.control.ready();
         let mut counts = PeerCounts::default();
         for member in self.control.mesh.members() {
             match member.state {
@@ -262,7 +262,7 @@ impl Node {
             );
         };
         hop("source pod", true, format!("{} on {}", addresses(source), source.host_ifname()));
-        let ready = self.ready();
+        let ready = self.control.ready();
         let detail = ready
             .as_ref()
             .map_or_else(Clone::clone, |network| format!("{}, mtu {}", network.bridge, network.mtu));
@@ -378,7 +378,7 @@ impl Node {
         let status = self.status(now);
         check(
             "ready",
-            self.ready().err().into_iter().collect(),
+            self.control.ready().err().into_iter().collect(),
             "pods can be attached".into(),
             "see the sentence above; the checks below narrow it down",
         );
