@@ -346,7 +346,7 @@ impl Control {
                 continue;
             }
             let wakes =
-                [Some(lease_wake), Some(mesh_wake), self.pass.wake(), self.memory_due, self.probe_wake()];
+                [Some(lease_wake), Some(mesh_wake), self.pass_wake(), self.memory_due, self.probe_wake()];
             let until = wakes.into_iter().flatten().min().expect("the mesh always has a next time");
             return Output::Wait { until };
         }

@@ -37,13 +37,6 @@ pub struct Pass {
     ended: Option<Instant>,
 }
 
-impl Pass {
-    pub(super) fn wake(&self) -> Option<Instant> {
-        let next = [self.due, self.resync].into_iter().flatten().min();
-        next.filter(|_| !self.running)
-    }
-}
-
 impl Control {
     /// Asks for a pass soon.
     pub(super) fn wake(&mut self, now: Instant) {
@@ -60,9 +53,15 @@ impl Control {
         self.pass.due = Some(self.pass.due.map_or(due, |earlier| earlier.min(due)));
     }
 
+    /// Returns when the next pass begins; nothing where one runs, or none follows.
+    pub(super) fn pass_wake(&self) -> Option<Instant> {
+        let next = [self.pass.due, self.pass.resync].into_iter().flatten().min();
+        next.filter(|_| !self.pass.running && !self.leaving)
+    }
+
     /// Has a pass made if one is due; returns whether one is.
     pub(super) fn start_pass(&mut self, now: Instant) -> bool {
-        if self.pass.running || self.leaving || self.pass.wake().is_none_or(|due| due > now) {
+        if self.pass_wake().is_none_or(|due| due > now) {
             return false;
         }
         let inputs = self.inputs(now);

@@ -1,0 +1,118 @@
+//! Whole nodes in virtual time: the real control plane, leases, pod pool, plan and mesh over a kernel and a store in
+//! memory, while everything around them fails. The laws are in `nodes/laws.rs`, the mishaps in `nodes/step.rs`.
+//!
+//! `WEFT_SEED=n` repeats one run; `SIM_SEEDS=n` runs so many from there on.
+
+#[path = "nodes/disk.rs"]
+mod disk;
+#[path = "nodes/laws.rs"]
+mod laws;
+#[path = "nodes/machine.rs"]
+mod machine;
+#[path = "nodes/meddling.rs"]
+mod meddling;
+#[path = "nodes/step.rs"]
+mod step;
+#[path = "nodes/store.rs"]
+mod store;
+#[path = "nodes/world.rs"]
+mod world;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Duration;
+
+use rand_chacha::ChaCha8Rng;
+use rand_core::{RngCore, SeedableRng};
+use step::{Step, random_run};
+use world::World;
+
+/// Seeds that found something once.
+const REGRESSIONS: &[u64] = &[];
+/// How many random seeds `make test` runs.
+const SEEDS: u64 = 30;
+/// How many shorter runs are tried to find the shortest that fails.
+const TRIALS: usize = 200;
+
+type Run = Vec<(Duration, Step)>;
+
+/// What a seed stands for: how many machines, and what befalls them.
+fn plan(seed: u64) -> (usize, Run) {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let machines = 3 + rng.next_u64() as usize % 5;
+    let steps = 10 + rng.next_u64() as usize % 90;
+    (machines, random_run(&mut rng, machines, steps))
+}
+
+fn try_run(seed: u64, machines: usize, run: &Run) -> Result<(Duration, u64), String> {
+    let attempt = catch_unwind(AssertUnwindSafe(|| {
+        let mut world = World::new(seed, machines);
+        world.go_through(run).map(|()| (world.age(), world.digest()))
+    }));
+    attempt.unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        Err(text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default())
+    })
+}
+
+/// Takes steps away as long as the run still fails.
+fn shortest(seed: u64, machines: usize, mut run: Run) -> Run {
+    let mut trials = TRIALS;
+    let mut chunk = run.len().div_ceil(2);
+    while chunk > 0 && trials > 0 {
+        let mut start = 0;
+        while start < run.len() && trials > 0 {
+            let mut shorter = run.clone();
+            shorter.drain(start..(start + chunk).min(run.len()));
+            trials -= 1;
+            if try_run(seed, machines, &shorter).is_err() {
+                run = shorter;
+            } else {
+                start += chunk;
+            }
+        }
+        chunk /= 2;
+    }
+    run
+}
+
+fn check(seed: u64) -> (Duration, u64) {
+    let (machines, run) = plan(seed);
+    match try_run(seed, machines, &run) {
+        Ok(done) => done,
+        Err(broken) => {
+            println!("WEFT_SEED={seed}: {broken}");
+            let run = shortest(seed, machines, run);
+            let still = try_run(seed, machines, &run).err().unwrap_or_default();
+            let steps: Vec<_> = run.iter().map(|(pause, step)| format!("  {pause:?} {step:?}\n")).collect();
+            panic!(
+                "WEFT_SEED={seed}, {machines} machines, the shortest run that fails:\n{}{still}",
+                steps.concat()
+            );
+        }
+    }
+}
+
+#[test]
+fn whatever_befalls_them_nodes_become_one_whole_network() {
+    let first = weft_tests::sim::seed::of("whatever_befalls_them");
+    let seeds = std::env::var("SIM_SEEDS").ok().and_then(|seeds| seeds.parse().ok());
+    let seeds = seeds.unwrap_or(if std::env::var_os("WEFT_SEED").is_some() { 1 } else { SEEDS });
+    let mut total = Duration::ZERO;
+    for seed in first..first + seeds {
+        total += check(seed).0;
+    }
+    println!("{seeds} seeds from {first}: {} s of virtual time, no law broken", total.as_secs());
+}
+
+#[test]
+fn what_once_failed_holds() {
+    for seed in REGRESSIONS {
+        check(*seed);
+    }
+}
+
+#[test]
+fn the_same_seed_gives_the_same_run() {
+    let seed = weft_tests::sim::seed::of("the_same_seed_gives_the_same_run");
+    assert_eq!(check(seed), check(seed));
+}

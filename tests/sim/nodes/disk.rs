@@ -1,0 +1,78 @@
+//! One machine's disk: what a daemon finds there after a kill, and what after a power cut.
+
+use std::collections::BTreeMap;
+
+use rand_core::RngCore;
+use weft_daemon::state::Memory;
+use weft_ipam::pods::{AttachmentId, PodAddresses};
+use weft_wire::mesh::NodeKey;
+use weft_wire::seal::KeyRing;
+
+/// What the journal holds of an attachment.
+#[derive(Debug, Clone)]
+pub struct Pod {
+    pub addresses: PodAddresses,
+    pub mtu: u32,
+}
+
+/// The files of one daemon.
+#[derive(Debug)]
+pub struct Disk {
+    /// As every process sees it.
+    memory: Memory,
+    /// As it was last synced.
+    synced: Memory,
+    /// The node's key; always synced.
+    pub key: NodeKey,
+    /// The cluster keys; always synced.
+    pub ring: KeyRing,
+    /// The journal of pod addresses, with the boot it is of; every write is synced.
+    pub journal: BTreeMap<AttachmentId, Pod>,
+    pub journal_boot: u64,
+    /// Nothing can be written.
+    pub full: bool,
+}
+
+impl Disk {
+    /// A disk with a key and nothing else.
+    pub fn new(key: NodeKey, ring: KeyRing) -> Self {
+        let (memory, synced) = Default::default();
+        Self { memory, synced, key, ring, journal: BTreeMap::new(), journal_boot: 0, full: false }
+    }
+
+    /// Reads what was remembered.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Replaces what is remembered.
+    pub fn remember(&mut self, memory: &Memory, durable: bool) -> Result<(), String> {
+        if self.full {
+            return Err("no space left on device".into());
+        }
+        self.memory.clone_from(memory);
+        if durable {
+            self.synced.clone_from(memory);
+        }
+        Ok(())
+    }
+
+    /// The power goes: a file that was replaced and not synced is the old one, the new one, or empty.
+    pub fn lose_power(&mut self, rng: &mut impl RngCore) {
+        if self.memory != self.synced {
+            match rng.next_u32() % 3 {
+                0 => {}
+                1 => self.memory.clone_from(&self.synced),
+                _ => self.memory = Memory::default(),
+            }
+        }
+        self.synced.clone_from(&self.memory);
+    }
+
+    /// Removes what a daemon wrote, as `weft leave` does.
+    pub fn forget(&mut self) {
+        self.memory = Memory::default();
+        self.synced = Memory::default();
+        self.journal.clear();
+    }
+}

@@ -1,0 +1,281 @@
+//! A network in virtual time: loss, duplication, reordering, partitions, links that carry one way only, slow hosts.
+//!
+//! Deterministic: the same seed and the same hosts give the same run. Nothing here sleeps, or reads a clock but for
+//! the one `Instant` that all virtual time is counted from. Invariant: no datagram is longer than the budget.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use rand_chacha::ChaCha8Rng;
+use rand_core::{RngCore, SeedableRng};
+use weft_wire::seal::MAX_DATAGRAM;
+
+/// The time that a datagram takes at least.
+const LATENCY: Duration = Duration::from_millis(1);
+
+/// So many steps at one moment are no work but a loop.
+const BUSY: u32 = 1_000_000;
+
+/// What stands at an address of the network.
+pub trait Host {
+    /// Takes a datagram.
+    fn handle_datagram(&mut self, from: SocketAddr, datagram: &[u8], now: Instant);
+
+    /// Does what is due.
+    fn handle_timeout(&mut self, now: Instant);
+
+    /// Returns what to do next; called until it returns [`Output::Wait`].
+    fn poll(&mut self, now: Instant) -> Output;
+}
+
+/// What a host asks for.
+#[derive(Debug)]
+pub enum Output {
+    /// Carry a datagram.
+    Send {
+        /// Where to.
+        to: SocketAddr,
+        /// The payload.
+        datagram: Vec<u8>,
+    },
+    /// Nothing, until then.
+    Wait {
+        /// When to call [`Host::handle_timeout`].
+        until: Instant,
+    },
+}
+
+/// What one host has sent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Sent {
+    /// Datagrams.
+    pub datagrams: u64,
+    /// Their payload in bytes.
+    pub bytes: u64,
+}
+
+#[derive(Debug)]
+struct Place<H> {
+    host: H,
+    wake: Instant,
+    sent: Sent,
+}
+
+/// A datagram under way: when it arrives, its number, from where, to where, what.
+type Flight = (Instant, u64, SocketAddr, SocketAddr, Rc<[u8]>);
+/// A datagram that arrived.
+pub type Delivered = (SocketAddr, SocketAddr, Rc<[u8]>);
+
+/// The network with its hosts.
+#[derive(Debug)]
+pub struct Net<H> {
+    /// The time everywhere.
+    pub now: Instant,
+    /// The randomness of the run.
+    pub rng: ChaCha8Rng,
+    /// So many datagrams of a hundred are lost.
+    pub loss_percent: u64,
+    /// So many datagrams of a hundred arrive twice.
+    pub duplicate_percent: u64,
+    /// Latency is 1 ms plus up to this; more than the gap between two datagrams reorders them.
+    pub jitter: Duration,
+    /// Which side of the partition a host is on; hosts on different sides do not hear each other.
+    pub sides: BTreeMap<SocketAddr, u8>,
+    /// Pairs of which the second does not hear the first.
+    pub deaf: BTreeSet<(SocketAddr, SocketAddr)>,
+    /// Hosts that take in what comes so much later.
+    pub slow: BTreeMap<SocketAddr, Duration>,
+    places: BTreeMap<SocketAddr, Place<H>>,
+    flights: BinaryHeap<Reverse<Flight>>,
+    wakes: BinaryHeap<Reverse<(Instant, SocketAddr)>>,
+    count: u64,
+    /// Steps since time last moved.
+    idle: u32,
+    delivered: u64,
+    gathered: VecDeque<Delivered>,
+    gather: usize,
+}
+
+impl<H: Host> Net<H> {
+    /// A network without hosts.
+    pub fn new(seed: u64) -> Self {
+        Self {
+            now: Instant::now(),
+            rng: ChaCha8Rng::seed_from_u64(seed),
+            loss_percent: 0,
+            duplicate_percent: 0,
+            jitter: Duration::from_millis(4),
+            sides: BTreeMap::new(),
+            deaf: BTreeSet::new(),
+            slow: BTreeMap::new(),
+            places: BTreeMap::new(),
+            flights: BinaryHeap::new(),
+            wakes: BinaryHeap::new(),
+            count: 0,
+            idle: 0,
+            delivered: 0,
+            gathered: VecDeque::new(),
+            gather: 0,
+        }
+    }
+
+    /// Puts a host at an address, in place of the one that is there.
+    pub fn insert(&mut self, at: SocketAddr, host: H) {
+        self.places.insert(at, Place { host, wake: self.now, sent: Sent::default() });
+        self.drain(at);
+    }
+
+    /// Takes a host away.
+    pub fn remove(&mut self, at: SocketAddr) -> Option<H> {
+        self.places.remove(&at).map(|place| place.host)
+    }
+
+    /// Returns the host at an address.
+    pub fn host(&self, at: SocketAddr) -> Option<&H> {
+        self.places.get(&at).map(|place| &place.host)
+    }
+
+    /// Returns the host at an address, to set what makes it neither send nor wake.
+    pub fn host_mut(&mut self, at: SocketAddr) -> Option<&mut H> {
+        self.places.get_mut(&at).map(|place| &mut place.host)
+    }
+
+    /// Returns the hosts.
+    pub fn hosts(&self) -> impl Iterator<Item = (SocketAddr, &H)> {
+        self.places.iter().map(|(at, place)| (*at, &place.host))
+    }
+
+    /// Returns what a host has sent since it was put there.
+    pub fn sent(&self, at: SocketAddr) -> Sent {
+        self.places.get(&at).map(|place| place.sent).unwrap_or_default()
+    }
+
+    /// Returns what all hosts have sent.
+    pub fn sent_by_all(&self) -> Sent {
+        self.places.values().fold(Sent::default(), |sum, place| Sent {
+            datagrams: sum.datagrams + place.sent.datagrams,
+            bytes: sum.bytes + place.sent.bytes,
+        })
+    }
+
+    /// Returns how many datagrams have arrived.
+    pub fn delivered(&self) -> u64 {
+        self.delivered
+    }
+
+    /// Keeps the last `most` datagrams that arrive.
+    pub fn gather(&mut self, most: usize) {
+        self.gather = most;
+    }
+
+    /// Returns the datagrams that were kept, the latest last.
+    pub fn gathered(&self) -> &VecDeque<Delivered> {
+        &self.gathered
+    }
+
+    /// Does something to a host, and what it asks for after it.
+    ///
+    /// # Panics
+    /// When there is no host at the address.
+    pub fn with<T>(&mut self, at: SocketAddr, act: impl FnOnce(&mut H, Instant) -> T) -> T {
+        let now = self.now;
+        let place = self.places.get_mut(&at).expect("there is a host at the address");
+        let result = act(&mut place.host, now);
+        self.drain(at);
+        result
+    }
+
+    /// Hands a datagram to a host at once; nothing where there is none.
+    pub fn deliver(&mut self, from: SocketAddr, to: SocketAddr, datagram: &[u8]) {
+        let now = self.now;
+        if let Some(place) = self.places.get_mut(&to) {
+            place.host.handle_datagram(from, datagram, now);
+            self.drain(to);
+        }
+    }
+
+    /// Lets time pass.
+    pub fn run(&mut self, time: Duration) {
+        self.run_to(self.now + time);
+    }
+
+    /// Lets time pass until then.
+    pub fn run_to(&mut self, end: Instant) {
+        while self.step(end) {}
+        self.now = self.now.max(end);
+    }
+
+    fn step(&mut self, end: Instant) -> bool {
+        let flight = self.flights.peek().map(|Reverse(flight)| flight.0);
+        let wake = self.wakes.peek().map(|Reverse(wake)| wake.0);
+        let Some(at) = flight.into_iter().chain(wake).min().filter(|at| *at <= end) else { return false };
+        self.idle = if at > self.now { 0 } else { self.idle + 1 };
+        assert!(self.idle < BUSY, "time stands still: {wake:?} {:?}", self.wakes.peek());
+        self.now = self.now.max(at);
+        if flight == Some(at) {
+            if let Some(Reverse((_, _, from, to, datagram))) = self.flights.pop() {
+                self.arrive(from, to, datagram);
+            }
+        } else if let Some(Reverse((at, host))) = self.wakes.pop()
+            && let Some(place) = self.places.get_mut(&host)
+            && place.wake == at
+        {
+            place.host.handle_timeout(self.now);
+            self.drain(host);
+        }
+        true
+    }
+
+    fn arrive(&mut self, from: SocketAddr, to: SocketAddr, datagram: Rc<[u8]>) {
+        let apart = self.sides.get(&from) != self.sides.get(&to) || self.deaf.contains(&(from, to));
+        if apart || !self.places.contains_key(&to) {
+            return;
+        }
+        self.delivered += 1;
+        self.deliver(from, to, &datagram);
+        if self.gather > 0 {
+            if self.gathered.len() == self.gather {
+                self.gathered.pop_front();
+            }
+            self.gathered.push_back((from, to, datagram));
+        }
+    }
+
+    fn drain(&mut self, at: SocketAddr) {
+        let now = self.now;
+        while let Some(place) = self.places.get_mut(&at) {
+            match place.host.poll(now) {
+                Output::Send { to, datagram } => {
+                    assert!(datagram.len() <= MAX_DATAGRAM, "{at} sends {} bytes", datagram.len());
+                    place.sent.datagrams += 1;
+                    place.sent.bytes += datagram.len() as u64;
+                    self.transmit(at, to, datagram.into());
+                }
+                Output::Wait { until } => {
+                    if place.wake != until || until == now {
+                        place.wake = until;
+                        self.wakes.push(Reverse((until, at)));
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    fn transmit(&mut self, from: SocketAddr, to: SocketAddr, datagram: Rc<[u8]>) {
+        if self.rng.next_u64() % 100 < self.loss_percent {
+            return;
+        }
+        let twice = self.rng.next_u64() % 100 < self.duplicate_percent;
+        let late = self.slow.get(&to).copied().unwrap_or_default();
+        for _ in 0..=usize::from(twice) {
+            let jitter = Duration::from_nanos(self.rng.next_u64() % (self.jitter.as_nanos() as u64).max(1));
+            self.count += 1;
+            let flight = (self.now + LATENCY + jitter + late, self.count, from, to, datagram.clone());
+            self.flights.push(Reverse(flight));
+        }
+    }
+}
