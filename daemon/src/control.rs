@@ -525,7 +525,8 @@ fn leasing(start: &Start, seeds: &mut ChaCha8Rng, now: Instant) -> Leasing {
     if let StoreKind::Static(subnets) = &config.store.kind {
         lease_config.fixed.clone_from(subnets);
     }
-    lease_config.old_keys.extend(memory.held.iter().map(|held| held.key).filter(|held| *held != key));
+    let remembered = memory.held.iter().map(|held| held.key).filter(|held| *held != key);
+    lease_config.old_keys.extend(remembered.chain(start.key.predecessors()));
     Leasing::new(lease_config, memory.held.clone(), random(seeds), now)
 }
 

@@ -31,7 +31,7 @@ const REGRESSIONS: &[u64] = &[];
 /// How many random seeds `make test` runs.
 const SEEDS: u64 = 30;
 /// How many shorter runs are tried to find the shortest that fails.
-const TRIALS: usize = 200;
+const TRIALS: usize = 120;
 
 type Run = Vec<(Duration, Step)>;
 

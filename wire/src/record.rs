@@ -159,6 +159,11 @@ impl NodeKey {
         self.endorsements.iter().any(|endorsement| endorsement.key == *earlier)
     }
 
+    /// Returns the keys that this one follows, the latest first.
+    pub fn predecessors(&self) -> impl Iterator<Item = PublicKey> {
+        self.endorsements.iter().map(|endorsement| endorsement.key)
+    }
+
     /// Writes the secret and its endorsements, for a file that only root reads: one line of hexadecimal
     /// digits for the secret, then one line `KEY SIGNATURE` for each endorsement, the latest first.
     pub fn to_secret_text(&self) -> Zeroizing<String> {

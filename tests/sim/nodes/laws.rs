@@ -83,7 +83,7 @@ pub fn unsettled(machines: &[&Machine], truth: &[LeaseValue]) -> Option<String> 
         let control = &machine.daemon.as_ref()?.control;
         let wrong = leases(machine, control, truth)
             .or_else(|| members(control, &names))
-            .or_else(|| routes(machine, &running, truth))
+            .or_else(|| routes(machine, &running))
             .or_else(|| machine.pods_differ())
             .or_else(|| control.pass.running.then(|| "a pass runs".to_owned()));
         if let Some(wrong) = wrong {
@@ -113,7 +113,7 @@ fn members(control: &Control, running: &BTreeSet<NodeName>) -> Option<String> {
 }
 
 /// The kernel leads to the subnets of the running machines, each by its own tunnel, and to no other.
-fn routes(machine: &Machine, running: &[&Machine], truth: &[LeaseValue]) -> Option<String> {
+fn routes(machine: &Machine, running: &[&Machine]) -> Option<String> {
     let state = &machine.kernel.actual.state;
     let mut wanted = BTreeSet::new();
     for peer in running.iter().filter(|peer| peer.number != machine.number) {
@@ -122,8 +122,8 @@ fn routes(machine: &Machine, running: &[&Machine], truth: &[LeaseValue]) -> Opti
         if state.fdb.get(&(VXLAN_V4.to_owned(), mac)) != Some(&peer.address.ip()) {
             return Some(format!("no forwarding entry leads to {name}"));
         }
-        for value in truth.iter().filter(|value| value.node == *name) {
-            let prefix = value.subnet.net();
+        for subnet in peer.daemon.as_ref()?.control.subnets() {
+            let prefix = subnet.net();
             wanted.insert((prefix, METRIC));
             let Some(route) = state.routes.get(&(prefix, METRIC)) else {
                 return Some(format!("no route to {prefix} of {name}"));

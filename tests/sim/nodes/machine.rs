@@ -67,6 +67,7 @@ pub struct Daemon {
     attached: BTreeMap<AttachmentId, Pod>,
     busy: BTreeSet<AttachmentId>,
     strays: BTreeSet<String>,
+    pub started: Instant,
     wake: Instant,
     survey: Instant,
     /// What the latest pass was asked for.
@@ -200,6 +201,7 @@ impl Machine {
             attached: self.disk.journal.clone(),
             busy: BTreeSet::new(),
             strays: BTreeSet::new(),
+            started: now,
             wake: now,
             survey: now + SURVEY,
             last: None,
@@ -243,6 +245,11 @@ impl Machine {
         self.kill();
         weft_daemon::kernel::purge(&mut self.kernel);
         self.disk.forget();
+    }
+
+    /// Returns whether a pass over the kernel runs.
+    pub fn is_in_a_pass(&self) -> bool {
+        self.daemon.as_ref().is_some_and(|daemon| daemon.control.pass.running)
     }
 
     /// Gives the machine another address.

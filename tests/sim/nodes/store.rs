@@ -25,8 +25,10 @@ pub struct Link {
     pub down: bool,
     /// So many requests to come are performed, and their answers lost.
     pub lost_answers: u32,
-    /// Lists come from a replica so many writes behind.
+    /// Lists come from a replica so many writes behind,
     pub behind: usize,
+    /// so many times: a store may answer late, not for ever.
+    pub stale_lists: u32,
 }
 
 impl SharedStore {
@@ -53,7 +55,9 @@ impl SharedStore {
         let asked = request.clone();
         let answer = match request {
             StoreRequest::List => {
-                let behind = self.past.len().checked_sub(link.behind).filter(|_| link.behind > 0);
+                let stale = link.behind > 0 && link.stale_lists > 0;
+                link.stale_lists = link.stale_lists.saturating_sub(1);
+                let behind = self.past.len().checked_sub(link.behind).filter(|_| stale);
                 let old = behind.and_then(|place| self.past.get(place)).cloned();
                 StoreAnswer::Listed(Ok(old.unwrap_or_else(|| self.truth())))
             }

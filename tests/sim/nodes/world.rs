@@ -255,7 +255,10 @@ impl World {
             }
             Step::FindStore(a) => self.machine(a).link.down = false,
             Step::LoseAnswers(a, count) => self.machine(a).link.lost_answers = count,
-            Step::FallBehind(a, behind) => self.machine(a).link.behind = behind,
+            Step::FallBehind(a, behind) => {
+                let link = &mut self.machine(a).link;
+                (link.behind, link.stale_lists) = (behind, 3);
+            }
             Step::FillDisk(a) => self.machine(a).disk.full = true,
             Step::FreeDisk(a) => self.machine(a).disk.full = false,
             Step::RefuseChanges(a, count) => self.machine(a).kernel.refusals = count,
@@ -347,16 +350,18 @@ impl World {
         for _ in 0..count {
             let count = self.net.gathered().len().max(1);
             let place = self.net.rng.next_u64() as usize % count;
-            let Some((from, to, datagram)) = self.net.gathered().get(place).cloned() else { return Ok(()) };
-            let mut datagram = datagram.to_vec();
+            let Some(delivered) = self.net.gathered().get(place).cloned() else { return Ok(()) };
+            let (from, to) = (delivered.from, delivered.to);
+            let mut datagram = delivered.datagram.to_vec();
             if change {
                 let bit = self.net.rng.next_u64() as usize % (datagram.len() * 8);
                 datagram[bit / 8] ^= 1 << (bit % 8);
             }
             let Some(machine) = self.net.host(to) else { continue };
-            let Some(before) = machine.daemon.as_ref().map(|daemon| knowledge(&daemon.control.mesh)) else {
-                continue;
-            };
+            // A daemon that has just started cannot know what an earlier one was told: it learns what was true once,
+            // and its peers tell it better.
+            let witness = machine.daemon.as_ref().filter(|daemon| change || daemon.started <= delivered.at);
+            let Some(before) = witness.map(|daemon| knowledge(&daemon.control.mesh)) else { continue };
             self.net.deliver(from, to, &datagram);
             let Some(daemon) = &self.net.host(to).expect("it is where it was").daemon else { continue };
             let after = knowledge(&daemon.control.mesh);
@@ -405,6 +410,9 @@ impl World {
             }
         }
         self.pass_time(Duration::from_secs(40))?;
+        while self.machines().iter().any(|machine| machine.is_in_a_pass()) {
+            self.pass_time(MOMENT)?;
+        }
         let leases = self.store.borrow().leases();
         if let Some(wrong) = laws::unsettled(&self.machines(), &leases) {
             return Err(format!("whole, and then not: {wrong}"));

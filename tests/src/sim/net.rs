@@ -66,8 +66,19 @@ struct Place<H> {
 
 /// A datagram under way: when it arrives, its number, from where, to where, what.
 type Flight = (Instant, u64, SocketAddr, SocketAddr, Rc<[u8]>);
+
 /// A datagram that arrived.
-pub type Delivered = (SocketAddr, SocketAddr, Rc<[u8]>);
+#[derive(Debug, Clone)]
+pub struct Delivered {
+    /// When.
+    pub at: Instant,
+    /// From where.
+    pub from: SocketAddr,
+    /// At which host.
+    pub to: SocketAddr,
+    /// What.
+    pub datagram: Rc<[u8]>,
+}
 
 /// The network with its hosts.
 #[derive(Debug)]
@@ -240,7 +251,7 @@ impl<H: Host> Net<H> {
             if self.gathered.len() == self.gather {
                 self.gathered.pop_front();
             }
-            self.gathered.push_back((from, to, datagram));
+            self.gathered.push_back(Delivered { at: self.now, from, to, datagram });
         }
     }
 

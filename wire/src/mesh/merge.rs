@@ -116,9 +116,9 @@ impl Mesh {
         let address = claim.facts.gossip.first().copied();
         let mine = key == self.config.key.public() || self.config.key.follows(&key);
         let known = self.table.me.map(|me| self.table.at(me).signed.order());
-        let ahead = known.is_none_or(|known| claimed.order() > known);
         let relevant = if mine {
-            ahead && version >= self.version
+            // Before the first announcement there is nothing to compare with but the version to come.
+            known.map_or(version > self.version, |known| claimed.order() > known && version >= self.version)
         } else {
             !claim.left && liveness == Liveness::Alive && !self.reported_duplicate()
         };
