@@ -11,6 +11,8 @@ mod laws;
 mod machine;
 #[path = "nodes/meddling.rs"]
 mod meddling;
+#[path = "nodes/regressions.rs"]
+mod regressions;
 #[path = "nodes/step.rs"]
 mod step;
 #[path = "nodes/store.rs"]
@@ -26,8 +28,6 @@ use rand_core::{RngCore, SeedableRng};
 use step::{Step, random_run};
 use world::World;
 
-/// Seeds that found something once.
-const REGRESSIONS: &[u64] = &[];
 /// How many random seeds `make test` runs.
 const SEEDS: u64 = 30;
 /// How many shorter runs are tried to find the shortest that fails.
@@ -106,8 +106,9 @@ fn whatever_befalls_them_nodes_become_one_whole_network() {
 
 #[test]
 fn what_once_failed_holds() {
-    for seed in REGRESSIONS {
-        check(*seed);
+    for regression in regressions::ALL {
+        let outcome = try_run(regression.seed, regression.machines, &regression.run());
+        assert!(outcome.is_ok(), "{}: {outcome:?}", regression.what);
     }
 }
 

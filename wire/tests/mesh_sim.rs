@@ -141,6 +141,22 @@ fn a_node_that_leaves_is_gone_at_once_and_may_come_back() {
 }
 
 #[test]
+fn a_node_that_returns_without_its_memory_is_no_twin_of_itself() {
+    let mut net = Net::with_nodes("a_node_that_returns_without_its_memory", 6);
+    net.run_until("join", seconds(30), |net| net.converged(&all(6)));
+    net.with(3, |mesh, now| mesh.leave(now));
+    net.run(seconds(2));
+    net.crash(3);
+    net.start(config(3, 0), table(6));
+    // It hears of its old self from everyone before it has anything to announce.
+    net.run(seconds(8));
+    net.announce(3, facts(3));
+    net.run_until("return", seconds(20), |net| net.converged(&all(6)));
+    let twins = net.events(3).iter().filter(|event| matches!(event, MeshEvent::DuplicateName { .. }));
+    assert_eq!(twins.count(), 0, "WEFT_SEED={}", net.seed);
+}
+
+#[test]
 fn a_partition_heals_and_what_changed_meanwhile_spreads() {
     for nodes in [4, 12, 60] {
         let mut net = Net::with_nodes("a_partition_heals", nodes);

@@ -1,0 +1,49 @@
+//! Runs that failed once, cut down to the steps that it took.
+
+use std::time::Duration;
+
+use super::step::Step;
+
+/// A run that failed once.
+pub struct Regression {
+    /// What went wrong.
+    pub what: &'static str,
+    pub seed: u64,
+    pub machines: usize,
+    /// Milliseconds since the step before, and the step.
+    pub steps: &'static [(u64, Step)],
+}
+
+impl Regression {
+    /// Returns the steps as a run.
+    pub fn run(&self) -> Vec<(Duration, Step)> {
+        self.steps.iter().map(|(pause, step)| (Duration::from_millis(*pause), step.clone())).collect()
+    }
+}
+
+/// All of them.
+pub const ALL: &[Regression] = &[
+    Regression {
+        what: "a node that left spun, for a pass that was due and never began",
+        seed: 1,
+        machines: 4,
+        steps: &[(29_842, Step::Leave(1))],
+    },
+    Regression {
+        what: "a node that returned without its memory took its own old records for a twin's",
+        seed: 307,
+        machines: 4,
+        steps: &[(898, Step::Leave(2)), (1852, Step::AddPod(1))],
+    },
+    Regression {
+        what: "a node that lost its memory after its key was rotated did not know its own lease",
+        seed: 112,
+        machines: 5,
+        steps: &[
+            (0, Step::LoseStoreEverywhere),
+            (7252, Step::RotateNodeKey(1)),
+            (1809, Step::Leave(1)),
+            (1124, Step::Kill(1)),
+        ],
+    },
+];
