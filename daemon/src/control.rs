@@ -15,6 +15,7 @@ mod schedule;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rand_chacha::ChaCha8Rng;
@@ -22,7 +23,8 @@ use rand_core::{RngCore, SeedableRng};
 use tracing::{debug, error, info, warn};
 use weft_ipam::lease::{self, LeaseConfig, LeaseConflict, LeaseEvent, Leasing};
 use weft_ipam::store::{Change, Key, PutError, Snapshot, StoreError};
-use weft_wire::mesh::{Authority, Mesh, MeshConfig, MeshEvent, NodeKey, Owner, Timing};
+use weft_wire::mesh::{Authority, LeaseTable, Mesh, MeshConfig, MeshEvent, NodeKey, Timing};
+use weft_wire::record::Each;
 use weft_wire::seal::KeyRing;
 use weft_wire::types::{PublicKey, Subnet, to_hex};
 
@@ -181,7 +183,7 @@ pub struct Control {
     /// When this run began.
     pub started: Instant,
     boot: String,
-    authority: Option<BTreeMap<Subnet, Owner>>,
+    authority: Option<Arc<LeaseTable>>,
     /// The next node key, until the leases carry it.
     endorsed: Option<NodeKey>,
     /// Host ends that the last pass found and no pod accounted for.
@@ -511,6 +513,7 @@ fn mesh(start: &Start, seed: [u8; 32], now: Instant) -> Mesh {
         seeds,
         incarnation: memory.incarnation,
         timing,
+        verify: Arc::new(Each),
     };
     Mesh::new(mesh_config, seed, now)
 }

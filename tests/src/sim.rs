@@ -1,4 +1,6 @@
-//! What simulations stand on: a network in virtual time. It knows neither meshes nor daemons.
+//! What simulations stand on: a network in virtual time, and meshes in it.
 
+pub mod meshes;
 pub mod net;
+pub mod records;
 pub mod seed;

@@ -29,8 +29,8 @@ use rand_core::{RngCore, SeedableRng};
 
 pub use crate::record::{Capabilities, Facts, LeasedSubnet, NodeKey, NodeRecord};
 pub use api::{
-    Authority, Counters, MemberState, MemberView, MeshConfig, MeshEvent, Output, Owner, Rejected, Timing,
-    UnknownNode, Verdict,
+    Authority, Counters, LeaseTable, MemberState, MemberView, MeshConfig, MeshEvent, Output, Owner, Rejected,
+    Timing, UnknownNode, Verdict,
 };
 
 use crate::record::SignedRecord;
@@ -298,21 +298,13 @@ impl Mesh {
 
     /// Returns the peers, without the node itself, in no particular order.
     pub fn members(&self) -> impl Iterator<Item = MemberView<'_>> {
-        self.table.range(..).filter(|(id, _)| Some(*id) != self.table.me).map(|(_, member)| {
-            let record = member.signed.record();
-            let contact = member.contact.as_deref();
-            MemberView {
-                node: &record.node,
-                site: &record.site,
-                state: member.state(),
-                record,
-                routed: member.routed.as_deref().map(SignedRecord::record),
-                rtt: contact.and_then(|contact| contact.rtt),
-                loss: contact.map_or(0.0, |contact| contact.loss),
-                last_seen: contact.map(|contact| contact.last_seen),
-                verdict: &member.verdict,
-            }
-        })
+        self.table.range(..).filter(|(id, _)| Some(*id) != self.table.me).map(|(_, member)| member.view())
+    }
+
+    /// Returns a peer.
+    pub fn member(&self, node: &NodeName) -> Option<MemberView<'_>> {
+        let id = self.table.find_name(node).filter(|id| Some(*id) != self.table.me);
+        id.map(|id| self.table.at(id).view())
     }
 
     /// Returns the record that the node announces, once it has.

@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
 use ipnet::IpNet;
@@ -289,6 +290,11 @@ impl ClaimedRecord {
         Ok(signed)
     }
 
+    /// Returns the record as it was encoded and its signature: what tells it from every other.
+    pub fn encoded(&self) -> (&[u8], &[u8; SIGNATURE]) {
+        (&self.0.bytes, &self.0.signature)
+    }
+
     pub(crate) fn order(&self) -> (u64, u32) {
         self.0.order()
     }
@@ -301,6 +307,22 @@ impl ClaimedRecord {
         let record = proto::Record::decode(&signed.record[..]).map_err(|_| RecordError::Encoding)?;
         let record = from_proto(record)?;
         Ok(Self(SignedRecord { record, bytes: signed.record.into(), signature }))
+    }
+}
+
+/// Who verifies the records that a mesh hears of.
+pub trait Verify: fmt::Debug + Send + Sync {
+    /// Verifies a record of this cluster.
+    fn verify(&self, claimed: ClaimedRecord, cluster: &str) -> Result<Arc<SignedRecord>, BadSignature>;
+}
+
+/// Verifies each record by itself, as a daemon does. Meshes that share a process may share the work.
+#[derive(Debug, Clone, Copy)]
+pub struct Each;
+
+impl Verify for Each {
+    fn verify(&self, claimed: ClaimedRecord, cluster: &str) -> Result<Arc<SignedRecord>, BadSignature> {
+        claimed.verify(cluster).map(Arc::new)
     }
 }
 

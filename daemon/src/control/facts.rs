@@ -2,14 +2,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Instant;
 
 use tracing::info;
 use weft_ipam::lease::LeaseView;
 use weft_wire::mesh::{
-    Authority, Capabilities, Facts, LeasedSubnet, MemberState, NodeRecord, Owner, Verdict,
+    Authority, Capabilities, Facts, LeaseTable, LeasedSubnet, MemberState, NodeRecord, Owner, Verdict,
 };
-use weft_wire::types::{MacAddress, NodeName, Subnet};
+use weft_wire::types::{MacAddress, NodeName};
 
 use super::{Control, Output, REMEMBERED_PEER};
 use crate::config::{OverlayConfig, StoreKind, TxChecksum};
@@ -80,7 +81,7 @@ impl Control {
                     .peer
                     .subnets
                     .iter()
-                    .all(|subnet| table.get(subnet).is_some_and(|owner| owner.node == *node)),
+                    .all(|subnet| table.owner(*subnet).is_some_and(|owner| owner.node == *node)),
             };
             if !heard.contains(node) && still_owned && !peers.contains_key(node) {
                 peers.insert(node.clone(), remembered.clone());
@@ -98,7 +99,7 @@ impl Control {
     }
 
     /// Returns who owns which subnet: the store's view, or the last one remembered while it has not answered.
-    fn table(&self, now: Instant) -> BTreeMap<Subnet, Owner> {
+    fn table(&self, now: Instant) -> LeaseTable {
         if self.leasing.staleness(now).is_none() {
             return self.memory.leases.iter().map(|(subnet, lease)| (*subnet, lease.into())).collect();
         }
@@ -129,10 +130,11 @@ impl Control {
             return;
         }
         let table = self.table(now);
-        if self.authority.as_ref() == Some(&table) {
+        if self.authority.as_deref() == Some(&table) {
             return;
         }
         self.memory.leases = table
+            .leases()
             .iter()
             .map(|(subnet, owner)| {
                 let Owner { node, key, epoch } = owner.clone();
@@ -140,7 +142,8 @@ impl Control {
             })
             .collect();
         self.touch_memory(now);
-        self.mesh.set_authority(Authority::Store(table.clone()), now);
+        let table = Arc::new(table);
+        self.mesh.set_authority(Authority::Store(Arc::clone(&table)), now);
         self.authority = Some(table);
         self.wake(now);
     }

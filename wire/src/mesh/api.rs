@@ -1,10 +1,11 @@
 //! The values that go into and come out of a [`Mesh`](super::Mesh).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::record::{NodeKey, NodeRecord};
+use crate::record::{NodeKey, NodeRecord, Verify};
 use crate::seal::{KeyRing, OpenError};
 use crate::types::{Epoch, NodeName, PublicKey, SiteName, Subnet};
 
@@ -28,6 +29,8 @@ pub struct MeshConfig {
     pub incarnation: u64,
     /// How fast things happen.
     pub timing: Timing,
+    /// Who verifies records: [`Each`](crate::record::Each) in a daemon.
+    pub verify: Arc<dyn Verify>,
 }
 
 /// The intervals of the protocol; [`Timing::default`] suits a cluster of any size.
@@ -89,9 +92,44 @@ impl Default for Timing {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Authority {
     /// The lease table of the shared store: an announcement needs a lease.
-    Store(BTreeMap<Subnet, Owner>),
+    Store(Arc<LeaseTable>),
     /// There is no shared view: the first claim that the node sees stays.
     Claims,
+}
+
+/// Who owns which subnet, as the shared store says.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LeaseTable {
+    leases: BTreeMap<Subnet, Owner>,
+    /// The highest epoch: a higher one may be of a lease that the table does not show yet.
+    pub(super) latest: Epoch,
+    owners: BTreeSet<(NodeName, PublicKey)>,
+}
+
+impl LeaseTable {
+    /// Returns who owns a subnet.
+    pub fn owner(&self, subnet: Subnet) -> Option<&Owner> {
+        self.leases.get(&subnet)
+    }
+
+    /// Returns whether the store names this key as a node's.
+    pub fn is_owner(&self, node: &NodeName, key: &PublicKey) -> bool {
+        self.owners.contains(&(node.clone(), *key))
+    }
+
+    /// Returns the leases.
+    pub fn leases(&self) -> &BTreeMap<Subnet, Owner> {
+        &self.leases
+    }
+}
+
+impl FromIterator<(Subnet, Owner)> for LeaseTable {
+    fn from_iter<I: IntoIterator<Item = (Subnet, Owner)>>(leases: I) -> Self {
+        let leases = BTreeMap::from_iter(leases);
+        let latest = leases.values().map(|owner| owner.epoch).max().unwrap_or(Epoch(0));
+        let owners = leases.values().map(|owner| (owner.node.clone(), owner.key)).collect();
+        Self { leases, latest, owners }
+    }
 }
 
 /// Who holds a lease.

@@ -12,7 +12,7 @@ use blake2::{Blake2s256, Digest};
 use rand_chacha::ChaCha8Rng;
 use rand_core::RngCore;
 
-use super::api::{MemberState, Verdict};
+use super::api::{MemberState, MemberView, Verdict};
 use super::contact::Contact;
 use super::proto::Liveness;
 use super::sync::{Item, Sums};
@@ -61,6 +61,22 @@ impl Member {
             Liveness::Alive => MemberState::Alive,
             Liveness::Suspect => MemberState::Suspect,
             Liveness::Dead | Liveness::Forgotten => MemberState::Dead,
+        }
+    }
+
+    pub(super) fn view(&self) -> MemberView<'_> {
+        let record = self.signed.record();
+        let contact = self.contact.as_deref();
+        MemberView {
+            node: &record.node,
+            site: &record.site,
+            state: self.state(),
+            record,
+            routed: self.routed.as_deref().map(SignedRecord::record),
+            rtt: contact.and_then(|contact| contact.rtt),
+            loss: contact.map_or(0.0, |contact| contact.loss),
+            last_seen: contact.map(|contact| contact.last_seen),
+            verdict: &self.verdict,
         }
     }
 

@@ -6,7 +6,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use super::api::{MeshEvent, Output, Rejected};
+use super::api::{MeshConfig, MeshEvent, Output, Rejected};
 use super::gossip::Topic;
 use super::membership::{Id, MAX_MEMBERS, name_hash};
 use super::proto::{self, Liveness};
@@ -100,8 +100,9 @@ impl Mesh {
                 }
             }
         }
-        let signed = claimed.verify(&self.config.cluster).map_err(|_| Rejected::BadSignature)?;
-        Ok((Checked::Record { signed: Arc::new(signed), liveness, incarnation }, true))
+        let MeshConfig { verify, cluster, .. } = &self.config;
+        let signed = verify.verify(claimed, cluster).map_err(|_| Rejected::BadSignature)?;
+        Ok((Checked::Record { signed, liveness, incarnation }, true))
     }
 
     /// Looks at a record that has this node's name.

@@ -8,17 +8,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::Mesh;
-use super::api::{Authority, MeshEvent, Owner, Verdict};
+use super::api::{Authority, LeaseTable, MeshEvent, Verdict};
 use super::membership::{Id, MAX_MEMBERS};
 use crate::record::{LeasedSubnet, NodeRecord};
-use crate::types::{Epoch, NodeName, PublicKey, Subnet};
+use crate::types::{NodeName, PublicKey, Subnet};
 
 #[derive(Debug)]
 pub(super) struct Routes {
     authority: Authority,
-    /// The highest epoch in the lease table: a higher one may be a lease that the table does not show yet.
-    latest: Epoch,
-    owners: BTreeSet<(NodeName, PublicKey)>,
     /// Without a store: who has which subnet. No two overlap.
     claims: BTreeMap<Subnet, u64>,
     /// Without a store: the name hashes of those that were refused.
@@ -28,25 +25,18 @@ pub(super) struct Routes {
 impl Default for Routes {
     /// An empty lease table: nothing is accepted before the caller sets an authority.
     fn default() -> Self {
-        Self::new(Authority::Store(BTreeMap::new()))
+        Self::new(Authority::Store(Arc::default()))
     }
 }
 
 impl Routes {
     fn new(authority: Authority) -> Self {
-        let (mut latest, mut owners) = (Epoch(0), BTreeSet::new());
-        if let Authority::Store(table) = &authority {
-            for owner in table.values() {
-                latest = latest.max(owner.epoch);
-                owners.insert((owner.node.clone(), owner.key));
-            }
-        }
-        Self { authority, latest, owners, claims: BTreeMap::new(), contested: BTreeSet::new() }
+        Self { authority, claims: BTreeMap::new(), contested: BTreeSet::new() }
     }
 
     /// Whether the store says that `key` speaks for `node`.
     pub(super) fn is_owner(&self, node: &NodeName, key: &PublicKey) -> bool {
-        self.owners.contains(&(node.clone(), *key))
+        matches!(&self.authority, Authority::Store(table) if table.is_owner(node, key))
     }
 
     /// Who claims an address of `subnet`. Claims do not overlap, so the last one that starts in or before
@@ -200,14 +190,14 @@ impl Mesh {
 
     fn judge_lease(
         &self,
-        table: &BTreeMap<Subnet, Owner>,
+        table: &LeaseTable,
         record: &NodeRecord,
         leased: LeasedSubnet,
         in_use: bool,
     ) -> Judgement {
         let LeasedSubnet { subnet, epoch } = leased;
-        let Some(owner) = table.get(&subnet) else {
-            return if epoch > self.routes.latest {
+        let Some(owner) = table.owner(subnet) else {
+            return if epoch > table.latest {
                 Judgement::Pending(format!("the lease table does not show the lease on {subnet} yet"))
             } else {
                 Judgement::Refused(format!("no node has a lease on {subnet}"))

@@ -23,6 +23,7 @@ fn start(node: &str, authority: Authority, now: Instant) -> Mesh {
         seeds: Vec::new(),
         incarnation: 1,
         timing: Timing::default(),
+        verify: Arc::new(crate::record::Each),
     };
     let mut mesh = Mesh::new(config, [3; 32], now);
     mesh.set_authority(authority, now);
@@ -214,7 +215,7 @@ proptest! {
         news in vec(arb_news(), 1..12), order in any::<prop::sample::Index>(), store in any::<bool>(),
     ) {
         let now = Instant::now();
-        let authority = if store { Authority::Store(BTreeMap::new()) } else { Authority::Claims };
+        let authority = if store { Authority::Store(Arc::default()) } else { Authority::Claims };
         // Rumors about nodes without a record say nothing yet, so every node is known first.
         let known: Vec<proto::Update> = (0..4)
             .map(|node| proto::Update { record: Some(record(node, 1, false, false).to_proto()), ..Default::default() })

@@ -1,16 +1,12 @@
 //! What a mesh believes: leases, claims, keys, names; and what it does with datagrams that lie.
 #![allow(clippy::unwrap_used)]
 
-#[allow(dead_code)]
-#[path = "mesh_sim/net.rs"]
-mod net;
-
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
-use net::*;
 use rand_core::RngCore;
+use weft_tests::sim::meshes::*;
 use weft_wire::mesh::*;
 use weft_wire::types::Epoch;
 
@@ -23,13 +19,13 @@ fn table_of(owners: &[(usize, usize, u8, u64)]) -> Authority {
         let owner = Owner { node: name(*node), key: key(*node, *generation).public(), epoch: Epoch(*epoch) };
         (subnet(*number), owner)
     };
-    Authority::Store(owners.iter().map(entry).collect::<BTreeMap<_, _>>())
+    Authority::Store(Arc::new(owners.iter().map(entry).collect()))
 }
 
 #[test]
 fn replayed_datagrams_change_nothing_and_are_counted() {
-    let mut net = Net::new("replayed_datagrams");
-    net.recorded = Some(Vec::new());
+    let mut net = Meshes::new("replayed_datagrams");
+    net.net.gather(usize::MAX);
     for node in 0..5 {
         net.start(config(node, 1), table(5));
         net.announce(node, facts(node));
@@ -39,7 +35,9 @@ fn replayed_datagrams_change_nothing_and_are_counted() {
     changed.mtu = 1400;
     net.announce(2, changed);
     net.run(seconds(30));
-    let recorded = net.recorded.take().unwrap();
+    let recorded: Vec<_> =
+        net.net.gathered().iter().map(|seen| (seen.from, seen.to, seen.datagram.to_vec())).collect();
+    net.net.gather(0);
     assert!(recorded.len() > 100);
     for (from, to, datagram) in &recorded {
         for node in 0..5 {
@@ -70,18 +68,20 @@ fn replayed_datagrams_change_nothing_and_are_counted() {
 
 #[test]
 fn forged_truncated_and_oversized_datagrams_change_nothing_and_are_counted() {
-    let mut net = Net::with_nodes("forged_datagrams", 3);
+    let mut net = Meshes::with_nodes("forged_datagrams", 3);
     net.run_until("join", seconds(30), |net| net.converged(&all(3)));
-    net.recorded = Some(Vec::new());
+    net.net.gather(usize::MAX);
     net.run(seconds(10));
-    let recorded = net.recorded.take().unwrap();
+    let recorded: Vec<_> =
+        net.net.gathered().iter().map(|seen| (seen.from, seen.to, seen.datagram.to_vec())).collect();
+    net.net.gather(0);
     let before: Vec<_> = (0..3).map(|node| knowledge(net.mesh(node))).collect();
     let mut lies = 0;
     for (from, _, datagram) in &recorded {
         let mut forged = datagram.clone();
-        let bit = net.rng.next_u64() as usize % (forged.len() * 8);
+        let bit = net.net.rng.next_u64() as usize % (forged.len() * 8);
         forged[bit / 8] ^= 1 << (bit % 8);
-        let cut = net.rng.next_u64() as usize % datagram.len();
+        let cut = net.net.rng.next_u64() as usize % datagram.len();
         let mut long = datagram.clone();
         long.resize(1201 + cut, 0);
         for lie in [&forged[..], &datagram[..cut], &long, &[], &[0; 9000]] {
@@ -99,7 +99,7 @@ fn forged_truncated_and_oversized_datagrams_change_nothing_and_are_counted() {
 
 #[test]
 fn a_record_without_a_lease_is_refused() {
-    let mut net = Net::new("a_record_without_a_lease");
+    let mut net = Meshes::new("a_record_without_a_lease");
     // Node 2 announces the subnet of node 1; node 3 one that nobody leased, below the latest epoch.
     for node in 0..4 {
         net.start(config(node, 1), table_of(&[(0, 0, 1, 1), (1, 1, 1, 2), (9, 0, 1, 99)]));
@@ -120,7 +120,7 @@ fn a_record_without_a_lease_is_refused() {
 
 #[test]
 fn a_record_ahead_of_the_lease_table_waits_for_it() {
-    let mut net = Net::new("a_record_ahead");
+    let mut net = Meshes::new("a_record_ahead");
     net.start(config(0, 1), table_of(&[(0, 0, 1, 1)]));
     net.start(config(1, 1), table(2));
     net.announce(0, facts(0));
@@ -139,13 +139,13 @@ fn a_record_ahead_of_the_lease_table_waits_for_it() {
 
 #[test]
 fn what_was_accepted_stays_routed_while_a_newer_record_is_pending() {
-    let mut net = Net::with_nodes("stays_routed_while_pending", 2);
+    let mut net = Meshes::with_nodes("stays_routed_while_pending", 2);
     net.run_until("join", seconds(30), |net| net.converged(&all(2)));
     let mut more = facts(1);
     more.subnets.push(LeasedSubnet { subnet: subnet(50), epoch: Epoch(60) });
     net.announce(1, more.clone());
     net.run(seconds(5));
-    let view = |net: &Net| {
+    let view = |net: &Meshes| {
         let member = net.mesh(0).members().next().unwrap();
         (member.verdict.is_accepted(), member.routed.map(|routed| routed.facts.subnets.len()))
     };
@@ -158,7 +158,7 @@ fn what_was_accepted_stays_routed_while_a_newer_record_is_pending() {
 
 #[test]
 fn of_two_claims_each_node_keeps_the_one_it_has_and_reports_the_other() {
-    let mut net = Net::new("two_claims");
+    let mut net = Meshes::new("two_claims");
     for node in 0..4 {
         net.start(config(node, 1), Authority::Claims);
     }
@@ -186,7 +186,7 @@ fn of_two_claims_each_node_keeps_the_one_it_has_and_reports_the_other() {
 #[test]
 fn a_node_key_rotates_without_a_moment_of_refusal_under_both_authorities() {
     for store_first in [Some(true), Some(false), None] {
-        let mut net = Net::new("a_node_key_rotates");
+        let mut net = Meshes::new("a_node_key_rotates");
         let authority = |generation| {
             store_first.map_or(Authority::Claims, |_| {
                 table_of(&[(0, 0, 1, 1), (1, 1, 1, 2), (2, 2, generation, 3), (3, 3, 1, 4)])
@@ -198,7 +198,7 @@ fn a_node_key_rotates_without_a_moment_of_refusal_under_both_authorities() {
         }
         net.run_until("join", seconds(30), |net| net.converged(&all(3)));
         for generation in 2..=4 {
-            let publish = |net: &mut Net| {
+            let publish = |net: &mut Meshes| {
                 (0..3).for_each(|node| {
                     net.with(node, |mesh, now| mesh.set_authority(authority(generation), now))
                 });
@@ -235,18 +235,18 @@ fn a_node_key_rotates_without_a_moment_of_refusal_under_both_authorities() {
 
 #[test]
 fn a_node_that_missed_two_rotations_follows_the_endorsements() {
-    let mut net = Net::new("a_node_that_missed_two_rotations");
+    let mut net = Meshes::new("a_node_that_missed_two_rotations");
     for node in 0..3 {
         net.start(config(node, 1), Authority::Claims);
         net.announce(node, facts(node));
     }
     net.run_until("join", seconds(30), |net| net.converged(&all(3)));
-    net.sides.insert(address(0), 1);
+    net.net.sides.insert(address(0), 1);
     net.run(seconds(30));
     net.with(2, |mesh, now| mesh.rotate_key(key(2, 2), now));
     net.with(2, |mesh, now| mesh.rotate_key(key(2, 3), now));
     net.run(seconds(10));
-    net.sides.clear();
+    net.net.sides.clear();
     net.run_until("heal", seconds(60), |net| net.converged(&all(3)));
     assert!(net.mesh(0).members().any(|member| member.record.key == key(2, 3).public()));
 }
@@ -254,7 +254,7 @@ fn a_node_that_missed_two_rotations_follows_the_endorsements() {
 #[test]
 fn a_second_node_of_the_same_name_is_reported_and_not_believed() {
     for authority in [Authority::Claims, table(3)] {
-        let mut net = Net::new("a_second_node_of_the_same_name");
+        let mut net = Meshes::new("a_second_node_of_the_same_name");
         for node in 0..3 {
             net.start(config(node, 1), authority.clone());
             net.announce(node, facts(node));
@@ -264,10 +264,11 @@ fn a_second_node_of_the_same_name_is_reported_and_not_believed() {
         net.start_at(elsewhere, MeshConfig { key: key(2, 9), ..config(2, 1) }, authority);
         // It hears of its namesake before it announces anything.
         let expected = MeshEvent::DuplicateName { from: address(2), key: key(2, 1).public() };
-        net.run_until("report", seconds(15), |net| net.hosts[&elsewhere].events.contains(&expected));
-        let now = net.now;
+        net.run_until("report", seconds(15), |net| {
+            net.net.host(elsewhere).unwrap().events.contains(&expected)
+        });
         let imposter = Facts { gossip: vec![elsewhere], ..facts(2) };
-        net.hosts.get_mut(&elsewhere).unwrap().mesh.announce(imposter, now);
+        net.with_at(elsewhere, |mesh, now| mesh.announce(imposter, now));
         net.run(seconds(60));
         for node in 0..2 {
             let mesh = net.mesh(node);
@@ -275,35 +276,34 @@ fn a_second_node_of_the_same_name_is_reported_and_not_believed() {
             assert_eq!(net.verdict(node, 2), Some(Verdict::Accepted));
         }
         // The first one goes on as before once the second is gone.
-        net.hosts.remove(&elsewhere);
+        net.net.remove(elsewhere);
         net.run_until("calm", seconds(60), |net| net.converged(&all(3)));
     }
 }
 
 #[test]
 fn a_clone_of_a_node_with_its_key_is_reported_and_starts_no_race() {
-    let mut net = Net::with_nodes("a_clone_of_a_node", 3);
+    let mut net = Meshes::with_nodes("a_clone_of_a_node", 3);
     net.run_until("join", seconds(30), |net| net.converged(&all(3)));
     let elsewhere: SocketAddr = "198.51.100.9:7117".parse().unwrap();
     net.start_at(elsewhere, config(2, 1), table(3));
-    let now = net.now;
     let clone = Facts { gossip: vec![elsewhere], ..facts(2) };
-    net.hosts.get_mut(&elsewhere).unwrap().mesh.announce(clone, now);
+    net.with_at(elsewhere, |mesh, now| mesh.announce(clone, now));
     net.run(seconds(120));
-    let reported = |host: &Host| {
+    let reported = |host: &MeshHost| {
         let own = key(2, 1).public();
         host.events.iter().any(|event| matches!(event, MeshEvent::DuplicateName { key, .. } if *key == own))
     };
-    assert!(reported(&net.hosts[&elsewhere]) || reported(&net.hosts[&address(2)]));
+    assert!(reported(net.net.host(elsewhere).unwrap()) || reported(net.net.host(address(2)).unwrap()));
     let bumps = net.mesh(2).record().unwrap().version & 0xffff_ffff;
     assert!(bumps < 200, "{bumps} versions in two minutes");
-    net.hosts.remove(&elsewhere);
+    net.net.remove(elsewhere);
     net.run_until("calm", seconds(60), |net| net.converged(&all(3)));
 }
 
 #[test]
 fn a_forgotten_node_is_gone_everywhere_and_welcome_when_it_returns() {
-    let mut net = Net::with_nodes("a_forgotten_node", 8);
+    let mut net = Meshes::with_nodes("a_forgotten_node", 8);
     net.run_until("join", seconds(30), |net| net.converged(&all(8)));
     net.with(0, |mesh, _| mesh.forget(&name(5)));
     assert_eq!(net.state(0, 5), Some(MemberState::Alive), "a living node is not forgotten");
@@ -324,18 +324,18 @@ fn a_forgotten_node_is_gone_everywhere_and_welcome_when_it_returns() {
 
 #[test]
 fn a_reaped_node_that_lived_on_behind_a_partition_returns() {
-    let mut net = Net::with_nodes("a_reaped_node_returns", 6);
+    let mut net = Meshes::with_nodes("a_reaped_node_returns", 6);
     net.run_until("join", seconds(30), |net| net.converged(&all(6)));
-    net.sides.insert(address(5), 1);
+    net.net.sides.insert(address(5), 1);
     net.run(seconds(700));
     assert!((0..5).all(|node| net.state(node, 5).is_none()));
-    net.sides.clear();
+    net.net.sides.clear();
     net.run_until("return", seconds(60), |net| net.converged(&all(6)));
 }
 
 #[test]
 fn ping_measures_the_round_trip() {
-    let mut net = Net::with_nodes("ping_measures", 3);
+    let mut net = Meshes::with_nodes("ping_measures", 3);
     net.run_until("join", seconds(30), |net| net.converged(&all(3)));
     assert_eq!(net.with(0, |mesh, now| mesh.ping(&name(9), 1, now)), Err(UnknownNode(name(9))));
     net.with(0, |mesh, now| mesh.ping(&name(2), 77, now)).unwrap();
@@ -355,7 +355,7 @@ fn ping_measures_the_round_trip() {
 
 #[test]
 fn the_largest_records_and_names_keep_the_budget() {
-    let mut net = Net::new("the_largest_records");
+    let mut net = Meshes::new("the_largest_records");
     let long = |node: usize| MeshConfig {
         node: format!("{}{}", "x".repeat(60), 100 + node).parse().unwrap(),
         site: "s".repeat(63).parse().unwrap(),
@@ -381,7 +381,7 @@ fn the_largest_records_and_names_keep_the_budget() {
     }
     // The network asserts the length of every datagram.
     net.run_until("join", seconds(60), |net| {
-        net.hosts.values().all(|host| host.mesh.members().filter(|m| m.verdict.is_accepted()).count() == 39)
+        net.net.hosts().all(|(_, host)| host.mesh.members().filter(|m| m.verdict.is_accepted()).count() == 39)
     });
     net.crash(7);
     net.run(seconds(60));

@@ -1,14 +1,10 @@
 //! Meshes of 3 to 60 nodes in virtual time: whatever the network does, they come to agree.
 #![allow(clippy::unwrap_used)]
 
-#[allow(dead_code)]
-#[path = "mesh_sim/net.rs"]
-mod net;
-
 use std::time::Duration;
 
-use net::*;
 use rand_core::RngCore;
+use weft_tests::sim::meshes::*;
 use weft_wire::mesh::*;
 
 fn all(nodes: usize) -> Vec<usize> {
@@ -18,7 +14,7 @@ fn all(nodes: usize) -> Vec<usize> {
 #[test]
 fn meshes_of_any_size_converge() {
     for nodes in [2, 3, 7, 20, 60] {
-        let mut net = Net::with_nodes("meshes_of_any_size_converge", nodes);
+        let mut net = Meshes::with_nodes("meshes_of_any_size_converge", nodes);
         let time = net.run_until("join", seconds(30), |net| net.converged(&all(nodes)));
         println!("{nodes} nodes converge in {time:?}");
     }
@@ -26,13 +22,13 @@ fn meshes_of_any_size_converge() {
 
 #[test]
 fn a_lossy_duplicating_reordering_network_only_slows_convergence() {
-    let mut net = Net::with_nodes("a_lossy_duplicating_reordering_network", 20);
-    net.loss_percent = 20;
-    net.duplicate_percent = 20;
-    net.jitter = Duration::from_millis(150);
+    let mut net = Meshes::with_nodes("a_lossy_duplicating_reordering_network", 20);
+    net.net.loss_percent = 20;
+    net.net.duplicate_percent = 20;
+    net.net.jitter = Duration::from_millis(150);
     net.run_until("join", seconds(60), |net| net.converged(&all(20)));
     for round in 0..5u16 {
-        let node = net.rng.next_u64() as usize % 20;
+        let node = net.net.rng.next_u64() as usize % 20;
         let mut changed = facts(node);
         changed.mtu = 9000 + round;
         net.announce(node, changed.clone());
@@ -48,7 +44,7 @@ fn a_lossy_duplicating_reordering_network_only_slows_convergence() {
 
 #[test]
 fn a_change_reaches_sixty_nodes_within_two_seconds() {
-    let mut net = Net::with_nodes("a_change_reaches_sixty_nodes", 60);
+    let mut net = Meshes::with_nodes("a_change_reaches_sixty_nodes", 60);
     net.run_until("join", seconds(30), |net| net.converged(&all(60)));
     net.run(seconds(20));
     let mut changed = facts(7);
@@ -65,7 +61,7 @@ fn a_change_reaches_sixty_nodes_within_two_seconds() {
 #[test]
 fn a_crashed_node_is_dead_everywhere_and_its_routes_stay() {
     for nodes in [3, 12, 40] {
-        let mut net = Net::with_nodes("a_crashed_node_is_dead_everywhere", nodes);
+        let mut net = Meshes::with_nodes("a_crashed_node_is_dead_everywhere", nodes);
         net.run_until("join", seconds(30), |net| net.converged(&all(nodes)));
         net.crash(2);
         let rest: Vec<usize> = all(nodes).into_iter().filter(|node| *node != 2).collect();
@@ -87,7 +83,7 @@ fn a_crashed_node_is_dead_everywhere_and_its_routes_stay() {
 
 #[test]
 fn a_restarted_node_is_back_within_seconds() {
-    let mut net = Net::with_nodes("a_restarted_node_is_back", 12);
+    let mut net = Meshes::with_nodes("a_restarted_node_is_back", 12);
     net.run_until("join", seconds(30), |net| net.converged(&all(12)));
     net.crash(4);
     net.run_until("death", seconds(60), |net| net.state(0, 4) == Some(MemberState::Dead));
@@ -98,7 +94,7 @@ fn a_restarted_node_is_back_within_seconds() {
 
 #[test]
 fn a_node_restarted_with_lost_state_signs_above_its_past() {
-    let mut net = Net::with_nodes("a_node_restarted_with_lost_state", 5);
+    let mut net = Meshes::with_nodes("a_node_restarted_with_lost_state", 5);
     net.run_until("join", seconds(30), |net| net.converged(&all(5)));
     let mut second = facts(4);
     second.mtu = 1400;
@@ -125,7 +121,7 @@ fn a_node_restarted_with_lost_state_signs_above_its_past() {
 
 #[test]
 fn a_node_that_leaves_is_gone_at_once_and_may_come_back() {
-    let mut net = Net::with_nodes("a_node_that_leaves", 12);
+    let mut net = Meshes::with_nodes("a_node_that_leaves", 12);
     net.run_until("join", seconds(30), |net| net.converged(&all(12)));
     net.with(3, |mesh, now| mesh.leave(now));
     net.run(Duration::from_millis(600));
@@ -142,7 +138,7 @@ fn a_node_that_leaves_is_gone_at_once_and_may_come_back() {
 
 #[test]
 fn a_node_that_returns_without_its_memory_is_no_twin_of_itself() {
-    let mut net = Net::with_nodes("a_node_that_returns_without_its_memory", 6);
+    let mut net = Meshes::with_nodes("a_node_that_returns_without_its_memory", 6);
     net.run_until("join", seconds(30), |net| net.converged(&all(6)));
     net.with(3, |mesh, now| mesh.leave(now));
     net.run(seconds(2));
@@ -159,10 +155,10 @@ fn a_node_that_returns_without_its_memory_is_no_twin_of_itself() {
 #[test]
 fn a_partition_heals_and_what_changed_meanwhile_spreads() {
     for nodes in [4, 12, 60] {
-        let mut net = Net::with_nodes("a_partition_heals", nodes);
+        let mut net = Meshes::with_nodes("a_partition_heals", nodes);
         net.run_until("join", seconds(30), |net| net.converged(&all(nodes)));
         for node in 0..nodes {
-            net.sides.insert(address(node), (node % 2) as u8);
+            net.net.sides.insert(address(node), (node % 2) as u8);
         }
         net.run(seconds(120));
         assert_eq!(net.state(0, 1), Some(MemberState::Dead), "WEFT_SEED={}", net.seed);
@@ -172,7 +168,7 @@ fn a_partition_heals_and_what_changed_meanwhile_spreads() {
             net.announce(node, changed);
         }
         net.run(seconds(10));
-        net.sides.clear();
+        net.net.sides.clear();
         let time = net.run_until("heal", seconds(60), |net| {
             net.converged(&all(nodes))
                 && (2..nodes).all(|node| {
@@ -186,15 +182,15 @@ fn a_partition_heals_and_what_changed_meanwhile_spreads() {
 #[test]
 fn members_come_and_go_under_loss_and_all_agree_in_the_end() {
     let nodes = 24;
-    let mut net = Net::with_nodes("members_come_and_go", nodes);
-    net.loss_percent = 10;
-    net.duplicate_percent = 5;
-    net.jitter = Duration::from_millis(60);
+    let mut net = Meshes::with_nodes("members_come_and_go", nodes);
+    net.net.loss_percent = 10;
+    net.net.duplicate_percent = 5;
+    net.net.jitter = Duration::from_millis(60);
     let mut starts = vec![1; nodes];
     for _ in 0..60 {
-        let node = 2 + net.rng.next_u64() as usize % (nodes - 2);
-        if net.hosts.contains_key(&address(node)) {
-            if net.rng.next_u64().is_multiple_of(2) {
+        let node = 2 + net.net.rng.next_u64() as usize % (nodes - 2);
+        if net.runs(node) {
+            if net.net.rng.next_u64().is_multiple_of(2) {
                 net.with(node, |mesh, now| mesh.leave(now));
                 net.run(Duration::from_millis(300));
             }
@@ -204,22 +200,21 @@ fn members_come_and_go_under_loss_and_all_agree_in_the_end() {
             net.start(config(node, starts[node]), table(nodes));
             net.announce(node, facts(node));
         }
-        let pause = net.rng.next_u64() % 3000;
+        let pause = net.net.rng.next_u64() % 3000;
         net.run(Duration::from_millis(pause));
     }
-    net.loss_percent = 0;
-    let living: Vec<usize> =
-        all(nodes).into_iter().filter(|n| net.hosts.contains_key(&address(*n))).collect();
+    net.net.loss_percent = 0;
+    let living: Vec<usize> = all(nodes).into_iter().filter(|n| net.runs(*n)).collect();
     net.run_until("agree", seconds(120), |net| net.converged(&living));
 }
 
 #[test]
 fn bytes_at_rest_do_not_grow_with_the_mesh() {
     let cost = |nodes: usize| {
-        let mut net = Net::with_nodes("bytes_at_rest", nodes);
+        let mut net = Meshes::with_nodes("bytes_at_rest", nodes);
         net.run_until("join", seconds(60), |net| net.converged(&all(nodes)));
         net.run(seconds(60));
-        let sum = |net: &Net| net.hosts.values().map(|host| host.sent_bytes).sum::<u64>();
+        let sum = |net: &Meshes| net.net.sent_by_all().bytes;
         let before = sum(&net);
         net.run(seconds(30));
         (sum(&net) - before) / 30 / nodes as u64
@@ -232,7 +227,7 @@ fn bytes_at_rest_do_not_grow_with_the_mesh() {
 
 #[test]
 fn the_cluster_key_rotates_without_a_lost_datagram() {
-    let mut net = Net::with_nodes("the_cluster_key_rotates", 7);
+    let mut net = Meshes::with_nodes("the_cluster_key_rotates", 7);
     net.run_until("join", seconds(30), |net| net.converged(&all(7)));
     for keys in [&[1, 2][..], &[2, 1], &[2]] {
         for node in 0..7 {
@@ -251,7 +246,7 @@ fn the_cluster_key_rotates_without_a_lost_datagram() {
 
 #[test]
 fn a_wrong_cluster_key_is_reported_and_changes_nothing() {
-    let mut net = Net::with_nodes("a_wrong_cluster_key", 3);
+    let mut net = Meshes::with_nodes("a_wrong_cluster_key", 3);
     net.run_until("join", seconds(30), |net| net.converged(&all(3)));
     net.start(MeshConfig { ring: ring(&[9]), ..config(3, 1) }, table(4));
     net.announce(3, facts(3));

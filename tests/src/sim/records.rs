@@ -1,0 +1,41 @@
+//! Verified records that all meshes of a simulation share: each is verified once and kept once.
+//!
+//! What a daemon does for its own records, thousands of meshes in one process would each do for all.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use weft_wire::record::{BadSignature, ClaimedRecord, SignedRecord, Verify};
+
+/// Dropped records are cleared away when there are so many entries, and then at twice as many as are left.
+const CLEAR_AT: usize = 1 << 14;
+
+type Encoded = (Box<[u8]>, [u8; 64]);
+
+/// The records.
+#[derive(Debug, Default)]
+pub struct SharedRecords(Mutex<Known>);
+
+#[derive(Debug, Default)]
+struct Known {
+    records: HashMap<Encoded, Weak<SignedRecord>>,
+    clear_at: usize,
+}
+
+impl Verify for SharedRecords {
+    fn verify(&self, claimed: ClaimedRecord, cluster: &str) -> Result<Arc<SignedRecord>, BadSignature> {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (bytes, signature) = claimed.encoded();
+        let encoded: Encoded = (bytes.into(), *signature);
+        if let Some(record) = known.records.get(&encoded).and_then(Weak::upgrade) {
+            return Ok(record);
+        }
+        let record = Arc::new(claimed.verify(cluster)?);
+        if known.records.len() >= known.clear_at.max(CLEAR_AT) {
+            known.records.retain(|_, record| record.strong_count() > 0);
+            known.clear_at = known.records.len() * 2;
+        }
+        known.records.insert(encoded, Arc::downgrade(&record));
+        Ok(record)
+    }
+}
