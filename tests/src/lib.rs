@@ -4,5 +4,7 @@
 //! Not part of what is shipped to a node. Nothing here may leave a trace on the machine once a lab is down.
 #![forbid(unsafe_code)]
 
+pub mod figures;
 pub mod lab;
+pub mod plot;
 pub mod sim;

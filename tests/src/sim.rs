@@ -4,3 +4,4 @@ pub mod meshes;
 pub mod net;
 pub mod records;
 pub mod seed;
+pub mod size;

@@ -301,7 +301,7 @@ impl Machine {
 
     /// Tells the daemon that something in the kernel changed, unless the message is lost.
     pub fn notify_of_kernel(&mut self, now: Instant) {
-        if self.rng.next_u32() % 10 > 0 {
+        if !self.rng.next_u32().is_multiple_of(10) {
             self.put_off(now, 20, Todo::KernelChanged);
         }
     }
@@ -309,7 +309,7 @@ impl Machine {
     /// Tells the daemon that someone wrote to the store.
     pub fn notify_of_store(&mut self, now: Instant) {
         let change = weft_ipam::store::Change::Relist;
-        if !self.link.down && self.rng.next_u32() % 10 > 0 {
+        if !self.link.down && !self.rng.next_u32().is_multiple_of(10) {
             self.put_off(now, 200, Todo::Answer(StoreAnswer::Changed(change)));
         }
     }

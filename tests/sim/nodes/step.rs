@@ -25,7 +25,7 @@ pub enum Step {
     },
     /// Datagrams are taken in so much later.
     Slow(usize, Duration),
-    StepClock(usize, Duration),
+    AdvanceClock(usize, Duration),
     LoseStore(usize),
     LoseStoreEverywhere,
     FindStore(usize),
@@ -93,7 +93,7 @@ pub fn random_run(rng: &mut dyn RngCore, machines: usize, steps: usize) -> Vec<(
                 jitter: ms(rng, 200),
             },
             28 => Step::Slow(a, ms(rng, 6000)),
-            29 | 30 => Step::StepClock(a, ms(rng, 200_000)),
+            29 | 30 => Step::AdvanceClock(a, ms(rng, 200_000)),
             31 | 32 => Step::LoseStore(a),
             33 => Step::LoseStoreEverywhere,
             34..=36 => Step::FindStore(a),

@@ -88,7 +88,7 @@ impl World {
     pub fn new(seed: u64, machines: usize) -> Self {
         let mut net = Net::new(seed);
         let store = Rc::new(RefCell::new(SharedStore::default()));
-        let dual_stack = net.rng.next_u32() % 2 == 0;
+        let dual_stack = net.rng.next_u32().is_multiple_of(2);
         let mut places = Vec::new();
         for number in 0..machines {
             let disk = Disk::new(key(&mut net.rng), ring(&[1]));
@@ -248,7 +248,7 @@ impl World {
                 self.net.jitter = jitter(most);
             }
             Step::Slow(a, by) => drop(self.net.slow.insert(self.places[a], by)),
-            Step::StepClock(a, by) => self.machine(a).clock.step(by),
+            Step::AdvanceClock(a, by) => self.machine(a).clock.step(by),
             Step::LoseStore(a) => self.machine(a).link.down = true,
             Step::LoseStoreEverywhere => {
                 (0..self.places.len()).for_each(|a| self.machine(a).link.down = true)
@@ -383,7 +383,7 @@ impl World {
         self.net.slow.clear();
         for number in 0..self.places.len() {
             // The seeds stay on: a node that knows no one must find someone.
-            let off = number > 1 && self.net.rng.next_u32() % 8 == 0;
+            let off = number > 1 && self.net.rng.next_u32().is_multiple_of(8);
             self.with(number, move |machine, now| {
                 machine.link = Link::default();
                 machine.disk.full = false;

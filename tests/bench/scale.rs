@@ -1,0 +1,163 @@
+//! The mesh by size: how fast it learns and what it costs, from ten nodes to thousands, as a table and as plots.
+//!
+//! `make bench-scale`; `SCALE_NODES=10,100` measures other sizes. It writes docs/plots/.
+
+use std::fmt::Write;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use weft_tests::figures::quantile;
+use weft_tests::plot::{Series, svg};
+use weft_tests::sim::meshes::{config, seconds, table};
+use weft_tests::sim::size::{Event, Measured, Size, Work, reconciler_work};
+
+const SIZES: [usize; 4] = [10, 100, 1000, 5000];
+
+/// Everything that is measured of one size.
+struct Row {
+    size: Size,
+    /// Resident bytes of this process for each node of the simulation, which share their records.
+    simulated: f64,
+    /// Resident bytes of one mesh that knows all others and shares nothing, as in a daemon.
+    alone: f64,
+    work: [Work; 3],
+    took: f64,
+}
+
+/// The resident memory of this process in bytes.
+fn resident() -> f64 {
+    let status = fs::read_to_string("/proc/self/status").expect("/proc is mounted");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("the kernel tells VmRSS");
+    line.trim().trim_end_matches(" kB").parse::<f64>().expect("a number of kB") * 1024.0
+}
+
+fn measure(nodes: usize) -> Row {
+    let began = Instant::now();
+    let trials = (600 / nodes).clamp(1, 10);
+    let before = resident();
+    let (mut mesh, size) = Measured::measure(nodes, trials, &format!("{nodes} nodes"));
+    let simulated = (resident() - before).max(0.0) / nodes as f64;
+    let before = resident();
+    // One more, which verifies for itself and has its own view of the leases.
+    mesh.add_with(config(nodes, 1), table(nodes + 1), nodes);
+    mesh.meshes.run(seconds(60));
+    let alone = (resident() - before).max(0.0);
+    Row { size, simulated, alone, work: reconciler_work(nodes), took: began.elapsed().as_secs_f64() }
+}
+
+fn events(size: &Size) -> [(&'static str, &Event); 5] {
+    [
+        ("start of all", &size.start),
+        ("join", &size.join),
+        ("leave", &size.leave),
+        ("crash", &size.crash),
+        ("heal", &size.heal),
+    ]
+}
+
+fn plots(rows: &[Row]) -> Vec<(&'static str, String)> {
+    let line = |name: &str, figure: &dyn Fn(&Row) -> f64| -> Series {
+        (name.to_owned(), rows.iter().map(|row| (row.size.nodes as f64, figure(row))).collect())
+    };
+    let of_events = |figure: &dyn Fn(&Event) -> f64| -> Vec<Series> {
+        (0..5)
+            .map(|event| line(events(&rows[0].size)[event].0, &|row| figure(events(&row.size)[event].1)))
+            .collect()
+    };
+    let draw = |title: &str, series: &[Series]| svg(title, "nodes", series);
+    vec![
+        (
+            "median",
+            draw("seconds until the median node is right", &of_events(&|event| quantile(&event.times, 0.5))),
+        ),
+        (
+            "worst",
+            draw("seconds until the last node is right", &of_events(&|event| quantile(&event.times, 1.0))),
+        ),
+        ("event-bytes", draw("bytes that a node sends for an event", &of_events(&|event| event.bytes))),
+        (
+            "rest",
+            draw(
+                "what a node sends at rest, a second",
+                &[
+                    line("bytes", &|row| row.size.rest_bytes),
+                    line("datagrams", &|row| row.size.rest_datagrams),
+                ],
+            ),
+        ),
+        (
+            "memory",
+            draw(
+                "bytes of memory",
+                &[line("a daemon's mesh", &|row| row.alone), line("a simulated node", &|row| row.simulated)],
+            ),
+        ),
+        (
+            "reconciler",
+            draw(
+                "microseconds of a pass",
+                &["all peers are new", "nothing changed", "one peer more"]
+                    .into_iter()
+                    .enumerate()
+                    .map(|(which, name)| line(name, &|row| row.work[which].time.as_secs_f64() * 1e6))
+                    .collect::<Vec<_>>(),
+            ),
+        ),
+    ]
+}
+
+fn report(rows: &[Row]) -> String {
+    let mut text = String::new();
+    let mut add = |line: String| writeln!(text, "{line}").expect("a string can always be written to");
+    add("| nodes | event | median | p99 | worst (s) | bytes a node | datagrams a node |".into());
+    add("|---|---|---|---|---|---|---|".into());
+    for row in rows {
+        for (name, event) in events(&row.size) {
+            let at = |part| quantile(&event.times, part);
+            add(format!(
+                "| {} | {name} | {:.2} | {:.2} | {:.2} | {:.0} | {:.0} |",
+                row.size.nodes,
+                at(0.5),
+                at(0.99),
+                at(1.0),
+                event.bytes,
+                event.datagrams
+            ));
+        }
+    }
+    add(String::new());
+    add("| nodes | bytes/s at rest | datagrams/s at rest | a daemon's mesh (MiB) | pass: all new | nothing | one more | measured in (s) |".into());
+    add("|---|---|---|---|---|---|---|---|".into());
+    for Row { size, alone, work, took, .. } in rows {
+        let [all, none, one] =
+            work.map(|work| format!("{} changes, {:.1} ms", work.changes, work.time.as_secs_f64() * 1e3));
+        add(format!(
+            "| {} | {:.0} | {:.2} | {:.1} | {all} | {none} | {one} | {took:.0} |",
+            size.nodes,
+            size.rest_bytes,
+            size.rest_datagrams,
+            alone / 1_048_576.0
+        ));
+    }
+    text
+}
+
+fn main() {
+    let chosen = std::env::var("SCALE_NODES").ok();
+    let sizes: Vec<usize> = match &chosen {
+        Some(list) => {
+            list.split(',').map(|size| size.trim().parse().expect("SCALE_NODES lists numbers")).collect()
+        }
+        None => SIZES.to_vec(),
+    };
+    let rows: Vec<Row> = sizes.into_iter().map(measure).collect();
+    if chosen.is_none() {
+        let directory: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/plots");
+        fs::create_dir_all(&directory).expect("docs/ can be written to");
+        for (name, drawing) in plots(&rows) {
+            fs::write(directory.join(format!("{name}.svg")), drawing).expect("docs/plots/ can be written to");
+        }
+    }
+    print!("{}", report(&rows));
+}
