@@ -5,11 +5,12 @@
 use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::process::Command;
+use std::time::{Duration, Instant};
 
 use weft_tests::figures::quantile;
 use weft_tests::plot::{Series, svg};
-use weft_tests::sim::meshes::{config, seconds, table};
+use weft_tests::sim::meshes::{Meshes, config, facts, name, table};
 use weft_tests::sim::size::{Event, Measured, Size, Work, reconciler_work};
 
 const SIZES: [usize; 4] = [10, 100, 1000, 5000];
@@ -32,17 +33,40 @@ fn resident() -> f64 {
     line.trim().trim_end_matches(" kB").parse::<f64>().expect("a number of kB") * 1024.0
 }
 
+/// Measures, in a process of its own, what one mesh takes that knows so many others and shares nothing.
+fn alone(nodes: usize) -> f64 {
+    let program = std::env::current_exe().expect("the program knows where it is");
+    let output = Command::new(program).args(["--alone", &nodes.to_string()]).output().expect("it runs again");
+    let text = String::from_utf8_lossy(&output.stdout);
+    text.lines().last().and_then(|line| line.parse().ok()).expect("it prints a number")
+}
+
+/// Lets one mesh hear of others that come and go one after another, and prints by how much the process grew.
+fn print_alone(nodes: usize) {
+    let mut meshes = Meshes::new("one mesh");
+    meshes.start(config(0, 1), table(1));
+    let before = resident();
+    meshes.with(0, |mesh, now| mesh.set_authority(table(nodes + 1), now));
+    meshes.announce(0, facts(0));
+    for node in 1..=nodes {
+        meshes.start(config(node, 1), table(0));
+        meshes.announce(node, facts(node));
+        while meshes.mesh(0).member(&name(node)).is_none() {
+            meshes.run(Duration::from_millis(10));
+        }
+        meshes.crash(node);
+    }
+    println!("{}", resident() - before);
+}
+
 fn measure(nodes: usize) -> Row {
     let began = Instant::now();
     let trials = (600 / nodes).clamp(1, 10);
     let before = resident();
-    let (mut mesh, size) = Measured::measure(nodes, trials, &format!("{nodes} nodes"));
+    let (mesh, size) = Measured::measure(nodes, trials, &format!("{nodes} nodes"));
     let simulated = (resident() - before).max(0.0) / nodes as f64;
-    let before = resident();
-    // One more, which verifies for itself and has its own view of the leases.
-    mesh.add_with(config(nodes, 1), table(nodes + 1), nodes);
-    mesh.meshes.run(seconds(60));
-    let alone = (resident() - before).max(0.0);
+    drop(mesh);
+    let alone = alone(nodes);
     Row { size, simulated, alone, work: reconciler_work(nodes), took: began.elapsed().as_secs_f64() }
 }
 
@@ -144,6 +168,10 @@ fn report(rows: &[Row]) -> String {
 }
 
 fn main() {
+    let words: Vec<String> = std::env::args().collect();
+    if let Some(place) = words.iter().position(|word| word == "--alone") {
+        return print_alone(words[place + 1].parse().expect("--alone is followed by a number"));
+    }
     let chosen = std::env::var("SCALE_NODES").ok();
     let sizes: Vec<usize> = match &chosen {
         Some(list) => {

@@ -235,7 +235,7 @@ fn act(cli: &Cli) -> anyhow::Result<ExitCode> {
             tell(Request::Stop { node: node.clone() }, format!("the daemon of {node} stopped"))
         }
         Verb::Start { node } => {
-            tell(Request::Start { node: node.clone() }, format!("the daemon of {node} runs"))
+            tell(Request::Start { node: node.clone(), ahead_s: 0 }, format!("the daemon of {node} runs"))
         }
         Verb::Logs { node, follow } => logs(cli, &handle, node, *follow),
         Verb::Ping => ping(cli, &handle),

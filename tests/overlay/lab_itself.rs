@@ -91,7 +91,7 @@ fn requests_that_make_no_sense_are_refused_with_a_sentence() {
     assert!(same.contains("the same node"), "{same}");
     let twice = refused(Request::PodAdd { node: "n1".into(), pod: "a".into() });
     assert!(twice.contains("exists on n1 already"), "{twice}");
-    let running = refused(Request::Start { node: "n1".into() });
+    let running = refused(Request::Start { node: "n1".into(), ahead_s: 0 });
     assert!(running.contains("runs already"), "{running}");
     assert!(lab.state().ready);
 }

@@ -317,7 +317,7 @@ impl Lab {
 
     /// Starts a daemon and waits until it answers.
     pub fn start(&self, node: &str) {
-        self.tell(Request::Start { node: node.into() });
+        self.tell(Request::Start { node: node.into(), ahead_s: 0 });
     }
 
     /// Lets two nodes no longer hear each other.

@@ -111,7 +111,7 @@ fn make(handle: &Handle, began: Instant) -> anyhow::Result<(Keeper, UnixListener
 
     let names: Vec<String> = keeper.state.nodes.iter().take(started).map(|node| node.name.clone()).collect();
     for name in &names {
-        keeper.launch(name)?;
+        keeper.launch(name, 0)?;
     }
     for name in &names {
         keeper.wait_for_subnets(name)?;
@@ -199,7 +199,7 @@ impl Keeper {
             Request::Delay { a, b, ms } => self.delay(&a, &b, ms)?,
             Request::Kill { node } => self.end_daemon(&node, nix::sys::signal::Signal::SIGKILL)?,
             Request::Stop { node } => self.end_daemon(&node, nix::sys::signal::Signal::SIGTERM)?,
-            Request::Start { node } => self.start(&node)?,
+            Request::Start { node, ahead_s } => self.start(&node, ahead_s)?,
         }
         self.refresh();
         self.publish()?;
@@ -261,20 +261,20 @@ impl Keeper {
         Ok(())
     }
 
-    fn launch(&mut self, name: &str) -> anyhow::Result<()> {
-        let child = node::launch(&self.handle, &self.state, name)?;
+    fn launch(&mut self, name: &str, ahead_s: u64) -> anyhow::Result<()> {
+        let child = node::launch(&self.handle, &self.state, name, ahead_s)?;
         self.state.node_mut(name)?.daemon = Some(child.id());
         self.daemons.insert(name.to_owned(), child);
         Ok(())
     }
 
-    fn start(&mut self, name: &str) -> anyhow::Result<()> {
+    fn start(&mut self, name: &str, ahead_s: u64) -> anyhow::Result<()> {
         self.state.node(name)?;
         self.refresh();
         if self.daemons.contains_key(name) {
             bail!("the daemon of {name} runs already");
         }
-        self.launch(name)?;
+        self.launch(name, ahead_s)?;
         self.wait_for_subnets(name)?;
         self.default_pods(name)
     }

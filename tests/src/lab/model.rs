@@ -266,6 +266,9 @@ pub enum Request {
     Start {
         /// The node.
         node: String,
+        /// By how many seconds its clocks are ahead of the machine's: those that do not show the time of day.
+        #[serde(default)]
+        ahead_s: u64,
     },
     /// Ends the lab.
     Down,

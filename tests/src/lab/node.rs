@@ -196,10 +196,15 @@ fn merge(into: &mut toml::Table, from: &toml::Table) {
     }
 }
 
-/// Starts the node's daemon; what it writes goes to its log.
-pub(crate) fn launch(handle: &Handle, state: &State, name: &str) -> anyhow::Result<Child> {
+/// Starts the node's daemon, with clocks so many seconds ahead; what it writes goes to its log.
+pub(crate) fn launch(handle: &Handle, state: &State, name: &str, ahead_s: u64) -> anyhow::Result<Child> {
     let log = File::options().create(true).append(true).open(handle.log(name))?;
     let mut words = enter::from_keeper(state, &Place::Node(name.to_owned()))?;
+    if ahead_s > 0 {
+        // A time namespace (time_namespaces(7)); the program that is executed is the first one in it (Linux 6.3).
+        words.extend(["unshare", "--time", "--monotonic", &ahead_s.to_string()].map(str::to_owned));
+        words.extend(["--boottime", &ahead_s.to_string(), "--"].map(str::to_owned));
+    }
     words.extend(["weftd", "--config", CONFIG].map(str::to_owned));
     enter::command(&words)
         .stdin(Stdio::null())

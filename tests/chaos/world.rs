@@ -1,0 +1,281 @@
+//! A lab that steps befall: it does them, remembers what it broke, and mends all of it.
+
+use std::time::Duration;
+
+use serde_json::Value;
+use weft_tests::lab::{Lab, LabOptions, Request};
+
+use super::step::{Kind, Step};
+
+/// How many nodes there are.
+pub const NODES: usize = 4;
+/// The most pods of a node.
+const MOST_PODS: usize = 6;
+/// What the disk of a node's state holds, in KiB.
+const DISK_KIB: u32 = 2048;
+
+/// The lab, and what is broken in it.
+pub struct World {
+    pub lab: Lab,
+    store_lost: bool,
+    store_locked: bool,
+    moved: [bool; NODES],
+    pub foreign: [bool; NODES],
+    next_pod: usize,
+}
+
+fn name(node: usize) -> String {
+    format!("n{node}")
+}
+
+impl World {
+    /// Four nodes with a pod each, and a small disk for the state of each.
+    pub fn new(label: &str) -> Self {
+        let options = LabOptions::new(label).nodes(NODES).started(0).pods(1);
+        // Without an address of its own in the configuration a node takes what the device has.
+        let lab = Lab::up(options.config("[underlay]\naddress = []"));
+        for node in 1..=NODES {
+            let mount = format!("mount -t tmpfs -o size={DISK_KIB}k,mode=0755 weft-state /var/lib/weft");
+            lab.sh(name(node).as_str(), &mount);
+            lab.start(&name(node));
+        }
+        let (store_lost, store_locked, moved, foreign) = Default::default();
+        Self { lab, store_lost, store_locked, moved, foreign, next_pod: 0 }
+    }
+
+    /// The names of all nodes.
+    pub fn names() -> Vec<String> {
+        (1..=NODES).map(name).collect()
+    }
+
+    fn runs(&self, node: usize) -> Option<u32> {
+        self.lab.state().node(&name(node)).expect("the node exists").daemon
+    }
+
+    /// Tells the lab something that may fail in the midst of trouble.
+    fn try_to(&self, request: &Request) -> bool {
+        self.lab.handle().request(request).is_ok()
+    }
+
+    /// Does a step; one that makes no sense now does nothing.
+    pub fn apply(&mut self, step: Step) {
+        let node = name(step.node);
+        let choice = step.choice as usize;
+        let other = name(1 + (step.node + choice % (NODES - 1)) % NODES);
+        match step.kind {
+            Kind::Kill | Kind::Stop => {
+                let request =
+                    if step.kind == Kind::Kill { Request::Kill { node } } else { Request::Stop { node } };
+                self.try_to(&request);
+            }
+            Kind::Start | Kind::StartAhead => {
+                let ahead_s = if step.kind == Kind::Start { 0 } else { 3600 * (1 + step.choice as u64) };
+                // Without its store a node that never had a lease would wait for long.
+                if self.runs(step.node).is_none() && !self.store_lost && !self.store_locked {
+                    self.try_to(&Request::Start { node, ahead_s });
+                }
+            }
+            Kind::Pause => {
+                if let Some(pid) = self.runs(step.node) {
+                    let pause = Duration::from_millis(200 + 3 * u64::from(step.choice));
+                    let script =
+                        format!("kill -STOP {pid}; sleep {:.3}; kill -CONT {pid}", pause.as_secs_f64());
+                    self.lab.exec(node.as_str(), &["sh", "-c", &script]);
+                }
+            }
+            Kind::Cut => drop(self.try_to(&Request::Cut { a: node, b: other })),
+            Kind::Heal => self.heal(),
+            Kind::Delay => {
+                self.try_to(&Request::Delay { a: node, b: other, ms: 5 + u64::from(step.choice) / 5 });
+            }
+            Kind::DeleteRoute => self.delete(
+                &node,
+                choice,
+                "ip -o route show proto 117; ip -o -6 route show proto 117 | sed 's/^/-6 /'",
+                "ip route del",
+            ),
+            Kind::DeleteNeighbour => {
+                let list = "for d in weft-vx4 weft-vx6; do ip -o neigh show dev $d nud permanent | sed \"s/ .*/ dev $d/\"; done";
+                self.delete(&node, choice, list, "ip neigh del");
+            }
+            Kind::DeleteFdb => {
+                let list = "for d in weft-vx4 weft-vx6; do bridge fdb show dev $d | grep dst | sed \"s/ .*/ dev $d/\"; done";
+                self.delete(&node, choice, list, "bridge fdb del");
+            }
+            Kind::DeleteAddress => {
+                let list = "ip -o address show dev weft0 | awk '{print $4, \"dev weft0\"}'";
+                self.delete(&node, choice, list, "ip address del");
+            }
+            Kind::DeleteLink => {
+                self.delete(&node, choice, "ls /sys/class/net | grep -E '^weft(0|-vx[46])$'", "ip link del")
+            }
+            Kind::DownLink => {
+                self.delete(
+                    &node,
+                    choice,
+                    "ls /sys/class/net | grep -E '^weft(0|-vx[46])$'",
+                    "ip link set down dev",
+                );
+            }
+            Kind::Unbridge => {
+                self.delete(
+                    &node,
+                    choice,
+                    "ls /sys/class/net | grep -E '^weft[0-9a-f]{8}$'",
+                    "ip link set nomaster dev",
+                );
+            }
+            Kind::FlushRuleset => self.quietly(&node, "nft flush ruleset"),
+            Kind::AddForeign => {
+                self.foreign[step.node - 1] = true;
+                self.quietly(
+                    &node,
+                    "ip link add foreign0 type bridge; ip address add 172.30.0.1/24 dev foreign0; ip link set foreign0 up; \
+                     ip route replace 172.31.0.0/24 dev foreign0 proto 99 metric 7",
+                );
+            }
+            Kind::BounceUnderlay => {
+                self.quietly(&node, "ip link set eth0 down; sleep 0.1; ip link set eth0 up")
+            }
+            // The first two are everyone's seeds.
+            Kind::MoveUnderlay if step.node <= 2 => {}
+            Kind::MoveUnderlay => {
+                let (old, new) = (
+                    address(step.node, self.moved[step.node - 1]),
+                    address(step.node, !self.moved[step.node - 1]),
+                );
+                self.moved[step.node - 1] ^= true;
+                self.quietly(
+                    &node,
+                    &format!("ip address add {new}/24 dev eth0; ip address del {old}/24 dev eth0"),
+                );
+            }
+            Kind::ResizeUnderlay => {
+                let mtu = [1500, 1400, 1450][choice % 3];
+                self.quietly(&node, &format!("ip link set eth0 mtu {mtu}"));
+            }
+            Kind::AddPod => {
+                let pods = self.lab.state().node(&node).expect("the node exists").pods.len();
+                if pods < MOST_PODS && self.runs(step.node).is_some() {
+                    self.next_pod += 1;
+                    self.try_to(&Request::PodAdd { node, pod: format!("p{}", self.next_pod) });
+                }
+            }
+            Kind::RemovePod => {
+                if let Some(pod) = self.pod(&node, choice) {
+                    self.try_to(&Request::PodRemove { node, pod });
+                }
+            }
+            Kind::VanishPod => {
+                if let Some(pod) = self.pod(&node, choice) {
+                    // The namespace goes with its last user; its name stays for the DEL that follows.
+                    self.quietly(&node, &format!("ip netns delete {pod}; touch /run/netns/{pod}"));
+                    self.try_to(&Request::PodRemove { node, pod });
+                }
+            }
+            Kind::LoseStore if !self.store_lost && !self.store_locked => {
+                self.store_lost = true;
+                self.quietly(
+                    "n1",
+                    "cd /run/weft-lab/shared && mkdir away && mv store.db* away/ && mkdir store.db",
+                );
+            }
+            Kind::LockStore if !self.store_lost && !self.store_locked => {
+                // Only where the file system knows the attribute.
+                self.store_locked = true;
+                self.quietly("n1", "chattr +i /run/weft-lab/shared/store.db*");
+            }
+            Kind::LoseStore | Kind::LockStore => {}
+            Kind::FindStore => self.find_store(),
+            Kind::FillDisk => self.quietly(&node, "dd if=/dev/zero of=/var/lib/weft/fill bs=1k 2>/dev/null"),
+            Kind::FreeDisk => self.quietly(&node, "rm -f /var/lib/weft/fill"),
+            Kind::RotateKey => {
+                self.lab.exec(node.as_str(), &["weft", "node-key", "rotate"]);
+            }
+        }
+    }
+
+    fn quietly(&self, node: &str, script: &str) {
+        self.lab.exec(node, &["sh", "-c", &format!("{{ {script}; }} >/dev/null 2>&1")]);
+    }
+
+    /// Picks a line of a list and hands it to a command.
+    fn delete(&self, node: &str, choice: usize, list: &str, command: &str) {
+        let output = self.lab.exec(node, &["sh", "-c", list]);
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+        if lines.is_empty() {
+            return;
+        }
+        let line = lines[choice % lines.len()].replace(" linkdown", "");
+        // The family is an option of ip itself.
+        let script = match line.strip_prefix("-6 ") {
+            Some(line) => format!("{} {line}", command.replacen("ip ", "ip -6 ", 1)),
+            None => format!("{command} {line}"),
+        };
+        self.quietly(node, &script);
+    }
+
+    fn pod(&self, node: &str, choice: usize) -> Option<String> {
+        let state = self.lab.state();
+        let pods = &state.node(node).expect("the node exists").pods;
+        (!pods.is_empty()).then(|| pods[choice % pods.len()].name.clone())
+    }
+
+    fn heal(&self) {
+        let state = self.lab.state();
+        for (a, b) in state.cuts {
+            self.try_to(&Request::Heal { a, b });
+        }
+        for (a, b, _) in state.delays {
+            self.try_to(&Request::Delay { a, b, ms: 0 });
+        }
+    }
+
+    fn find_store(&mut self) {
+        if std::mem::take(&mut self.store_lost) {
+            self.quietly(
+                "n1",
+                "cd /run/weft-lab/shared && rm -rf store.db && mv away/store.db* . && rmdir away",
+            );
+        }
+        if std::mem::take(&mut self.store_locked) {
+            self.quietly("n1", "chattr -i /run/weft-lab/shared/store.db*");
+        }
+    }
+
+    /// Ends all trouble: what is left to do is weft's.
+    pub fn become_quiet(&mut self) {
+        self.heal();
+        self.find_store();
+        for node in 1..=NODES {
+            self.quietly(&name(node), "rm -f /var/lib/weft/fill; ip link set eth0 up mtu 1500");
+        }
+        for node in 1..=NODES {
+            if self.runs(node).is_none() {
+                self.lab.start(&name(node));
+            }
+        }
+    }
+
+    /// What weft says of a node's pods: the container of each.
+    pub fn known_pods(&self, node: &str) -> Vec<String> {
+        let pods = self.lab.weft(node, &["pods"]);
+        let pods = pods["pods"].as_array().cloned().unwrap_or_default();
+        pods.iter().filter_map(|pod| pod["id"].as_str().map(str::to_owned)).collect()
+    }
+
+    /// The addresses in the namespace of a pod, as the kernel tells.
+    pub fn addresses(&self, node: &str, pod: &str) -> Vec<String> {
+        let devices = self
+            .lab
+            .json(node, &["ip", "-n", pod, "-j", "address", "show", "dev", "eth0", "scope", "global"]);
+        let infos =
+            devices.as_array().into_iter().flatten().flat_map(|device| device["addr_info"].as_array());
+        infos.flatten().filter_map(|info: &Value| info["local"].as_str().map(str::to_owned)).collect()
+    }
+}
+
+fn address(node: usize, moved: bool) -> String {
+    format!("192.0.2.{}", if moved { 100 + node } else { node })
+}
