@@ -140,6 +140,8 @@ pub struct Problems {
     pub lease: BTreeMap<String, Instant>,
     /// Why the memory could not be written.
     pub memory: Option<String>,
+    /// Why the underlay was not there at the last look.
+    pub underlay: Option<String>,
 }
 
 /// What a control plane starts from.

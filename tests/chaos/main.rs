@@ -38,7 +38,7 @@ fn go_through(run: &[Step]) -> Result<(), String> {
                 }
             }
             world.become_quiet();
-            let took = verdict::whole(&world)?;
+            let took = verdict::whole(&world).inspect_err(|_| verdict::print_last_words(&world))?;
             println!("  {} steps, whole after {:.1} s", stretch.len(), took.as_secs_f32());
         }
         verdict::nothing_leaks(&world)

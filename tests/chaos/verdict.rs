@@ -8,7 +8,7 @@ use weft_tests::lab::Request;
 use super::world::{NODES, World};
 
 /// How long a lab may take to be whole again.
-const PATIENCE: Duration = Duration::from_secs(90);
+const PATIENCE: Duration = Duration::from_secs(40);
 
 /// Waits until the lab is whole.
 ///
@@ -95,7 +95,7 @@ fn pods(world: &World) -> Result<(), String> {
 fn foreign(world: &World) -> Result<(), String> {
     for (node, there) in World::names().iter().zip(world.foreign) {
         let route = world.lab.sh(node.as_str(), "ip route show 172.31.0.0/24");
-        if there && !route.contains("dev foreign0 proto 99 metric 7") {
+        if there && (!route.contains("dev foreign0") || !route.contains("metric 7")) {
             return Err(format!("{node}: the foreign route is gone"));
         }
     }
@@ -129,6 +129,15 @@ fn logs(world: &World) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// Prints what the daemons had to say of late, for whoever looks into a failure.
+pub fn print_last_words(world: &World) {
+    for node in World::names() {
+        let log = std::fs::read_to_string(world.lab.handle().log(&node)).unwrap_or_default();
+        let lines: Vec<&str> = log.lines().collect();
+        println!("--- {node}\n{}", lines[lines.len().saturating_sub(25)..].join("\n"));
+    }
 }
 
 /// Removes every pod: nothing of any is left.

@@ -147,7 +147,7 @@ impl World {
                 self.moved[step.node - 1] ^= true;
                 self.quietly(
                     &node,
-                    &format!("ip address add {new}/24 dev eth0; ip address del {old}/24 dev eth0"),
+                    &format!("ip address del {old}/24 dev eth0; ip address add {new}/24 dev eth0"),
                 );
             }
             Kind::ResizeUnderlay => {
@@ -190,7 +190,7 @@ impl World {
             Kind::FillDisk => self.quietly(&node, "dd if=/dev/zero of=/var/lib/weft/fill bs=1k 2>/dev/null"),
             Kind::FreeDisk => self.quietly(&node, "rm -f /var/lib/weft/fill"),
             Kind::RotateKey => {
-                self.lab.exec(node.as_str(), &["weft", "node-key", "rotate"]);
+                self.lab.exec(node.as_str(), &["weft", "rotate-key"]);
             }
         }
     }

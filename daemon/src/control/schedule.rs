@@ -85,14 +85,19 @@ impl Control {
         match found {
             Err(error) => {
                 let error = error.to_string();
-                if self.underlay.as_ref().err() != Some(&error) {
+                if self.problems.underlay.as_ref() != Some(&error) {
                     warn!(err = error, "no underlay");
                 }
+                if self.underlay.is_err() {
+                    self.underlay = Err(error.clone());
+                }
                 // What the kernel carries stays: the underlay may come back as it was.
-                self.underlay = self.underlay.clone().or(Err(error));
+                self.problems.underlay = Some(error);
                 self.pass.due = Some(now + RETRY);
+                return;
             }
             Ok(found) => {
+                self.problems.underlay = None;
                 if self.underlay.as_ref() != Ok(&found) {
                     info!(device = found.device, mtu = found.mtu, addresses = ?found.addresses, "underlay found");
                     self.underlay = Ok(found);

@@ -99,7 +99,7 @@ impl Node {
             );
             warnings.push(format!("the lease store does not answer ({error}); {age}, and what runs goes on"));
         }
-        warnings.extend(self.control.underlay.as_ref().err().cloned());
+        warnings.extend(self.control.problems.underlay.iter().cloned());
         warnings.extend(self.unheard.iter().cloned());
         warnings.extend(self.control.problems.lease.keys().cloned());
         warnings.extend(self.recent_route_conflicts(now));
@@ -433,7 +433,13 @@ impl Node {
         );
         check(
             "kernel",
-            status.reconcile.map(|reconcile| reconcile.failed).unwrap_or_default(),
+            status
+                .reconcile
+                .map(|reconcile| reconcile.failed)
+                .unwrap_or_default()
+                .into_iter()
+                .chain(self.control.problems.underlay.clone())
+                .collect(),
             format!("as planned, after {} passes", self.control.pass.passes),
             "the daemon tries again; the sentence is the kernel's own",
         );

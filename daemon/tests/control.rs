@@ -1,0 +1,88 @@
+//! The control plane of one node alone: what it asks its shell for, and how often.
+
+#![allow(clippy::unwrap_used, reason = "a test that unwraps names its line")]
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use weft_daemon::config::Config;
+use weft_daemon::control::{Control, Output, Start};
+use weft_daemon::kernel::UnderlayError;
+use weft_daemon::plan::model::Underlay;
+use weft_daemon::reconcile::Report;
+use weft_daemon::state::Memory;
+use weft_wire::mesh::NodeKey;
+use weft_wire::seal::{ClusterKey, KeyRing};
+
+fn control(now: Instant) -> Control {
+    let text = "[node]\nname = \"n1\"\n[cluster]\ncidrs = [{ cidr = \"10.32.0.0/12\", node_prefix = 24 }]\n\
+                [store]\ntype = \"static\"\nsubnets = [\"10.32.4.0/24\"]\n";
+    let start = Start {
+        config: Config::parse(text, Path::new("weft.toml"), "n1").unwrap(),
+        memory: Memory { incarnation: 1, ..Memory::default() },
+        boot: "boot".into(),
+        key: NodeKey::from_secret([1; 32]),
+        ring: KeyRing::new(vec![ClusterKey::from_bytes([1; 32])]).unwrap(),
+        seed: [7; 32],
+    };
+    Control::new(start, now)
+}
+
+/// Runs for so long in virtual time; a pass finds what `found` says, and the number of passes is returned.
+fn passes(
+    control: &mut Control,
+    now: &mut Instant,
+    length: Duration,
+    found: &Result<Underlay, UnderlayError>,
+) -> usize {
+    let (end, mut passes, mut idle) = (*now + length, 0, 0);
+    while *now < end {
+        match control.poll_output(*now) {
+            Output::Reconcile(inputs) => {
+                passes += 1;
+                let same = found.as_ref().is_ok_and(|found| *found == inputs.underlay);
+                let report = same.then(|| Report { pod_mtu: 1450, ..Report::default() });
+                control.handle_pass(found.clone(), report, *now);
+            }
+            Output::Remember { .. } => control.handle_remembered(Ok(()), *now),
+            Output::Wait { until } => {
+                // What is due now is done now; to be asked for again and again would be a busy loop.
+                idle = if until > *now { 0 } else { idle + 1 };
+                assert!(idle < 10, "the control plane asks to be called at once, again and again");
+                *now = until;
+                control.handle_timeout(*now);
+            }
+            _ => {}
+        }
+    }
+    passes
+}
+
+fn underlay() -> Underlay {
+    let addresses = vec!["192.0.2.1/24".parse().unwrap()];
+    Underlay { device: "eth0".into(), index: 2, mtu: 1500, addresses }
+}
+
+#[test]
+fn a_lost_underlay_is_looked_for_once_a_second_and_told_until_it_is_back() {
+    let mut now = Instant::now();
+    let mut control = control(now);
+    passes(&mut control, &mut now, Duration::from_secs(5), &Ok(underlay()));
+    let lost = Err(UnderlayError::Down("eth0".into()));
+    control.handle_kernel_change(now);
+    let looks = passes(&mut control, &mut now, Duration::from_secs(60), &lost);
+    assert!((50..=65).contains(&looks), "{looks} looks in a minute");
+    assert!(control.problems.underlay.as_ref().is_some_and(|why| why.contains("eth0 is down")));
+    assert_eq!(control.underlay, Ok(underlay()), "what the kernel carries stays");
+    passes(&mut control, &mut now, Duration::from_secs(5), &Ok(underlay()));
+    assert_eq!(control.problems.underlay, None);
+}
+
+#[test]
+fn at_rest_a_node_looks_at_its_kernel_twice_a_minute() {
+    let mut now = Instant::now();
+    let mut control = control(now);
+    passes(&mut control, &mut now, Duration::from_secs(10), &Ok(underlay()));
+    let looks = passes(&mut control, &mut now, Duration::from_secs(600), &Ok(underlay()));
+    assert!((18..=22).contains(&looks), "{looks} looks in ten minutes");
+}
