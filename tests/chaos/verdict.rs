@@ -17,11 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(40);
 pub fn whole(world: &World) -> Result<Duration, String> {
     let began = Instant::now();
     loop {
-        match routes(world)
-            .and_then(|()| pods(world))
-            .and_then(|()| foreign(world))
-            .and_then(|()| health(world))
-        {
+        match [routes, pods, foreign, health, reach].iter().try_for_each(|check| check(world)) {
             Ok(()) => break,
             Err(wrong) if began.elapsed() > PATIENCE => {
                 return Err(format!("not whole after {PATIENCE:?}: {wrong}"));
@@ -29,7 +25,6 @@ pub fn whole(world: &World) -> Result<Duration, String> {
             Err(_) => {}
         }
     }
-    reach(world)?;
     logs(world)?;
     Ok(began.elapsed())
 }
@@ -136,7 +131,9 @@ pub fn print_last_words(world: &World) {
     for node in World::names() {
         let log = std::fs::read_to_string(world.lab.handle().log(&node)).unwrap_or_default();
         let lines: Vec<&str> = log.lines().collect();
-        println!("--- {node}\n{}", lines[lines.len().saturating_sub(25)..].join("\n"));
+        let status = world.lab.exec(node.as_str(), &["weft", "-o", "json", "status"]);
+        println!("--- {node}\n{}", String::from_utf8_lossy(&status.stdout));
+        println!("{}", lines[lines.len().saturating_sub(25)..].join("\n"));
     }
 }
 

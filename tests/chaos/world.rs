@@ -32,8 +32,11 @@ impl World {
     /// Four nodes with a pod each, and a small disk for the state of each.
     pub fn new(label: &str) -> Self {
         let options = LabOptions::new(label).nodes(NODES).started(0).pods(1);
-        // Without an address of its own in the configuration a node takes what the device has.
-        let lab = Lab::up(options.config("[underlay]\naddress = []"));
+        // Without an address of its own in the configuration a node takes what the device has. The store has a
+        // directory of its own behind a link, so that it goes and comes at once.
+        let config = "[underlay]\naddress = []\n[store]\npath = \"/run/weft-lab/shared/store/store.db\"";
+        let lab = Lab::up(options.config(config));
+        lab.sh("n1", "cd /run/weft-lab/shared && mkdir real && ln -s real store");
         for node in 1..=NODES {
             let mount = format!("mount -t tmpfs -o size={DISK_KIB}k,mode=0755 weft-state /var/lib/weft");
             lab.sh(name(node).as_str(), &mount);
@@ -168,22 +171,18 @@ impl World {
             }
             Kind::VanishPod => {
                 if let Some(pod) = self.pod(&node, choice) {
-                    // The namespace goes with its last user; its name stays for the DEL that follows.
-                    self.quietly(&node, &format!("ip netns delete {pod}; touch /run/netns/{pod}"));
+                    self.quietly(&node, &format!("ip netns delete {pod}"));
                     self.try_to(&Request::PodRemove { node, pod });
                 }
             }
             Kind::LoseStore if !self.store_lost && !self.store_locked => {
                 self.store_lost = true;
-                self.quietly(
-                    "n1",
-                    "cd /run/weft-lab/shared && mkdir away && mv store.db* away/ && mkdir store.db",
-                );
+                self.quietly("n1", "cd /run/weft-lab/shared && ln -s gone new && mv -T new store");
             }
             Kind::LockStore if !self.store_lost && !self.store_locked => {
                 // Only where the file system knows the attribute.
                 self.store_locked = true;
-                self.quietly("n1", "chattr +i /run/weft-lab/shared/store.db*");
+                self.quietly("n1", "chattr +i /run/weft-lab/shared/store/store.db*");
             }
             Kind::LoseStore | Kind::LockStore => {}
             Kind::FindStore => self.find_store(),
@@ -234,13 +233,10 @@ impl World {
 
     fn find_store(&mut self) {
         if std::mem::take(&mut self.store_lost) {
-            self.quietly(
-                "n1",
-                "cd /run/weft-lab/shared && rm -rf store.db && mv away/store.db* . && rmdir away",
-            );
+            self.quietly("n1", "cd /run/weft-lab/shared && ln -s real new && mv -T new store");
         }
         if std::mem::take(&mut self.store_locked) {
-            self.quietly("n1", "chattr -i /run/weft-lab/shared/store.db*");
+            self.quietly("n1", "chattr -i /run/weft-lab/shared/store/store.db*");
         }
     }
 
@@ -254,6 +250,15 @@ impl World {
         for node in 1..=NODES {
             if self.runs(node).is_none() {
                 self.lab.start(&name(node));
+            }
+        }
+        // A runtime repeats a DEL that failed.
+        for node in self.lab.state().nodes {
+            for pod in node.pods {
+                let path = format!("/run/netns/{}", pod.name);
+                if !self.lab.exec(node.name.as_str(), &["test", "-e", &path]).status.success() {
+                    self.lab.tell(Request::PodRemove { node: node.name.clone(), pod: pod.name });
+                }
             }
         }
     }

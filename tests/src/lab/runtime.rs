@@ -47,7 +47,9 @@ pub(crate) fn remove(state: &State, node: &str, pod: &str) -> anyhow::Result<()>
     call_all(state, node, "DEL", pod, &view.container, Some(view.result.clone()))
         .with_context(|| format!("cannot detach {node}/{pod}"))?;
     let mut words = enter::from_keeper(state, &Place::Node(node.to_owned()))?;
-    words.extend(["ip", "netns", "delete", pod].map(str::to_owned));
+    // A namespace may have vanished before its pod was removed.
+    let script = "[ ! -e /run/netns/$0 ] || exec ip netns delete $0";
+    words.extend(["sh", "-c", script, pod].map(str::to_owned));
     run(&mut enter::command(&words))?;
     Ok(())
 }
