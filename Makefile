@@ -14,7 +14,7 @@ NEEDS_LAB := cc:gcc ip:iproute2 unshare:util-linux nsenter:util-linux ping:iputi
 NEEDS_TEST := iperf3:iperf3 tcpdump:tcpdump containerd:containerd ctr:containerd runc:runc busybox:busybox-static
 
 .DEFAULT_GOAL := help
-.PHONY: help deps deps-lab installed build lab lab-down test lint bench-cni
+.PHONY: help deps deps-lab installed build lab lab-down test lint bench-cni bench-control
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -66,6 +66,9 @@ test: deps build ## install what the tests need and run all of them
 
 bench-cni: deps build ## time CNI calls against the reference plugins; ratios last (root)
 	WEFT_BIN_DIR=$(BIN) cargo bench --locked -p weft-tests --bench cni
+
+bench-control: deps ## time programming and withdrawing peers against ip -batch; ratios last (root)
+	cargo bench --locked -p weft-tests --bench control </dev/null
 
 lint: ## rustfmt and clippy, warnings denied
 	cargo fmt --all --check
