@@ -11,10 +11,10 @@ TEST_ARGS ?=
 
 # What is run beside cargo, "command:debian-package": by the build and the lab, and by the tests in addition.
 NEEDS_LAB := cc:gcc ip:iproute2 unshare:util-linux nsenter:util-linux ping:iputils-ping nft:nftables ethtool:ethtool
-NEEDS_TEST := iperf3:iperf3 tcpdump:tcpdump containerd:containerd ctr:containerd runc:runc busybox:busybox-static
+NEEDS_TEST := c++:g++ iperf3:iperf3 tcpdump:tcpdump containerd:containerd ctr:containerd runc:runc busybox:busybox-static
 
 .DEFAULT_GOAL := help
-.PHONY: help deps deps-lab installed build lab lab-down test lint bench-cni bench-control
+.PHONY: help deps deps-lab installed build lab lab-down test lint bench bench-cni fuzz fuzz-build fuzz-short sim chaos bench-control bench-control bench-scale
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -61,8 +61,48 @@ lab: deps-lab build ## bring up three nodes with two pods each, and show peers, 
 lab-down: ## take the lab down
 	@$(BIN)/weft-lab --name $(LAB) down
 
-test: deps build ## install what the tests need and run all of them
+test: deps build fuzz-short ## install what the tests need and run all of them
 	WEFT_BIN_DIR=$(BIN) cargo test --locked --no-fail-fast --workspace $(TEST_ARGS) </dev/null
+
+# What libFuzzer needs to see which way an input took; no nightly compiler. The targets are those of `cargo fuzz`.
+FUZZ_FLAGS := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+	-Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+	-Cllvm-args=-sanitizer-coverage-trace-compares --cfg fuzzing
+FUZZ_TARGETS := $(notdir $(basename $(wildcard tests/fuzz/fuzz_targets/*.rs)))
+FUZZ_SECONDS ?= 300
+FUZZ := target/fuzz/$(HOST)/release
+
+fuzz-build:
+	RUSTFLAGS="$(FUZZ_FLAGS)" cargo build --release --locked --manifest-path tests/fuzz/Cargo.toml \
+		--target $(HOST) --target-dir target/fuzz
+
+fuzz-short: SECONDS_EACH := 4
+fuzz: SECONDS_EACH := $(FUZZ_SECONDS)
+fuzz: ## fuzz every decoder and the mesh, FUZZ_SECONDS each (300)
+fuzz fuzz-short: deps fuzz-build
+	@for target in $(FUZZ_TARGETS); do \
+		echo "fuzz: $$target"; mkdir -p target/fuzz/found/$$target; \
+		$(FUZZ)/$$target -max_total_time=$(SECONDS_EACH) -timeout=20 -rss_limit_mb=2048 -print_final_stats=0 \
+			-artifact_prefix=target/fuzz/found/$$target- target/fuzz/found/$$target tests/fuzz/corpus/$$target \
+			>target/fuzz/$$target.log 2>&1 \
+			|| { tail -40 target/fuzz/$$target.log; echo "fuzz: $$target failed, its input is target/fuzz/found/$$target-*"; exit 1; }; \
+		grep -E '(INITED|DONE)' target/fuzz/$$target.log | tail -1; \
+	done
+
+SIM_SEEDS ?= 1000
+sim: ## simulate whole nodes, SIM_SEEDS runs (1000); WEFT_SEED=n SIM_SEEDS=1 repeats one
+	SIM_SEEDS=$(SIM_SEEDS) cargo test --release --locked -p weft-tests --test node_sim -- --nocapture whatever
+
+CHAOS_SEEDS ?= 10
+CHAOS_STEPS ?= 200
+chaos: deps build ## break everything in a lab, CHAOS_SEEDS runs (10) of CHAOS_STEPS steps (200)
+	WEFT_BIN_DIR=$(BIN) CHAOS_SEEDS=$(CHAOS_SEEDS) CHAOS_STEPS=$(CHAOS_STEPS) \
+		cargo test --locked -p weft-tests --test chaos -- --nocapture befell
+
+bench: bench-cni bench-control ## all benches but bench-scale; ratios last
+
+bench-scale: ## the mesh from 10 to 5,000 nodes, as a table and as plots in docs/plots (an hour)
+	cargo bench --locked -p weft-tests --bench scale
 
 bench-cni: deps build ## time CNI calls against the reference plugins; ratios last (root)
 	WEFT_BIN_DIR=$(BIN) cargo bench --locked -p weft-tests --bench cni
