@@ -14,7 +14,7 @@ NEEDS_LAB := cc:gcc ip:iproute2 unshare:util-linux nsenter:util-linux ping:iputi
 NEEDS_TEST := c++:g++ iperf3:iperf3 tcpdump:tcpdump containerd:containerd ctr:containerd runc:runc busybox:busybox-static
 
 .DEFAULT_GOAL := help
-.PHONY: help deps deps-lab installed build lab lab-down test lint bench bench-cni fuzz fuzz-build fuzz-short sim chaos bench-control bench-control bench-scale
+.PHONY: help deps deps-lab installed build lab lab-down test lint bench bench-cni fuzz fuzz-build fuzz-short sim chaos mutants bench-control bench-control bench-scale
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -98,6 +98,9 @@ CHAOS_STEPS ?= 200
 chaos: deps build ## break everything in a lab, CHAOS_SEEDS runs (10) of CHAOS_STEPS steps (200)
 	WEFT_BIN_DIR=$(BIN) CHAOS_SEEDS=$(CHAOS_SEEDS) CHAOS_STEPS=$(CHAOS_STEPS) \
 		cargo test --locked -p weft-tests --test chaos -- --nocapture befell
+
+mutants: deps ## break the code on purpose, one fault at a time, and see that a test fails for each
+	cargo bench --locked -p weft-tests --bench mutants
 
 bench: bench-cni bench-control ## all benches but bench-scale; ratios last
 

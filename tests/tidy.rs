@@ -303,3 +303,16 @@ fn the_samples_in_deploy_are_valid() {
     let unit = read(&root().join("deploy/systemd/weftd.service"));
     assert!(unit.contains("Type=notify") && unit.contains("--config /etc/weft/weft.toml"));
 }
+
+#[test]
+fn every_mutant_still_has_its_place_in_the_code() {
+    let list: toml::Table =
+        read(&root().join("tests/mutants/mutants.toml")).parse().expect("the list is TOML");
+    let mutants = list["mutant"].as_array().expect("the list has mutants");
+    assert!(mutants.len() >= 10);
+    for mutant in mutants {
+        let text = |key: &str| mutant[key].as_str().expect("a mutant's fields are text").to_owned();
+        let code = read(&root().join(text("file")));
+        assert_eq!(code.matches(&text("from")).count(), 1, "{}: the code has changed", text("what"));
+    }
+}
