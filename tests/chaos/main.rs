@@ -3,6 +3,7 @@
 //! `WEFT_SEED=n` repeats a run, `CHAOS_SEEDS` and `CHAOS_STEPS` make more and longer ones, and `CHAOS_REPLAY=file`
 //! repeats the steps of a file. A run that fails is cut down to a short one, which is printed.
 
+mod deeds;
 mod step;
 mod verdict;
 mod world;

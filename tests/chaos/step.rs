@@ -88,6 +88,24 @@ kinds! {
     FreeDisk = "free-disk" x 3,
     /// The node's key is rotated.
     RotateKey = "rotate-key" x 1,
+    /// A node no longer hears another one, which still hears it.
+    CutOneWay = "cut-one-way" x 2,
+    /// Something appears that has weft's mark and belongs nowhere.
+    Plant = "plant" x 3,
+    /// Something of weft's is changed to be wrong.
+    Twist = "twist" x 3,
+    /// Another program makes an nftables table of its own.
+    AddForeignTable = "add-foreign-table" x 1,
+    /// A runtime calls ADD and DEL several times at once, and again.
+    Calls = "calls" x 2,
+    /// A runtime calls DEL for a container that no one knows.
+    UnknownDel = "unknown-del" x 1,
+    /// The node loses power.
+    Reboot = "reboot" x 1,
+    /// The node leaves the cluster, to return.
+    Return = "return" x 1,
+    /// The key of the cluster is changed.
+    RotateRing = "rotate-ring" x 1,
 }
 
 impl Step {

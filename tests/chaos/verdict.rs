@@ -94,6 +94,10 @@ fn foreign(world: &World) -> Result<(), String> {
             return Err(format!("{node}: the foreign route is gone"));
         }
     }
+    let lost = world.deeds.lost_tables(&world.lab);
+    if !lost.is_empty() {
+        return Err(format!("the table of another program is gone from {lost:?}"));
+    }
     Ok(())
 }
 

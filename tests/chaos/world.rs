@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde_json::Value;
 use weft_tests::lab::{Lab, LabOptions, Request};
 
+use super::deeds::Deeds;
 use super::step::{Kind, Step};
 
 /// How many nodes there are.
@@ -22,6 +23,8 @@ pub struct World {
     moved: [bool; NODES],
     pub foreign: [bool; NODES],
     next_pod: usize,
+    /// What the steps of several commands have left.
+    pub deeds: Deeds,
 }
 
 fn name(node: usize) -> String {
@@ -42,8 +45,8 @@ impl World {
             lab.sh(name(node).as_str(), &mount);
             lab.start(&name(node));
         }
-        let (store_lost, store_locked, moved, foreign) = Default::default();
-        Self { lab, store_lost, store_locked, moved, foreign, next_pod: 0 }
+        let (store_lost, store_locked, moved, foreign, deeds) = Default::default();
+        Self { lab, store_lost, store_locked, moved, foreign, next_pod: 0, deeds }
     }
 
     /// The names of all nodes.
@@ -128,7 +131,10 @@ impl World {
                     "ip link set nomaster dev",
                 );
             }
-            Kind::FlushRuleset => self.quietly(&node, "nft flush ruleset"),
+            Kind::FlushRuleset => {
+                self.deeds.forget_tables(&node);
+                self.quietly(&node, "nft flush ruleset");
+            }
             Kind::AddForeign => {
                 self.foreign[step.node - 1] = true;
                 self.quietly(
@@ -191,6 +197,12 @@ impl World {
             Kind::RotateKey => {
                 self.lab.exec(node.as_str(), &["weft", "rotate-key"]);
             }
+            kind => {
+                if kind == Kind::Reboot {
+                    self.foreign[step.node - 1] = false;
+                }
+                self.deeds.apply(&self.lab, &Self::names(), step, &other);
+            }
         }
     }
 
@@ -252,6 +264,7 @@ impl World {
                 self.lab.start(&name(node));
             }
         }
+        self.deeds.settle(&self.lab);
         // A runtime repeats a DEL that failed.
         for node in self.lab.state().nodes {
             for pod in node.pods {
