@@ -208,7 +208,7 @@ fn one_pass_programs_a_node_and_the_second_changes_nothing() {
 }
 
 #[test]
-fn what_a_hand_deletes_comes_back_in_one_pass() {
+fn what_a_hand_changes_is_mended_in_one_pass() {
     on_a_node(|kernel| {
         let inputs = inputs(kernel, 2);
         pass(kernel, &inputs);
@@ -231,6 +231,9 @@ fn what_a_hand_deletes_comes_back_in_one_pass() {
             "nft delete table inet weft".into(),
             "nft flush chain inet weft forward".into(),
             "sysctl -qw net.ipv4.ip_forward=0".into(),
+            "ip route add blackhole 10.45.0.0/24 proto 117".into(),
+            "ip -6 route add unreachable fd00:32:0:45::/64 proto 117".into(),
+            "ip route replace blackhole 10.40.2.0/24 proto 117".into(),
         ];
         let look = |kernel: &mut Linux| {
             let plan = desired(&inputs);

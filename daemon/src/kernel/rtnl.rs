@@ -237,8 +237,8 @@ pub(super) fn read_routes(conn: &mut Conn, links: &[Found], state: &mut State) -
         for message in conn.dump(route_query(v4))? {
             let RouteNetlinkMessage::NewRoute(route) = message else { continue };
             let main = route.header.table == RouteHeader::RT_TABLE_MAIN;
-            if !main || u8::from(route.header.protocol) != PROTOCOL || route.header.kind != RouteType::Unicast
-            {
+            // Of any type: a blackhole with weft's protocol number is weft's to remove.
+            if !main || u8::from(route.header.protocol) != PROTOCOL {
                 continue;
             }
             if let Some((key, route)) = read_route(&route, links, v4) {
@@ -396,9 +396,12 @@ pub(super) fn encode(op: &Op, known: &Known) -> Option<Vec<(RouteNetlinkMessage,
             (RouteNetlinkMessage::NewRoute(route(*prefix, *metric, way, of(&way.dev)?)), set)
         }
         Op::DelRoute(prefix, metric, way) => {
-            let mut message = route(*prefix, *metric, way, of(&way.dev)?);
-            // Any scope: a route without a next hop has another than those that weft makes.
+            // A blackhole has no device, and an index of 0 stands for any.
+            let index = if way.dev.is_empty() { 0 } else { of(&way.dev)? };
+            let mut message = route(*prefix, *metric, way, index);
+            // Any scope and type: others than weft makes are to go as well.
             message.header.scope = RouteScope::NoWhere;
+            message.header.kind = RouteType::Unspec;
             (RouteNetlinkMessage::DelRoute(message), 0)
         }
         Op::SetVeth(name, state) => {

@@ -242,7 +242,7 @@ pub struct Vxlan {
 /// A route in the main table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Route {
-    /// The device.
+    /// The device; empty for what is found to have none, such as a blackhole.
     pub dev: String,
     /// The next hop; taken as on the link.
     pub via: Option<IpAddr>,
