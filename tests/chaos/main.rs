@@ -101,6 +101,19 @@ fn a_lab_that_everything_befell_is_whole_once_it_is_quiet() {
 }
 
 #[test]
+fn runs_that_failed_once_do_not_fail_again() {
+    let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/chaos/regressions");
+    let entries = std::fs::read_dir(directory).expect("the regressions are beside this file");
+    let mut files: Vec<_> = entries.map(|entry| entry.expect("the directory can be read").path()).collect();
+    files.sort();
+    assert!(!files.is_empty(), "{directory} has no runs");
+    for file in files {
+        let text = std::fs::read_to_string(&file).expect("a run is text");
+        check(&file.display().to_string(), read(&text));
+    }
+}
+
+#[test]
 fn steps_are_read_as_they_are_written() {
     let run = Step::random_run(&mut ChaCha8Rng::seed_from_u64(7), NODES, 300);
     let text: String = run.iter().map(|step| format!("{step}\n")).collect();
