@@ -15,7 +15,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_core::SeedableRng;
 use step::Step;
 use weft_tests::sim::seed;
-use world::{NODES, World};
+use world::{BEFALLEN, World};
 
 /// Between two looks whether the lab is whole.
 const STRETCH: usize = 25;
@@ -30,12 +30,19 @@ fn setting(name: &str, otherwise: usize) -> usize {
 fn go_through(run: &[Step]) -> Result<(), String> {
     let attempt = catch_unwind(AssertUnwindSafe(|| {
         let mut world = World::new("chaos");
+        verdict::whole(&world)?;
         for stretch in run.chunks(STRETCH) {
+            let pings = world.watch();
             for step in stretch {
                 let began = Instant::now();
                 world.apply(*step);
                 if began.elapsed() > Duration::from_secs(5) {
                     println!("  {step}: {:.1} s", began.elapsed().as_secs_f32());
+                }
+            }
+            for (sent, lost) in pings.into_iter().map(weft_tests::lab::Ping::stop) {
+                if !lost.is_empty() {
+                    return Err(format!("nodes that no step befell lost {lost:?} of {sent} pings"));
                 }
             }
             world.become_quiet();
@@ -96,7 +103,7 @@ fn a_lab_that_everything_befell_is_whole_once_it_is_quiet() {
         let steps = setting("CHAOS_STEPS", 50);
         println!("WEFT_SEED={seed}, {steps} steps");
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        check(&format!("WEFT_SEED={seed}"), Step::random_run(&mut rng, NODES, steps));
+        check(&format!("WEFT_SEED={seed}"), Step::random_run(&mut rng, BEFALLEN, steps));
     }
 }
 
@@ -115,7 +122,7 @@ fn runs_that_failed_once_do_not_fail_again() {
 
 #[test]
 fn steps_are_read_as_they_are_written() {
-    let run = Step::random_run(&mut ChaCha8Rng::seed_from_u64(7), NODES, 300);
+    let run = Step::random_run(&mut ChaCha8Rng::seed_from_u64(7), BEFALLEN, 300);
     let text: String = run.iter().map(|step| format!("{step}\n")).collect();
     assert_eq!(read(&text), run);
 }

@@ -46,6 +46,9 @@ fn routes(world: &World) -> Result<(), String> {
                 "{node} has {tunnels} forwarding entries and {neighbours} neighbours: {picture}"
             ));
         }
+        if picture["nft"].to_string().contains("planted") {
+            return Err(format!("{node}: the table of weft has a chain that is none of its own"));
+        }
         if count("nft") == 0 {
             return Err(format!("{node} has no nftables table"));
         }

@@ -3,13 +3,15 @@
 use std::time::Duration;
 
 use serde_json::Value;
-use weft_tests::lab::{Lab, LabOptions, Request};
+use weft_tests::lab::{Lab, LabOptions, Ping, Request};
 
 use super::deeds::Deeds;
 use super::step::{Kind, Step};
 
 /// How many nodes there are.
-pub const NODES: usize = 4;
+pub const NODES: usize = 6;
+/// How many of them steps befall; the others look on, and lose no packet of each other's.
+pub const BEFALLEN: usize = 4;
 /// The most pods of a node.
 const MOST_PODS: usize = 6;
 /// What the disk of a node's state holds, in KiB.
@@ -32,7 +34,7 @@ fn name(node: usize) -> String {
 }
 
 impl World {
-    /// Four nodes with a pod each, and a small disk for the state of each.
+    /// All nodes with a pod each, and a small disk for the state of each.
     pub fn new(label: &str) -> Self {
         let options = LabOptions::new(label).nodes(NODES).started(0).pods(1);
         // Without an address of its own in the configuration a node takes what the device has. The store has a
@@ -52,6 +54,13 @@ impl World {
     /// The names of all nodes.
     pub fn names() -> Vec<String> {
         (1..=NODES).map(name).collect()
+    }
+
+    /// Starts pings between the nodes that look on.
+    pub fn watch(&self) -> Vec<Ping> {
+        let (from, to) = (name(BEFALLEN + 1), name(BEFALLEN + 2));
+        let pod = format!("{from}/a");
+        self.lab.ips(&to, "a").into_iter().map(|ip| self.lab.background_ping(pod.as_str(), ip)).collect()
     }
 
     fn runs(&self, node: usize) -> Option<u32> {
