@@ -119,6 +119,26 @@ fn a_record_without_a_lease_is_refused() {
 }
 
 #[test]
+fn a_record_under_another_key_or_of_an_earlier_epoch_than_the_lease_is_refused() {
+    let mut net = Meshes::new("a_record_under_another_key");
+    // The lease of node 1 names another key of its, that of node 2 is of a later epoch than the record's.
+    for node in 0..4 {
+        net.start(config(node, 1), table_of(&[(0, 0, 1, 1), (1, 1, 2, 2), (2, 2, 1, 9), (3, 3, 1, 4)]));
+        net.announce(node, facts(node));
+    }
+    net.run(seconds(5));
+    assert_eq!(net.verdict(0, 3), Some(Verdict::Accepted));
+    for (refused, why) in [(1, "is leased with key"), (2, "the lease is of epoch 9")] {
+        let verdict = net.verdict(0, refused);
+        assert!(
+            matches!(&verdict, Some(Verdict::Refused { why: said }) if said.contains(why)),
+            "{verdict:?}"
+        );
+        assert_eq!(net.mesh(0).member(&name(refused)).unwrap().routed, None);
+    }
+}
+
+#[test]
 fn a_record_ahead_of_the_lease_table_waits_for_it() {
     let mut net = Meshes::new("a_record_ahead");
     net.start(config(0, 1), table_of(&[(0, 0, 1, 1)]));
