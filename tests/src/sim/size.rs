@@ -216,6 +216,7 @@ impl Measured {
     /// Measures everything, each event so many times.
     pub fn measure(nodes: usize, trials: usize, test: &str) -> (Self, Size) {
         let (mut mesh, start) = Self::start(nodes, test);
+        eprintln!("{test}: all know each other");
         let mut size = Size { nodes, start, ..Size::default() };
         let mut incarnation = 1;
         for trial in 0..trials {
@@ -233,6 +234,7 @@ impl Measured {
                 size.join.add(mesh.join(node, incarnation));
                 mesh.settle();
             }
+            eprintln!("{test}: trial {} of {trials} comes to the partition", trial + 1);
             size.heal.add(mesh.part_and_heal());
             mesh.settle();
             if trial + 1 < trials {
