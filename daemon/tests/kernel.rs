@@ -327,6 +327,35 @@ fn a_changed_peer_is_replaced_in_place_and_leaves_nothing_old() {
 }
 
 #[test]
+fn routes_of_an_earlier_release_are_replaced_without_a_gap() {
+    on_a_node(|kernel| {
+        let inputs = inputs(kernel, 2);
+        pass(kernel, &inputs);
+        // That release had one metric for all.
+        for family in ["-4", "-6"] {
+            for route in json(&format!("ip {family} -j route show proto 117")) {
+                let [dst, via, dev, source] =
+                    ["dst", "gateway", "dev", "prefsrc"].map(|field| route[field].as_str().unwrap());
+                run(&format!("ip {family} route del {dst} metric {}", route["metric"]));
+                run(&format!(
+                    "ip {family} route add {dst} via {via} dev {dev} onlink src {source} metric 2117 proto 117"
+                ));
+            }
+        }
+        let ear = Ear::new();
+        pass(kernel, &inputs);
+        let heard = ear.finish();
+        for prefix in ["10.40.2.0/24", "10.40.3.0/24", "fd00:32:0:2::/64", "fd00:32:0:3::/64"] {
+            let told: Vec<_> = heard.iter().filter(|line| line.contains(prefix)).collect();
+            let [made, gone] = told[..] else { panic!("{prefix} is made anew and gone: {heard:?}") };
+            assert!(made.starts_with(prefix) && !made.contains("metric 2117 "), "{heard:?}");
+            assert!(gone.starts_with("Deleted") && gone.contains("metric 2117 "), "{heard:?}");
+        }
+        assert_eq!(pass(kernel, &inputs).applied, 0);
+    });
+}
+
+#[test]
 fn a_vxlan_device_of_other_identity_is_made_anew_with_its_peers() {
     on_a_node(|kernel| {
         let mut inputs = inputs(kernel, 5);

@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that unwraps names its line")]
 
+use std::collections::BTreeSet;
+
 use ipnet::IpNet;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
@@ -11,7 +13,7 @@ use weft_daemon::kernel::{Kernel, purge};
 use weft_daemon::plan::desired::desired;
 use weft_daemon::plan::diff::diff;
 use weft_daemon::plan::model::{
-    Actual, Dataplane, HostVeth, Inputs, LinkKind, Op, Peer, Underlay, VethState,
+    Actual, Dataplane, HostVeth, Inputs, LinkKind, METRICS, Op, Peer, Underlay, VethState, metric,
 };
 use weft_wire::types::MacAddress;
 
@@ -155,6 +157,26 @@ proptest! {
     }
 
     #[test]
+    fn a_route_of_an_earlier_release_goes_when_the_new_one_is_there(inputs in any_inputs()) {
+        let mut kernel = kernel(&inputs, Actual::default());
+        let plan = desired(&inputs);
+        let ops = diff(&plan, &kernel.actual);
+        apply(&mut kernel, &ops);
+        // That release had one metric for all routes.
+        let routes = std::mem::take(&mut kernel.actual.state.routes);
+        kernel.actual.state.routes =
+            routes.iter().map(|((prefix, _), route)| ((*prefix, METRICS.0), route.clone())).collect();
+        for op in diff(&plan, &kernel.actual) {
+            apply(&mut kernel, &[op]);
+            for (prefix, _) in routes.keys() {
+                let mut ways = kernel.actual.state.routes.keys().filter(|(to, _)| to == prefix);
+                prop_assert!(ways.next().is_some(), "no moment without a route to {prefix}");
+            }
+        }
+        prop_assert_eq!(&kernel.actual.state.routes, &routes);
+    }
+
+    #[test]
     fn a_purge_leaves_nothing_with_the_mark(inputs in any_inputs()) {
         let mut kernel = kernel(&inputs, with_veths(Actual::default(), &inputs));
         let ops = diff(&desired(&inputs), &kernel.actual);
@@ -163,6 +185,21 @@ proptest! {
         // Settings of the machine stay: others may have come to rely on them.
         kernel.actual.state.sysctls.clear();
         prop_assert_eq!(kernel.actual, Actual::default());
+    }
+}
+
+#[test]
+fn subnets_that_follow_each_other_have_metrics_of_their_own() {
+    let (least, count) = METRICS;
+    let v4 = |number: u32| format!("10.{}.{}.0/24", 32 + number / 256, number % 256).parse().unwrap();
+    let v6 = |number: u32| format!("fd00:32:0:{number:x}::/64").parse().unwrap();
+    let families: [&dyn Fn(u32) -> IpNet; 2] = [&v4, &v6];
+    for subnet in families {
+        let metrics: BTreeSet<u32> = (0..count).map(|number| metric(subnet(number))).collect();
+        assert_eq!(metrics, (least..least + count).collect());
+    }
+    for whole in ["0.0.0.0/0", "::/0"] {
+        assert_eq!(metric(whole.parse().unwrap()), least);
     }
 }
 

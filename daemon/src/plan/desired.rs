@@ -6,8 +6,8 @@ use ipnet::IpNet;
 use weft_wire::types::{MacAddress, Subnet};
 
 use super::model::{
-    BRIDGE, Desired, Inputs, Link, LinkKind, METRIC, Peer, PlannedRoute, Route, Transport, VXLAN_V4,
-    VXLAN_V6, Vxlan,
+    BRIDGE, Desired, Inputs, Link, LinkKind, Peer, PlannedRoute, Route, Transport, VXLAN_V4, VXLAN_V6, Vxlan,
+    metric,
 };
 use super::table::{Table, VERSION};
 
@@ -113,7 +113,7 @@ fn plan_tunnels(inputs: &Inputs, plan: &mut Desired) {
 fn plan_subnet(inputs: &Inputs, peer: &Peer, subnet: Subnet, plan: &mut Desired) {
     let mut route = |transport, route: Option<Route>, reason: String| {
         if let Some(route) = &route {
-            plan.state.routes.insert((subnet.net(), METRIC), route.clone());
+            plan.state.routes.insert((subnet.net(), metric(subnet.net())), route.clone());
         }
         plan.routes.push(PlannedRoute {
             prefix: subnet.net(),

@@ -18,9 +18,27 @@ pub const VXLAN_V4: &str = "weft-vx4";
 pub const VXLAN_V6: &str = "weft-vx6";
 /// Marks weft's routes (`rtm_protocol`, linux/rtnetlink.h; above 4 and unassigned there).
 pub const PROTOCOL: u8 = 117;
-/// The metric of weft's routes. A person's or another program's route to the same destination (they use 0, or
-/// 1024 for IPv6) stays in force: weft neither replaces it nor is replaced.
-pub const METRIC: u32 = 2117;
+/// The least metric of weft's routes, and by how many the greatest is above it. A person's or another program's route to
+/// the same destination (they use 0, or 1024 for IPv6) stays in force: weft neither replaces it nor is replaced.
+pub const METRICS: (u32, u32) = (2117, 4096);
+
+/// Returns the metric of the route to a destination: always the same one, so that the route is replaced in place.
+///
+/// Not one for all, because the kernel looks for an equal next hop before it takes a new one, by a hash of device,
+/// protocol, source and metric but not of the gateway (net/ipv4/fib_semantics.c, `fib_find_info`): with one metric each
+/// route is compared with all before it. Subnets of one size that follow each other get metrics that do
+/// (docs/decisions/0006-metrics-spread-next-hops.md).
+pub fn metric(destination: IpNet) -> u32 {
+    let (least, count) = METRICS;
+    let host_bits = u32::from(destination.max_prefix_len() - destination.prefix_len());
+    let number = match destination {
+        IpNet::V4(net) => u128::from(u32::from(net.network())),
+        IpNet::V6(net) => u128::from(net.network()),
+    }
+    .checked_shr(host_bits)
+    .unwrap_or(0);
+    least + u32::try_from(number % u128::from(count)).expect("a remainder is less than its divisor")
+}
 
 /// Returns whether a device name is one that weft gives to a pod's host end: `weft` and 8 hex digits.
 pub fn is_host_veth(name: &str) -> bool {

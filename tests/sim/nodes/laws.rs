@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use weft_daemon::control::Control;
 use weft_daemon::kernel::memory::MemoryKernel;
-use weft_daemon::plan::model::{METRIC, VXLAN_V4};
+use weft_daemon::plan::model::{VXLAN_V4, metric};
 use weft_daemon::reconcile::reconcile;
 use weft_ipam::lease::{HeldLease, LeaseValue};
 use weft_ipam::store::Snapshot;
@@ -124,8 +124,8 @@ fn routes(machine: &Machine, running: &[&Machine]) -> Option<String> {
         }
         for subnet in peer.daemon.as_ref()?.control.subnets() {
             let prefix = subnet.net();
-            wanted.insert((prefix, METRIC));
-            let Some(route) = state.routes.get(&(prefix, METRIC)) else {
+            wanted.insert((prefix, metric(prefix)));
+            let Some(route) = state.routes.get(&(prefix, metric(prefix))) else {
                 return Some(format!("no route to {prefix} of {name}"));
             };
             let via = route.via?;
