@@ -14,7 +14,7 @@ NEEDS_LAB := cc:gcc ip:iproute2 unshare:util-linux nsenter:util-linux ping:iputi
 NEEDS_TEST := c++:g++ iperf3:iperf3 tcpdump:tcpdump containerd:containerd ctr:containerd runc:runc busybox:busybox-static
 
 .DEFAULT_GOAL := help
-.PHONY: help deps deps-lab installed build lab lab-down test lint bench bench-cni fuzz fuzz-build fuzz-short sim chaos mutants bench-control bench-control bench-scale bench-vxlan
+.PHONY: help deps deps-lab installed build lab lab-down test lint bench bench-cni fuzz fuzz-build fuzz-short sim chaos mutants bench-control bench-scale bench-vxlan
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20

@@ -39,7 +39,10 @@ pub fn encode(message: &impl Message) -> Vec<u8> {
 pub fn length(received: &[u8], limit: usize) -> Result<Option<(usize, usize)>, FrameError> {
     let mut length = 0_u64;
     for (index, byte) in received.iter().take(10).enumerate() {
-        length |= u64::from(byte & 0x7f).checked_shl(7 * index as u32).ok_or(FrameError::Length)?;
+        if index == 9 && *byte > 1 {
+            return Err(FrameError::Length);
+        }
+        length |= u64::from(byte & 0x7f) << (7 * index);
         if byte & 0x80 == 0 {
             return match usize::try_from(length) {
                 Ok(bytes) if bytes <= limit => Ok(Some((index + 1, bytes))),
@@ -48,4 +51,18 @@ pub fn length(received: &[u8], limit: usize) -> Result<Option<(usize, usize)>, F
         }
     }
     if received.len() >= 10 { Err(FrameError::Length) } else { Ok(None) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_length_of_more_than_64_bits_is_refused() {
+        let mut long = [0x80; 10];
+        long[9] = 2;
+        assert!(matches!(length(&long, usize::MAX), Err(FrameError::Length)));
+        long[9] = 1;
+        assert!(matches!(length(&long, usize::MAX), Ok(Some((10, _)))));
+    }
 }

@@ -85,7 +85,9 @@ impl Conn {
                 match answer.payload {
                     NetlinkPayload::InnerMessage(message) => found.push(message),
                     NetlinkPayload::Done(_) => return Ok(found),
-                    NetlinkPayload::Error(error) => return Err(Errno::from_raw(-error.raw_code()).into()),
+                    NetlinkPayload::Error(error) => {
+                        return Err(Errno::from_raw(error.raw_code().wrapping_neg()).into());
+                    }
                     _ => {}
                 }
             }
@@ -104,7 +106,7 @@ impl Conn {
                         return Ok(found);
                     }
                     NetlinkPayload::Error(error) if answer.header.sequence_number == sequence => {
-                        return Err(Errno::from_raw(-error.raw_code()).into());
+                        return Err(Errno::from_raw(error.raw_code().wrapping_neg()).into());
                     }
                     _ => {}
                 }
@@ -156,7 +158,7 @@ impl Conn {
                     continue;
                 };
                 if error.code.is_some() {
-                    let errno = Errno::from_raw(-error.raw_code());
+                    let errno = Errno::from_raw(error.raw_code().wrapping_neg());
                     answers[place] = Err(Refusal { errno, words: words(&error.header) });
                 }
                 if place + 1 == answers.len() {

@@ -45,7 +45,7 @@ pub fn start(config: Config) -> Result<Node, Fatal> {
     let key = dir.node_key().map_err(fatal)?;
     let mut memory = dir.memory().map_err(fatal)?;
     let preflight = preflight(&config, !memory.held.is_empty())?;
-    memory.incarnation += 1;
+    memory.incarnation = memory.incarnation.saturating_add(1);
     dir.set_memory(&memory).map_err(fatal)?;
 
     let spec = UnderlaySpec {

@@ -12,6 +12,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_core::{RngCore, SeedableRng};
 use weft_wire::types::{PublicKey, Subnet};
 
+use super::value::MOST_EPOCH;
 use super::view::{Absorbed, View};
 use super::{HeldLease, LeaseConfig, LeaseConflict, LeaseEvent, LeaseView, Output};
 use crate::carve::{Family, start_of};
@@ -128,7 +129,8 @@ impl Leasing {
     /// A node that persisted leases may not renumber until `set_may_renumber` says that no pod lives.
     pub fn new(config: LeaseConfig, persisted: Vec<HeldLease>, seed: [u8; 32], now: Instant) -> Self {
         let slot = |family| {
-            let lease = persisted.iter().copied().find(|lease| Family::of(lease.subnet) == family);
+            let sane = |lease: &HeldLease| lease.epoch.0 < MOST_EPOCH && Family::of(lease.subnet) == family;
+            let lease = persisted.iter().copied().find(sane);
             let held = lease.map(|lease| Held {
                 lease,
                 proof: Proof::Unknown,

@@ -12,6 +12,9 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use weft_wire::types::{Epoch, NodeName, PublicKey, SiteName, Subnet};
 
+/// Epochs from outside stay below this, so that there is always a later one.
+pub(super) const MOST_EPOCH: u64 = 1 << 63;
+
 /// One lease as written in the store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeaseValue {
@@ -40,6 +43,9 @@ pub enum ValueError {
     /// The bytes are not the JSON of a lease.
     #[error("the value is no lease: {0}")]
     Json(String),
+    /// The epoch is none that a store ever gave: there must be later ones.
+    #[error("the epoch {0} is out of range")]
+    Epoch(Epoch),
     /// The value names another subnet than its key.
     #[error("the value is for {0}")]
     OtherSubnet(Subnet),
@@ -55,6 +61,9 @@ impl LeaseValue {
     pub fn decode(key: Subnet, bytes: &[u8]) -> Result<Self, ValueError> {
         let value: Self =
             serde_json::from_slice(bytes).map_err(|error| ValueError::Json(error.to_string()))?;
+        if value.epoch.0 >= MOST_EPOCH {
+            return Err(ValueError::Epoch(value.epoch));
+        }
         if value.subnet == key { Ok(value) } else { Err(ValueError::OtherSubnet(value.subnet)) }
     }
 }
@@ -70,5 +79,26 @@ mod millis {
 
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
         u64::deserialize(deserializer).map(Duration::from_millis)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_epoch_that_no_later_one_could_follow_is_refused() {
+        let text = |epoch: u64| {
+            format!(
+                r#"{{"subnet":"10.32.4.0/24","node":"n1","site":"s1","key":"{}","epoch":{epoch},"ttl_ms":1,"renewals":0,"boot":"b"}}"#,
+                "ab".repeat(32)
+            )
+        };
+        let key: Subnet = "10.32.4.0/24".parse().expect("a subnet");
+        assert!(LeaseValue::decode(key, text(MOST_EPOCH - 1).as_bytes()).is_ok());
+        for epoch in [MOST_EPOCH, u64::MAX] {
+            let refused = LeaseValue::decode(key, text(epoch).as_bytes());
+            assert_eq!(refused, Err(ValueError::Epoch(Epoch(epoch))));
+        }
     }
 }
