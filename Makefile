@@ -14,7 +14,7 @@ NEEDS_LAB := cc:gcc ip:iproute2 unshare:util-linux nsenter:util-linux ping:iputi
 NEEDS_TEST := c++:g++ iperf3:iperf3 tcpdump:tcpdump containerd:containerd ctr:containerd runc:runc busybox:busybox-static
 
 .DEFAULT_GOAL := help
-.PHONY: help deps deps-lab installed build lab lab-down test lint bench bench-cni fuzz fuzz-build fuzz-short sim chaos mutants bench-control bench-scale bench-vxlan
+.PHONY: help deps deps-lab installed build lab lab-down test lint bench bench-cni fuzz fuzz-build fuzz-short sim chaos mutants bench-control bench-scale bench-vxlan bench-node
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -102,7 +102,7 @@ chaos: deps build ## break everything in a lab, CHAOS_SEEDS runs (10) of CHAOS_S
 mutants: deps ## break the code on purpose, one fault at a time, and see that a test fails for each
 	cargo bench --locked -p weft-tests --bench mutants
 
-bench: bench-vxlan bench-cni bench-control ## all benches but bench-scale; ratios last
+bench: bench-vxlan bench-cni bench-node bench-control ## all benches but bench-scale; ratios last
 
 bench-scale: ## the mesh from 10 to 5,000 nodes, as a table and as plots in docs/plots (an hour)
 	cargo bench --locked -p weft-tests --bench scale
@@ -112,6 +112,9 @@ bench-vxlan: deps build ## pod to pod against the same VXLAN made by hand; ratio
 
 bench-cni: deps build ## time CNI calls against the reference plugins; ratios last (root)
 	WEFT_BIN_DIR=$(BIN) cargo bench --locked -p weft-tests --bench cni
+
+bench-node: deps build ## memory and processor time of a daemon with 3 and 999 peers, and start to ready
+	WEFT_BIN_DIR=$(BIN) cargo bench --locked -p weft-tests --bench node </dev/null
 
 bench-control: deps ## time programming and withdrawing peers against ip -batch; ratios last (root)
 	cargo bench --locked -p weft-tests --bench control </dev/null
