@@ -29,7 +29,7 @@ fn setting(name: &str, otherwise: usize) -> usize {
 /// Lets the steps befall a lab, with a look at it now and then.
 fn go_through(run: &[Step]) -> Result<(), String> {
     let attempt = catch_unwind(AssertUnwindSafe(|| {
-        let mut world = World::new("chaos");
+        let mut world = World::new();
         verdict::whole(&world)?;
         for stretch in run.chunks(STRETCH) {
             let pings = world.watch();

@@ -1,5 +1,6 @@
 //! A lab that steps befall: it does them, remembers what it broke, and mends all of it.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -35,8 +36,11 @@ fn name(node: usize) -> String {
 
 impl World {
     /// All nodes with a pod each, and a small disk for the state of each.
-    pub fn new(label: &str) -> Self {
-        let options = LabOptions::new(label).nodes(NODES).started(0).pods(1);
+    pub fn new() -> Self {
+        // Two tests may have a lab at the same time.
+        static LABS: AtomicUsize = AtomicUsize::new(0);
+        let label = format!("chaos{}", LABS.fetch_add(1, Ordering::Relaxed));
+        let options = LabOptions::new(&label).nodes(NODES).started(0).pods(1);
         // Without an address of its own in the configuration a node takes what the device has. The store has a
         // directory of its own behind a link, so that it goes and comes at once.
         let config = "[underlay]\naddress = []\n[store]\npath = \"/run/weft-lab/shared/store/store.db\"";

@@ -174,8 +174,16 @@ impl Leasing {
             return;
         }
         self.in_flight = None;
-        match self.view.absorb(snapshot, now, self.most_gap()) {
-            Absorbed::Fresh => {
+        let absorbed = self.view.absorb(snapshot, now, self.most_gap());
+        if absorbed == Absorbed::Replaced {
+            // An entry of an earlier run of this node is then no sign of a second one that runs.
+            for slot in &mut self.slots {
+                slot.established = false;
+                slot.held.iter_mut().for_each(|held| held.written = false);
+            }
+        }
+        match absorbed {
+            Absorbed::Fresh | Absorbed::Replaced => {
                 self.answered();
                 self.list_now = false;
                 self.list_at = now + self.config.list_every;

@@ -45,6 +45,8 @@ impl Observed {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Absorbed {
     Fresh,
+    /// Another store than before, or a backup of it: what was written since may be gone.
+    Replaced,
     /// Older than what is known; nothing was changed.
     Stale,
 }
@@ -66,6 +68,7 @@ impl View {
             return Absorbed::Stale;
         }
         let replaced = !same_store || snapshot.revision < self.revision;
+        let known = self.store_id.is_some();
         let watched = self.watched(now, most_gap);
         let mut before = std::mem::take(&mut self.entries);
         self.entries = snapshot
@@ -84,7 +87,7 @@ impl View {
         self.revision = snapshot.revision;
         self.seen_at = Some(now);
         self.stale = 0;
-        Absorbed::Fresh
+        if replaced && known { Absorbed::Replaced } else { Absorbed::Fresh }
     }
 
     /// Takes what a conditional write found or left under a key.

@@ -46,4 +46,16 @@ pub const ALL: &[Regression] = &[
             (1124, Step::Kill(1)),
         ],
     },
+    Regression {
+        what: "a store that was behind for long, and so taken for a backup, showed an earlier run of the node as a twin",
+        seed: 20_381,
+        machines: 7,
+        steps: &[
+            (4323, Step::Kill(1)),
+            (8142, Step::Start(1)),
+            (2864, Step::FallBehind(1, 4)),
+            (2566, Step::FallBehind(1, 4)),
+            (17_969, Step::AdvanceClock(2, Duration::from_millis(182_604))),
+        ],
+    },
 ];
