@@ -105,9 +105,10 @@ fn the_table_that_is_written_is_the_table_that_nft_shows() {
     let shown = ns.sh("nft list ruleset");
     for line in [
         "type nat hook postrouting priority srcnat; policy accept;",
-        "type filter hook forward priority filter; policy accept;",
-        "iifname \"weft0\" accept",
-        "oifname \"weft0\" accept",
+        "type filter hook prerouting priority raw; policy accept;",
+        "udp dport 8472 iifname != \"weft0\" notrack",
+        "type filter hook output priority raw; policy accept;",
+        "udp dport 8472 notrack",
         "ip saddr @pods4 ip daddr != @direct4 meta l4proto udp masquerade to :16384-65535 fully-random",
         "ip saddr @pods4 ip daddr != @direct4 masquerade fully-random",
         "ip6 saddr @pods6 ip6 daddr != @direct6 masquerade fully-random",
@@ -146,15 +147,15 @@ fn every_edit_by_hand_is_seen() {
     let Some(ns) = Netns::new() else { return };
     for edit in [
         "nft flush chain inet weft postrouting",
-        "nft flush chain inet weft forward; nft delete chain inet weft forward",
-        "nft add rule inet weft forward counter drop",
+        "nft flush chain inet weft prerouting; nft delete chain inet weft prerouting",
+        "nft add rule inet weft prerouting counter drop",
         "nft delete element inet weft direct4 '{ 10.32.0.0/12 }'",
         "nft add element inet weft direct4 '{ 203.0.113.0/24 }'",
         "nft add set inet weft more '{ type ipv4_addr; }'",
-        "nft chain inet weft forward '{ policy drop; }'",
+        "nft chain inet weft prerouting '{ policy drop; }'",
         "nft add chain inet weft more",
         "nft add table inet weft '{ flags dormant; }'",
-        "nft replace rule inet weft forward handle $(nft -a list chain inet weft forward | sed -n 's/.*iifname.*handle //p') drop",
+        "nft replace rule inet weft prerouting handle $(nft -a list chain inet weft prerouting | sed -n 's/.*iifname.*handle //p') drop",
         "nft delete table inet weft; nft add table inet weft",
     ] {
         ns.apply(&table());

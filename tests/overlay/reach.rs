@@ -126,6 +126,13 @@ fn bulk_data_crosses(lab: &Lab) {
     }
 }
 
+/// A flow of pods is one entry of the connection tracking of each node: the tunnel's datagrams would be a second one.
+fn tunnels_are_not_tracked(lab: &Lab) {
+    let table = lab.run("n1", &["cat", "/proc/net/nf_conntrack"]);
+    assert!(table.contains("dport=5201"), "the flows of the pods are not tracked:\n{table}");
+    assert!(!table.contains("dport=8472"), "the tunnels are:\n{table}");
+}
+
 #[test]
 fn pods_reach_pods_and_nodes_over_both_families_without_translation() {
     let lab = Lab::up(LabOptions::new("reach").underlay(Families::Dual));
@@ -134,6 +141,7 @@ fn pods_reach_pods_and_nodes_over_both_families_without_translation() {
     nodes_and_pods_reach_each_other(&lab);
     full_size_packets_cross(&lab, 1450);
     bulk_data_crosses(&lab);
+    tunnels_are_not_tracked(&lab);
 }
 
 #[test]
@@ -143,6 +151,7 @@ fn an_underlay_without_ipv4_carries_both_families() {
     pods_see_each_others_own_addresses(&lab);
     full_size_packets_cross(&lab, 1430);
     bulk_data_crosses(&lab);
+    tunnels_are_not_tracked(&lab);
 }
 
 #[test]

@@ -7,8 +7,8 @@
 use std::io;
 
 use crate::plan::table::{
-    ACCEPT, Expr, SET_INTERVAL, Table, chain_line, comment, element_line, fnv, rule_line, rule_mark,
-    set_line, shape_of,
+    ACCEPT, Expr, META_IIFNAME, SET_INTERVAL, Table, chain_line, comment, element_line, fnv, rule_line,
+    rule_mark, set_line, shape_of,
 };
 
 use super::tlv::{self, Conversation, Writer, attrs, find, find_be32, find_text};
@@ -40,6 +40,10 @@ const GET_ELEMENTS: u16 = 13;
 
 const INET: u8 = 1;
 const DROP: u32 = 0;
+const EQUAL: u32 = 0;
+const NOT_EQUAL: u32 = 1;
+const NETWORK_HEADER: u32 = 1;
+const TRANSPORT_HEADER: u32 = 2;
 const INTERVAL_END: u32 = 1;
 const MASQUERADE_FULLY_RANDOM: u32 = 16;
 const MASQUERADE_PORTS: u32 = 2;
@@ -51,7 +55,7 @@ const ELEMENTS_A_MESSAGE: usize = 1000;
 pub enum NftError {
     /// The kernel has no nf_tables, or not the part that is needed.
     #[error(
-        "the kernel refuses nftables ({0}): load the modules nf_tables, nft_chain_nat and nft_masq, or use a kernel that has them"
+        "the kernel refuses nftables ({0}): load the modules nf_tables, nft_ct, nft_chain_nat and nft_masq, or use a kernel that has them"
     )]
     Unsupported(io::Error),
     /// The capability is missing.
@@ -106,14 +110,26 @@ fn expression(writer: &mut Writer, name: &str, fill: impl FnOnce(&mut Writer)) {
     });
 }
 
-fn meta(writer: &mut Writer, key: u32, value: &[u8]) {
+fn meta(writer: &mut Writer, key: u32) {
     expression(writer, "meta", |writer| {
         writer.be32(1, 1);
         writer.be32(2, key);
     });
+}
+
+fn payload(writer: &mut Writer, base: u32, offset: u32, len: u32) {
+    expression(writer, "payload", |writer| {
+        writer.be32(1, 1);
+        writer.be32(2, base);
+        writer.be32(3, offset);
+        writer.be32(4, len);
+    });
+}
+
+fn compare(writer: &mut Writer, operation: u32, value: &[u8]) {
     expression(writer, "cmp", |writer| {
         writer.be32(1, 1);
-        writer.be32(2, 0);
+        writer.be32(2, operation);
         writer.nest(3, |writer| writer.attr(1, value));
     });
 }
@@ -127,15 +143,20 @@ fn port(writer: &mut Writer, register: u32, port: u16) {
 
 fn encode(writer: &mut Writer, expr: Expr, bridge: &str) {
     match expr {
-        Expr::Bridge { key } => meta(writer, key, &interface(bridge)),
-        Expr::MetaByte { key, value } => meta(writer, key, &[value]),
+        Expr::NotFromBridge => {
+            meta(writer, META_IIFNAME);
+            compare(writer, NOT_EQUAL, &interface(bridge));
+        }
+        Expr::MetaByte { key, value } => {
+            meta(writer, key);
+            compare(writer, EQUAL, &[value]);
+        }
+        Expr::DestinationPort { port } => {
+            payload(writer, TRANSPORT_HEADER, 2, 2);
+            compare(writer, EQUAL, &port.to_be_bytes());
+        }
         Expr::Address { offset, len, set, negated } => {
-            expression(writer, "payload", |writer| {
-                writer.be32(1, 1);
-                writer.be32(2, 1);
-                writer.be32(3, offset);
-                writer.be32(4, len);
-            });
+            payload(writer, NETWORK_HEADER, offset, len);
             expression(writer, "lookup", |writer| {
                 writer.text(1, set);
                 writer.be32(2, 1);
@@ -154,10 +175,7 @@ fn encode(writer: &mut Writer, expr: Expr, bridge: &str) {
                 writer.be32(3, 2);
             });
         }
-        Expr::Accept => expression(writer, "immediate", |writer| {
-            writer.be32(1, 0);
-            writer.nest(2, |writer| writer.nest(2, |writer| writer.be32(1, ACCEPT)));
-        }),
+        Expr::NoTrack => expression(writer, "notrack", |_| {}),
     }
 }
 

@@ -11,9 +11,11 @@ use ipnet::IpNet;
 // Numbers of linux/netfilter.h, linux/netfilter/nf_tables.h and linux/in.h.
 pub(crate) const IPV4: u8 = 2;
 pub(crate) const IPV6: u8 = 10;
+pub(crate) const HOOK_PREROUTING: u32 = 0;
 pub(crate) const HOOK_FORWARD: u32 = 2;
+pub(crate) const HOOK_OUTPUT: u32 = 3;
 pub(crate) const HOOK_POSTROUTING: u32 = 4;
-pub(crate) const PRIORITY_FILTER: i32 = 0;
+pub(crate) const PRIORITY_RAW: i32 = -300;
 pub(crate) const PRIORITY_SRCNAT: i32 = 100;
 pub(crate) const ACCEPT: u32 = 1;
 pub(crate) const SET_INTERVAL: u32 = 4;
@@ -32,7 +34,8 @@ pub struct Table {
     pub except: Vec<IpNet>,
     /// Whether there is masquerading at all.
     pub masquerade: bool,
-    /// The UDP port of the tunnels: no masqueraded datagram gets it as its source port.
+    /// The UDP port of the tunnels: no masqueraded datagram gets it as its source port, and connection tracking
+    /// does not see what comes to it or goes to it, for what is inside is tracked.
     pub vxlan_port: u16,
     /// The bridge of the pods.
     pub bridge: String,
@@ -41,14 +44,12 @@ pub struct Table {
 }
 
 /// The layout that this code writes.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Expr {
-    /// An interface name equals the bridge.
-    Bridge {
-        key: u32,
-    },
+    /// It did not come in by the bridge.
+    NotFromBridge,
     /// A meta value of one byte.
     MetaByte {
         key: u32,
@@ -66,7 +67,12 @@ pub(crate) enum Expr {
         low: u16,
         high: u16,
     },
-    Accept,
+    /// The destination port of the transport header.
+    DestinationPort {
+        port: u16,
+    },
+    /// Connection tracking passes it over.
+    NoTrack,
 }
 
 pub(crate) struct Chain {
@@ -106,16 +112,25 @@ impl Table {
     }
 
     pub(crate) fn chains(&self) -> Vec<Chain> {
-        let mut chains = vec![Chain {
-            name: "forward",
+        // The packets inside are tracked; an entry for the tunnel around them would be one more lookup a packet. A
+        // pod's own datagrams to that port are nobody's tunnel.
+        let tunnel = |mut rule: Vec<Expr>| {
+            rule.insert(0, Expr::MetaByte { key: META_L4PROTO, value: IPPROTO_UDP });
+            rule.insert(1, Expr::DestinationPort { port: self.vxlan_port });
+            rule.push(Expr::NoTrack);
+            rule
+        };
+        let raw = |name, hook, rule| Chain {
+            name,
             kind: "filter",
-            hook: HOOK_FORWARD,
-            priority: PRIORITY_FILTER,
-            rules: [META_IIFNAME, META_OIFNAME]
-                .into_iter()
-                .map(|key| vec![Expr::Bridge { key }, Expr::Accept])
-                .collect(),
-        }];
+            hook,
+            priority: PRIORITY_RAW,
+            rules: vec![tunnel(rule)],
+        };
+        let mut chains = vec![
+            raw("prerouting", HOOK_PREROUTING, vec![Expr::NotFromBridge]),
+            raw("output", HOOK_OUTPUT, Vec::new()),
+        ];
         if self.masquerade {
             let ports = masquerade_ports(self.vxlan_port);
             let mut rules = Vec::new();
@@ -182,11 +197,12 @@ impl Table {
 fn names(rule: &[Expr]) -> Vec<&'static str> {
     rule.iter()
         .flat_map(|expr| match expr {
-            Expr::Bridge { .. } | Expr::MetaByte { .. } => &["meta", "cmp"][..],
+            Expr::NotFromBridge | Expr::MetaByte { .. } => &["meta", "cmp"][..],
+            Expr::DestinationPort { .. } => &["payload", "cmp"],
             Expr::Address { .. } => &["payload", "lookup"],
             Expr::Masquerade => &["masq"],
             Expr::MasqueradePorts { .. } => &["immediate", "immediate", "masq"],
-            Expr::Accept => &["immediate"],
+            Expr::NoTrack => &["notrack"],
         })
         .copied()
         .collect()
