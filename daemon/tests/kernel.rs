@@ -217,6 +217,21 @@ fn one_pass_programs_a_node_and_the_second_changes_nothing() {
 }
 
 #[test]
+fn sources_are_checked_loosely_where_the_host_is_strict_and_else_not_at_all() {
+    on_a_node(|kernel| {
+        for (host, ours) in [("0", "0"), ("1", "2"), ("2", "0")] {
+            run(&format!("sysctl -qw net.ipv4.conf.all.rp_filter={host}"));
+            let inputs = inputs(kernel, 1);
+            pass(kernel, &inputs);
+            for device in ["weft0", "weft-vx4"] {
+                let check = run(&format!("sysctl -n net.ipv4.conf.{device}.rp_filter"));
+                assert_eq!(check.trim(), ours, "{device} where the host has {host}");
+            }
+        }
+    });
+}
+
+#[test]
 fn what_a_hand_changes_is_mended_in_one_pass() {
     on_a_node(|kernel| {
         let inputs = inputs(kernel, 2);
@@ -238,7 +253,7 @@ fn what_a_hand_changes_is_mended_in_one_pass() {
             "ip link set weft-vx4 mtu 1300".into(),
             "ip link set weft-vx4 address 02:00:00:00:00:77".into(),
             "nft delete table inet weft".into(),
-            "nft flush chain inet weft forward".into(),
+            "nft flush chain inet weft prerouting".into(),
             "sysctl -qw net.ipv4.ip_forward=0".into(),
             "ip route add blackhole 10.45.0.0/24 proto 117".into(),
             "ip -6 route add unreachable fd00:32:0:45::/64 proto 117".into(),

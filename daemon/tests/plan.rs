@@ -83,7 +83,7 @@ prop_compose! {
                 tx_checksum: true,
                 hairpin: true,
             },
-            underlay: Underlay { device: "eth0".into(), index: 2, mtu: 1500, addresses },
+            underlay: Underlay { device: "eth0".into(), index: 2, mtu: 1500, addresses, strict_sources: false },
             subnets: if leased {
                 vec!["10.32.250.0/24".parse().unwrap(), "fd00:32:0:fa::/64".parse().unwrap()]
             } else {

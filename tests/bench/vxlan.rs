@@ -1,7 +1,7 @@
 //! Pod to pod over weft's VXLAN, against the same VXLAN made by hand with iproute2: `make bench-vxlan`.
 //!
-//! One lab has both: n1 and n2 run weft, n3 and n4 have what a careful person sets up, over the same underlay. They
-//! take turns. Every load ends by itself.
+//! One lab has all: n1 and n2 run weft, n3 and n4 have what a careful person sets up, over the same underlay, and n5 and
+//! n6 have that and masquerade what leaves the cluster, as weft does. They take turns. Every load ends by itself.
 
 use std::time::Duration;
 
@@ -12,6 +12,16 @@ use weft_tests::lab::{Background, Lab, LabOptions};
 const ROUNDS: usize = 5;
 /// How long a stream lasts.
 const SECONDS: u64 = 4;
+
+const FIGURES: [(&str, &str); 6] = [
+    ("TCP 1", "Gbit/s"),
+    ("TCP 8", "Gbit/s"),
+    ("UDP 64", "1,000 datagrams/s"),
+    ("latency", "ms"),
+    ("CPU 1", "CPU s/GB"),
+    ("CPU 8", "CPU s/GB"),
+];
+const HANDS: [&str; 2] = ["by hand", "by hand, masquerading"];
 
 /// A bridge, a VXLAN device that learns nothing, a permanent neighbour and forwarding entry, a route, and a pod.
 /// Arguments: own number, other number (in 10.99.N.0/24 and 192.0.2.N).
@@ -34,6 +44,16 @@ ip -n h link set eth0 mtu 1450 up
 ip -n h address add 10.99.$own.2/24 dev eth0
 ip -n h route add default via 10.99.$own.1
 "#;
+
+/// What lets the pods above reach the world outside.
+const MASQUERADE: &str = "nft -f - <<'END'
+table ip hand {
+  chain postrouting {
+    type nat hook postrouting priority srcnat
+    ip saddr 10.99.0.0/16 ip daddr != 10.99.0.0/16 masquerade fully-random
+  }
+}
+END";
 
 /// Two pods on two nodes with a network between them.
 struct Pair {
@@ -110,32 +130,34 @@ fn busy() -> f64 {
 }
 
 fn main() {
-    let lab = Lab::up(LabOptions::new("bench-vxlan").nodes(4).started(2).pods(1));
-    lab.run("n3", &["sh", "-c", BY_HAND, "3", "4"]);
-    lab.run("n4", &["sh", "-c", BY_HAND, "4", "3"]);
+    let lab = Lab::up(LabOptions::new("bench-vxlan").nodes(6).started(2).pods(1));
+    for (own, other) in [("3", "4"), ("4", "3"), ("5", "6"), ("6", "5")] {
+        lab.run(format!("n{own}").as_str(), &["sh", "-c", BY_HAND, own, other]);
+    }
+    for node in ["n5", "n6"] {
+        lab.sh(node, MASQUERADE);
+    }
+    let by_hand = |name, ends: [&'static str; 2], to: &str| Pair {
+        name,
+        ends: ends.map(|node| (node, "h")),
+        to: to.to_owned(),
+    };
     let mut pairs = [
         Pair { name: "weft", ends: [("n1", "a"), ("n2", "a")], to: lab.ip("n2", "a").to_string() },
-        Pair { name: "by hand", ends: [("n3", "h"), ("n4", "h")], to: "10.99.4.2".into() },
+        by_hand(HANDS[0], ["n3", "n4"], "10.99.4.2"),
+        by_hand(HANDS[1], ["n5", "n6"], "10.99.6.2"),
     ];
     let mut figures = Figures::default();
     interleaved(ROUNDS, &mut pairs, |_, pair| pair.measure(&lab, &mut figures));
-    for (what, unit) in [
-        ("TCP 1", "Gbit/s"),
-        ("TCP 8", "Gbit/s"),
-        ("UDP 64", "1,000 datagrams/s"),
-        ("latency", "ms"),
-        ("CPU 1", "CPU s/GB"),
-        ("CPU 8", "CPU s/GB"),
-    ] {
-        for name in ["weft", "by hand"] {
-            println!("{what} {name}: {} {unit}", figures.spread(&format!("{what} {name}")));
+    for (what, unit) in FIGURES {
+        for pair in &pairs {
+            println!("{what} {}: {:.3} {unit}", pair.name, figures.spread(&format!("{what} {}", pair.name)));
         }
     }
-    for what in ["TCP 1", "TCP 8", "UDP 64", "latency", "CPU 1", "CPU 8"] {
-        figures.print_ratio(
-            &format!("{what}, weft / by hand:"),
-            &format!("{what} weft"),
-            &format!("{what} by hand"),
-        );
+    for hand in HANDS {
+        for (what, _) in FIGURES {
+            let [ours, theirs] = ["weft", hand].map(|name| format!("{what} {name}"));
+            figures.print_ratio(&format!("{what}, weft / {hand}:"), &ours, &theirs);
+        }
     }
 }

@@ -27,7 +27,13 @@ impl Control {
     pub(super) fn inputs(&mut self, now: Instant) -> Inputs {
         let peers = self.planned_peers(now);
         self.remember_peers(&peers);
-        let unknown = || model::Underlay { device: String::new(), index: 0, mtu: 0, addresses: Vec::new() };
+        let unknown = || model::Underlay {
+            device: String::new(),
+            index: 0,
+            mtu: 0,
+            addresses: Vec::new(),
+            strict_sources: false,
+        };
         Inputs {
             strays: std::mem::take(&mut self.strays),
             node: self.config.node.name.clone(),

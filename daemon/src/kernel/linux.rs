@@ -218,6 +218,7 @@ fn find_underlay(conn: &mut Conn, spec: &UnderlaySpec) -> Result<Underlay, Under
         index: link.index,
         mtu: spec.mtu.unwrap_or(link.mtu),
         addresses: chosen,
+        strict_sources: sysctl::read("net/ipv4/conf/all/rp_filter").as_deref() == Some("1"),
     })
 }
 

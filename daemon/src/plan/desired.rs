@@ -195,9 +195,11 @@ fn plan_sysctls(inputs: &Inputs, plan: &mut Desired) {
     if families(false) {
         set("net/ipv6/conf/all/forwarding".into(), "1");
     }
+    // The larger of the device's and the host's value counts. Packets of pods must not be checked strictly; a loose
+    // check passes whatever the default route covers, and costs a route lookup a packet.
+    let check = if inputs.underlay.strict_sources { "2" } else { "0" };
     for device in devices {
-        // The effective value is the larger of this and `all`: 2 makes it loose even where `all` is strict.
-        set(format!("net/ipv4/conf/{device}/rp_filter"), "2");
+        set(format!("net/ipv4/conf/{device}/rp_filter"), check);
         set(format!("net/ipv6/conf/{device}/accept_ra"), "0");
         if families(false) {
             set(format!("net/ipv6/conf/{device}/disable_ipv6"), "0");

@@ -100,6 +100,9 @@ pub struct Underlay {
     pub mtu: u32,
     /// The node's addresses on it, at most one a family, with the prefix of the link.
     pub addresses: Vec<IpNet>,
+    /// The host checks the source of all that comes in against its routes, strictly (RFC 3704 s2.2;
+    /// `net.ipv4.conf.all.rp_filter` is 1).
+    pub strict_sources: bool,
 }
 
 /// Another node, as far as the kernel is concerned.
