@@ -116,8 +116,9 @@ impl Mesh {
         timers.set(now + config.timing.probe_interval.mul_f64(phase), Timer::Probe);
         let sync_at = now + config.timing.sync_interval.mul_f64(0.5 + phase / 2.0);
         timers.set(sync_at, Timer::Sync);
+        let hash = name_hash(config.node.as_str());
         Self {
-            hash: name_hash(config.node.as_str()),
+            hash,
             rng,
             now,
             session,
@@ -130,7 +131,7 @@ impl Mesh {
             routes: Routes::default(),
             routes_dirty: false,
             routes_released: false,
-            queue: Queue::default(),
+            queue: Queue::new(hash),
             gossip_armed: false,
             sync_at,
             probe: None,
@@ -305,6 +306,11 @@ impl Mesh {
     pub fn member(&self, node: &NodeName) -> Option<MemberView<'_>> {
         let id = self.table.find_name(node).filter(|id| Some(*id) != self.table.me);
         id.map(|id| self.table.at(id).view())
+    }
+
+    /// Returns how many peers are alive or suspect, without looking at each.
+    pub fn living(&self) -> usize {
+        self.table.living()
     }
 
     /// Returns the record that the node announces, once it has.

@@ -20,6 +20,9 @@ use crate::seal::MAX_CONTENT;
 const FANOUT: usize = 3;
 /// Each piece of news is told so many times log10 of the number of members.
 const REPEAT: u32 = 4;
+/// The most topics that wait to be told. A cluster that starts or heals at once has more news than gossip can carry:
+/// the oldest and most told go, and anti-entropy, which follows the difference, brings them.
+const MOST_TOPICS: usize = 64;
 /// How many topics that do not fit are passed over when a datagram is packed.
 const MISFITS: usize = 4;
 
@@ -31,19 +34,36 @@ pub(super) enum Topic {
 }
 
 /// News, the least told first and among those the latest first.
-#[derive(Debug, Default)]
+///
+/// Invariant: at most [`MOST_TOPICS`]; what a node has to say about itself is never given up for other news.
+#[derive(Debug)]
 pub(super) struct Queue {
+    own: Topic,
     order: BTreeSet<(u32, u64, Topic)>,
     topics: BTreeMap<Topic, (u32, u64)>,
     count: u64,
 }
 
 impl Queue {
+    /// The queue of the node whose name has this hash.
+    pub(super) fn new(own: u64) -> Self {
+        Self { own: Topic::Record(own), order: BTreeSet::new(), topics: BTreeMap::new(), count: 0 }
+    }
+
     /// Starts to tell `topic`, or starts again.
     pub(super) fn push(&mut self, topic: Topic) {
         self.drop(topic);
         self.count += 1;
         self.insert(topic, 0, u64::MAX - self.count);
+        if self.len() > MOST_TOPICS {
+            let last = self.order.iter().rev().map(|(_, _, topic)| *topic).find(|topic| *topic != self.own);
+            last.into_iter().for_each(|topic| self.drop(topic));
+        }
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.order.clear();
+        self.topics.clear();
     }
 
     pub(super) fn drop(&mut self, topic: Topic) {
@@ -95,7 +115,7 @@ impl Mesh {
         }
         if self.table.living() == 0 {
             // Nobody to tell: whoever comes gets it by anti-entropy.
-            self.queue = Queue::default();
+            self.queue.clear();
         }
     }
 
@@ -252,4 +272,26 @@ pub(super) fn forgotten(tombstone: &Tombstone) -> proto::Update {
 pub(super) fn framed_len(update: &proto::Update) -> usize {
     let length = update.encoded_len();
     1 + prost::length_delimiter_len(length) + length
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_of_news_drops_the_most_told_and_the_oldest_but_never_the_own() {
+        let mut queue = Queue::new(7);
+        let own = Topic::Record(7);
+        queue.push(own);
+        queue.told(own, 9);
+        (100..1000).for_each(|hash| queue.push(Topic::Liveness(hash)));
+        assert_eq!(queue.len(), MOST_TOPICS);
+        assert!(queue.topics.contains_key(&own));
+        assert!(queue.topics.contains_key(&Topic::Liveness(999)));
+        assert!(!queue.topics.contains_key(&Topic::Liveness(100)));
+        assert_eq!(queue.order.len(), queue.topics.len());
+        queue.told(Topic::Liveness(999), 9);
+        queue.push(Topic::Liveness(1000));
+        assert!(!queue.topics.contains_key(&Topic::Liveness(999)), "it was told, the others were not");
+    }
 }

@@ -325,6 +325,8 @@ impl Mesh {
                 }
             }
             Purpose::Seed(seed) => {
+                // Whoever had to ask a seed knows few.
+                self.sync_soon();
                 if self.seed_owners.len() < MAX_SEEDS {
                     self.seed_owners.insert(seed, reply.hash);
                 }
