@@ -77,6 +77,8 @@ pub struct Mesh {
     queue: Queue,
     gossip_armed: bool,
     sync_at: Instant,
+    /// Until the exchange after the next one: short after news, and twice as long each time without.
+    sync_pause: Duration,
     probe: Option<Probe>,
     /// Lifeguard's local health: 0 is well.
     health: u32,
@@ -134,6 +136,7 @@ impl Mesh {
             queue: Queue::new(hash),
             gossip_armed: false,
             sync_at,
+            sync_pause: config.timing.sync_interval,
             probe: None,
             health: 0,
             pending: BTreeMap::new(),

@@ -29,11 +29,13 @@ const PARTED: Duration = Duration::from_secs(60);
 pub struct Event {
     /// For each node and trial, the time until it was right, in seconds.
     pub times: Vec<f64>,
-    /// Bytes that a node sent for it beyond what it sends at rest.
+    /// Bytes that a node sent for it beyond what it sends at rest, until the mesh rests again.
     pub bytes: f64,
     /// Datagrams likewise.
     pub datagrams: f64,
     trials: usize,
+    /// How long all trials were watched, in seconds.
+    watched: f64,
 }
 
 /// What a mesh of one size costs and how fast it learns.
@@ -67,7 +69,6 @@ pub struct Measured {
     records: Arc<SharedRecords>,
     table: Authority,
     nodes: usize,
-    rest: (f64, f64),
 }
 
 impl Measured {
@@ -78,11 +79,10 @@ impl Measured {
         let records = Arc::new(SharedRecords::default());
         // One number more, for who comes later.
         let table = table(nodes + 1);
-        let mut measured = Self { meshes, running: BTreeSet::new(), records, table, nodes, rest: (0.0, 0.0) };
+        let mut measured = Self { meshes, running: BTreeSet::new(), records, table, nodes };
         let began = measured.meshes.net.now;
         (0..nodes - 1).for_each(|node| measured.add(node, 1));
         let event = measured.watch(began, seconds(300), |measured, node| measured.knows_everyone(node));
-        measured.meshes.run(REST);
         (measured, event)
     }
 
@@ -104,8 +104,7 @@ impl Measured {
         let before = self.meshes.net.sent_by_all();
         self.meshes.run(REST);
         let sent = self.since(before);
-        self.rest = (sent.0 / REST.as_secs_f64(), sent.1 / REST.as_secs_f64());
-        self.rest
+        (sent.0 / REST.as_secs_f64(), sent.1 / REST.as_secs_f64())
     }
 
     /// What a node has sent since then: bytes and datagrams.
@@ -129,7 +128,7 @@ impl Measured {
         mesh.living() == others && mesh.members().filter(alive).count() == others
     }
 
-    /// Runs until every running node is right; what it costs is counted until then.
+    /// Runs until every running node is right, and then until the mesh rests; what that costs is counted.
     fn watch(&mut self, began: Instant, limit: Duration, right: impl Fn(&Self, usize) -> bool) -> Event {
         let before = self.meshes.net.sent_by_all();
         let mut wrong: Vec<usize> = self.running.iter().copied().collect();
@@ -147,15 +146,9 @@ impl Measured {
                 !is_right
             });
         }
+        self.meshes.run(REST);
         let (bytes, datagrams) = self.since(before);
-        let lasted = (self.meshes.net.now - began).as_secs_f64();
-        let beyond = |sent: f64, rest: f64| (sent - rest * lasted).max(0.0);
-        Event {
-            times,
-            bytes: beyond(bytes, self.rest.0),
-            datagrams: beyond(datagrams, self.rest.1),
-            trials: 1,
-        }
+        Event { times, bytes, datagrams, trials: 1, watched: (self.meshes.net.now - began).as_secs_f64() }
     }
 
     fn pick(&mut self) -> usize {
@@ -224,7 +217,6 @@ impl Measured {
         let mut incarnation = 1;
         for trial in 0..trials {
             size.join.add(mesh.join(nodes - 1, incarnation));
-            mesh.settle();
             if trial == 0 {
                 (size.rest_bytes, size.rest_datagrams) = mesh.rest();
             }
@@ -232,14 +224,11 @@ impl Measured {
                 let (node, event) = if crash { mesh.crash() } else { mesh.leave() };
                 let sum = if crash { &mut size.crash } else { &mut size.leave };
                 sum.add(event);
-                mesh.settle();
                 incarnation += 1;
                 size.join.add(mesh.join(node, incarnation));
-                mesh.settle();
             }
             eprintln!("{test}: trial {} of {trials} comes to the partition", trial + 1);
             size.heal.add(mesh.part_and_heal());
-            mesh.settle();
             if trial + 1 < trials {
                 mesh.meshes.crash(nodes - 1);
                 mesh.running.remove(&(nodes - 1));
@@ -247,8 +236,9 @@ impl Measured {
                 mesh.settle();
             }
         }
-        for event in [&mut size.join, &mut size.leave, &mut size.crash, &mut size.heal] {
-            event.average();
+        let rest = (size.rest_bytes, size.rest_datagrams);
+        for event in [&mut size.start, &mut size.join, &mut size.leave, &mut size.crash, &mut size.heal] {
+            event.average(rest);
         }
         (mesh, size)
     }
@@ -260,13 +250,14 @@ impl Event {
         self.bytes += other.bytes;
         self.datagrams += other.datagrams;
         self.trials += other.trials;
+        self.watched += other.watched;
     }
 
-    /// Turns sums over trials into averages.
-    fn average(&mut self) {
-        let trials = self.trials.max(1);
-        self.bytes /= trials as f64;
-        self.datagrams /= trials as f64;
+    /// Turns sums over trials into averages, without what nodes send at rest.
+    fn average(&mut self, rest: (f64, f64)) {
+        let trials = self.trials.max(1) as f64;
+        let beyond = |sent: f64, rest: f64| (sent - rest * self.watched).max(0.0) / trials;
+        (self.bytes, self.datagrams) = (beyond(self.bytes, rest.0), beyond(self.datagrams, rest.1));
     }
 }
 

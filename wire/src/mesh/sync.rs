@@ -104,7 +104,8 @@ fn range_of(depth: u32, bucket: u32) -> RangeInclusive<u64> {
 
 impl Mesh {
     pub(super) fn on_sync_timer(&mut self) {
-        let interval = self.config.timing.sync_interval;
+        let interval = self.sync_pause;
+        self.sync_pause = (interval * 2).min(self.config.timing.sync_interval);
         // Spread over time, so that a cluster that started at once does not compare at once.
         let jitter = interval.mul_f64(below(&mut self.rng, 256) as f64 / 1024.0);
         self.arm_sync(self.now + interval - interval / 8 + jitter);
@@ -118,9 +119,11 @@ impl Mesh {
         self.timers.set(at, Timer::Sync);
     }
 
-    /// Compares again soon: the last exchange taught something.
+    /// Compares again soon, and some times more: who learns something may lack more, and one partner may lack the same.
     pub(super) fn sync_soon(&mut self) {
-        let at = self.now + self.config.timing.sync_fast;
+        let fast = self.config.timing.sync_fast;
+        self.sync_pause = fast * 2;
+        let at = self.now + fast;
         if at < self.sync_at {
             self.arm_sync(at);
         }
