@@ -11,6 +11,7 @@ pub mod preflight;
 mod rtnl;
 mod sysctl;
 mod tlv;
+mod tunnel;
 
 use std::collections::BTreeSet;
 use std::fmt;

@@ -92,7 +92,9 @@ fn table() -> Table {
         except: ["198.51.100.0/24"].map(|net| net.parse().unwrap()).to_vec(),
         masquerade: true,
         vxlan_port: 8472,
+        sealed: Vec::new(),
         bridge: "weft0".into(),
+        tunnel: "weft-wg".into(),
         version: VERSION,
     }
 }

@@ -13,9 +13,10 @@ use weft_daemon::kernel::{Kernel, purge};
 use weft_daemon::plan::desired::desired;
 use weft_daemon::plan::diff::diff;
 use weft_daemon::plan::model::{
-    Actual, Dataplane, HostVeth, Inputs, LinkKind, METRICS, Op, Peer, Underlay, VethState, metric,
+    Actual, Dataplane, Encryption, HostVeth, Inputs, LinkKind, METRICS, Op, Peer, Underlay, VethState, metric,
 };
-use weft_wire::types::MacAddress;
+use weft_wire::mesh::TunnelFacts;
+use weft_wire::types::{MacAddress, TunnelKey};
 
 /// A kernel that knows the underlay of these inputs and holds `actual`.
 fn kernel(inputs: &Inputs, actual: Actual) -> MemoryKernel {
@@ -49,6 +50,10 @@ fn peer(number: u8, v4: bool, v6: bool, mtu: u32) -> Peer {
         vni: 1,
         vxlan_port: 8472,
         mtu,
+        site: format!("s{}", number % 2).parse().unwrap(),
+        encryption: [Encryption::Never, Encryption::CrossSite, Encryption::Never, Encryption::Always]
+            [usize::from(number % 4)],
+        tunnel: (number % 5 > 0).then(|| TunnelFacts { key: TunnelKey([number % 60; 32]), port: 51820 }),
         node,
     }
 }
@@ -56,6 +61,8 @@ fn peer(number: u8, v4: bool, v6: bool, mtu: u32) -> Peer {
 prop_compose! {
     fn any_inputs()(
         numbers in prop::collection::btree_set(0_u8..200, 0..20),
+        encryption in prop::sample::select(vec![Encryption::Never, Encryption::CrossSite, Encryption::Always]),
+        tunnel: bool,
         families in prop::collection::vec((any::<bool>(), any::<bool>()), 20),
         mtus in prop::collection::vec(prop::sample::select(vec![1280_u32, 1400, 1500, 9000]), 20),
         direct in any::<bool>(),
@@ -72,6 +79,7 @@ prop_compose! {
         let veth = |number: &u32| format!("weft{number:08x}");
         Inputs {
             node: "n1".parse().unwrap(),
+            site: "s1".parse().unwrap(),
             dataplane: Dataplane {
                 vni,
                 vxlan_port: 8472,
@@ -82,6 +90,8 @@ prop_compose! {
                 mtu: None,
                 tx_checksum: true,
                 hairpin: true,
+                encryption,
+                tunnel,
             },
             underlay: Underlay { device: "eth0".into(), index: 2, mtu: 1500, addresses, strict_sources: false },
             subnets: if leased {
