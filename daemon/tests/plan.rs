@@ -147,7 +147,11 @@ proptest! {
     fn every_route_has_what_it_needs_and_only_marked_devices_are_named(inputs in any_inputs()) {
         let plan = desired(&inputs);
         for route in plan.state.routes.values() {
-            let via = route.via.expect("every route has a next hop");
+            if route.dev == "weft-wg" {
+                prop_assert!(route.via.is_none() && plan.state.links.contains_key("weft-wg"));
+                continue;
+            }
+            let via = route.via.expect("every route that is not encrypted has a next hop");
             if route.dev == "eth0" {
                 prop_assert!(inputs.dataplane.direct_routing);
                 continue;
@@ -158,11 +162,36 @@ proptest! {
             prop_assert!(plan.state.links.contains_key(&route.dev));
         }
         for name in plan.state.links.keys() {
-            prop_assert!(["weft0", "weft-vx4", "weft-vx6"].contains(&name.as_str()));
+            prop_assert!(["weft0", "weft-vx4", "weft-vx6", "weft-wg"].contains(&name.as_str()));
         }
         let none = Actual::default();
         for op in diff(&plan, &none) {
             prop_assert!(!matches!(op, Op::DelLink(_) | Op::DelVeth(_) | Op::DelNft), "{op} on an empty kernel");
+        }
+    }
+
+    #[test]
+    fn what_must_be_encrypted_has_no_clear_route_and_its_peer_a_tunnel(inputs in any_inputs()) {
+        let plan = desired(&inputs);
+        for peer in &inputs.peers {
+            let policies = [inputs.dataplane.encryption, peer.encryption];
+            let demanded = policies.into_iter().any(|policy| match policy {
+                Encryption::Never => false,
+                Encryption::CrossSite => inputs.site != peer.site,
+                Encryption::Always => true,
+            });
+            for planned in plan.routes.iter().filter(|planned| planned.node == peer.node) {
+                let encrypted = planned.route.as_ref().is_some_and(|route| route.dev == "weft-wg");
+                prop_assert_eq!(encrypted, demanded && planned.route.is_some());
+                if encrypted {
+                    let peers = plan.state.tunnel.as_ref().expect("an encrypted route has a tunnel");
+                    let entry = &peers[&peer.tunnel.expect("an encrypted peer has a key").key];
+                    prop_assert!(entry.node == peer.node && entry.prefixes.contains(&planned.prefix));
+                }
+                let sealed = &plan.nft.as_ref().expect("a node with subnets has a table").sealed;
+                let guarded = sealed.iter().any(|net| net.contains(&planned.prefix));
+                prop_assert!(guarded || !demanded, "{} may pass in clear", planned.prefix);
+            }
         }
     }
 

@@ -446,7 +446,8 @@ fn shape(message: &mut LinkMessage, link: &Link, found: Option<&Link>) {
     if found.is_none_or(|found| found.mtu != link.mtu) {
         message.attributes.push(LinkAttribute::Mtu(link.mtu));
     }
-    if found.is_none_or(|found| found.mac != link.mac) {
+    // A TUN device has no address to set.
+    if link.kind != LinkKind::Tun && found.is_none_or(|found| found.mac != link.mac) {
         message.attributes.push(LinkAttribute::Address(link.mac.0.to_vec()));
     }
 }
