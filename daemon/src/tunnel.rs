@@ -127,7 +127,9 @@ pub enum TunnelError {
         source: io::Error,
     },
     /// The port is taken at every family.
-    #[error("UDP port {port} of WireGuard cannot be used: {source}; end what uses it, or set wireguard.port")]
+    #[error(
+        "UDP port {port} of WireGuard cannot be used: {source}; end what uses it, or set encryption.port"
+    )]
     Port {
         /// The port.
         port: u16,

@@ -36,7 +36,7 @@ impl Tun {
     pub(super) fn open(name: &str) -> io::Result<Self> {
         let device = DeviceBuilder::new()
             .name(name)
-            .enable(false)
+            .inherit_enable_state()
             .with(|builder| {
                 builder.offload(true).tx_queue_len(QUEUE);
             })
