@@ -141,11 +141,11 @@ impl Journal {
         let stale = db
             .query_row("SELECT count(*) FROM attachment WHERE boot <> ?1", [boot], |row| row.get::<_, i64>(0))
             .map_err(fail)?;
-        // They are void whether the disk has room to remove them or not.
-        let _ = db.execute("DELETE FROM attachment WHERE boot <> ?1", [boot]);
         let stale = usize::try_from(stale).unwrap_or_default();
         let journal = Self { db, path: path.into(), boot: boot.into(), unremoved: Vec::new() };
         let attachments = journal.load()?;
+        // They are void whether the disk has room to remove them or not.
+        let _ = journal.db.execute("DELETE FROM attachment WHERE boot <> ?1", [boot]);
         Ok((journal, Recovered { attachments, stale }))
     }
 
@@ -236,7 +236,7 @@ impl Journal {
         let mut rows = statement.query([&self.boot]).map_err(fail)?;
         let mut attachments = Vec::new();
         while let Some(row) = rows.next().map_err(fail)? {
-            let attachment = read(row).map_err(fail)?.ok_or_else(|| JournalError::Broken {
+            let attachment = read(row).ok_or_else(|| JournalError::Broken {
                 path: self.path.clone(),
                 why: format!("entry {} cannot be read", attachments.len() + 1),
             })?;
@@ -246,36 +246,36 @@ impl Journal {
     }
 }
 
-fn read(row: &rusqlite::Row<'_>) -> rusqlite::Result<Option<Attachment>> {
-    let text = |column: &str| row.get::<_, String>(column);
-    let Ok(id) = AttachmentId::new(&text("container")?, &text("ifname")?) else { return Ok(None) };
-    let addresses: Option<Vec<PodAddress>> = text("addresses")?
+/// Reads an entry; nothing where a column holds what no attachment has, be it of another type.
+fn read(row: &rusqlite::Row<'_>) -> Option<Attachment> {
+    let text = |column: &str| row.get::<_, String>(column).ok();
+    let number = |column: &str| row.get::<_, i64>(column).ok().map(i64::cast_unsigned);
+    let addresses = text("addresses")?
         .split(',')
         .map(|pair| {
             let (address, gateway) = pair.split_once(' ')?;
             Some(PodAddress { address: address.parse().ok()?, gateway: gateway.parse().ok()? })
         })
-        .collect();
-    let mac = weft_wire::types::from_hex(&text("mac")?.replace(':', "")).map(MacAddress);
-    let (Some(addresses), Some(mac)) = (addresses, mac) else { return Ok(None) };
-    Ok(Some(Attachment {
-        id,
+        .collect::<Option<Vec<PodAddress>>>()?;
+    Some(Attachment {
+        id: AttachmentId::new(&text("container")?, &text("ifname")?).ok()?,
         network: text("network")?,
         netns: text("netns")?.into(),
-        netns_id: NetnsId {
-            dev: row.get::<_, i64>("netns_dev")?.cast_unsigned(),
-            ino: row.get::<_, i64>("netns_ino")?.cast_unsigned(),
-        },
+        netns_id: NetnsId { dev: number("netns_dev")?, ino: number("netns_ino")? },
         pod: PodName { namespace: text("pod_namespace")?, name: text("pod_name")?, uid: text("pod_uid")? },
         addresses,
-        mac,
-        mtu: row.get("mtu")?,
-        since_unix_s: row.get::<_, i64>("since_unix_s")?.cast_unsigned(),
-    }))
+        mac: weft_wire::types::from_hex(&text("mac")?.replace(':', "")).map(MacAddress)?,
+        mtu: row.get("mtu").ok()?,
+        since_unix_s: number("since_unix_s")?,
+    })
 }
 
 fn failure(path: &Path, source: rusqlite::Error) -> JournalError {
     let path = path.into();
+    if let rusqlite::Error::SqlInputError { msg, .. } = source {
+        // The statements are right: it is the tables that are not weft's.
+        return JournalError::Broken { path, why: msg };
+    }
     match source.sqlite_error_code() {
         Some(ErrorCode::DiskFull) => JournalError::Full { path, source },
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => JournalError::InUse { path },

@@ -1,6 +1,8 @@
 //! The kernel behind one seam: dump what is there, apply changes. Everything below blocks and belongs on a
 //! thread of its own; everything above is pure.
 
+#[cfg(fuzzing)]
+pub mod fuzz;
 pub mod linux;
 pub mod memory;
 pub mod monitor;

@@ -17,6 +17,9 @@ use zeroize::Zeroizing;
 use crate::mesh::proto;
 use crate::types::{Epoch, MacAddress, NodeName, PublicKey, SiteName, Subnet, TunnelKey, from_hex, to_hex};
 
+#[cfg(fuzzing)]
+pub mod fuzz;
+
 /// The most bytes of a signed record: one fits a datagram beside any other content.
 pub const MAX_RECORD: usize = 880;
 /// The most subnets that a record names.

@@ -106,6 +106,36 @@ fn a_journal_of_a_later_release_is_not_touched() {
     assert!(error.to_string().contains("format 99 is of a later release"), "{error}");
 }
 
+#[test]
+fn an_entry_that_cannot_be_read_is_told_as_such_and_the_file_stays_as_it_is() {
+    for spoiled in
+        ["addresses = 'nowhere'", "mac = x'020000000007'", "mtu = -1", "pod_uid = CAST(x'ff' AS TEXT)"]
+    {
+        let dir = Dir::new();
+        let (mut journal, _) = Journal::open(&dir.file(), "boot-0").unwrap();
+        journal.insert(&attachment("c1")).unwrap();
+        drop(journal);
+        let (mut journal, _) = Journal::open(&dir.file(), "boot-0").unwrap();
+        journal.boot = "boot-1".into();
+        journal.insert(&attachment("c2")).unwrap();
+        journal.db.execute(&format!("UPDATE attachment SET {spoiled} WHERE container = 'c2'"), []).unwrap();
+        drop(journal);
+        let error = Journal::open(&dir.file(), "boot-1").expect_err(spoiled);
+        assert!(error.to_string().contains("entry 1 cannot be read"), "{spoiled}: {error}");
+        let db = Connection::open(dir.file()).unwrap();
+        let left: i64 = db.query_row("SELECT count(*) FROM attachment", [], |row| row.get(0)).unwrap();
+        assert_eq!(left, 2, "{spoiled}");
+    }
+}
+
+#[test]
+fn a_database_of_something_else_is_told_as_such() {
+    let dir = Dir::new();
+    Connection::open(dir.file()).unwrap().execute_batch("CREATE TABLE attachment (mail TEXT)").unwrap();
+    let error = Journal::open(&dir.file(), "boot-1").expect_err("no journal");
+    assert!(error.to_string().contains("no such column: boot"), "{error}");
+}
+
 /// Runs a test on a thread whose `/tmp/...` directory is a file system of 128 KiB.
 fn on_a_small_disk(test: impl FnOnce(&Path) + Send + 'static) {
     use nix::mount::{MsFlags, mount};

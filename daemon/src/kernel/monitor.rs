@@ -54,7 +54,7 @@ async fn read(socket: TokioSocket, changed: mpsc::Sender<()>) {
 
 /// Returns whether the datagram tells of anything but the neighbour cache's own life: entries that traffic
 /// makes and ages are not permanent, and weft's are.
-fn matters(mut datagram: &[u8]) -> bool {
+pub(super) fn matters(mut datagram: &[u8]) -> bool {
     const HEADER: usize = 16;
     const NEWNEIGH: u16 = 28;
     const STATE: usize = HEADER + 8;

@@ -170,14 +170,7 @@ impl Conn {
 
     fn emit(&mut self, message: RouteNetlinkMessage, flags: u16, bytes: &mut Vec<u8>) -> u32 {
         self.sequence = self.sequence.wrapping_add(1);
-        let mut header = NetlinkHeader::default();
-        header.flags = NLM_F_REQUEST | flags;
-        header.sequence_number = self.sequence;
-        let mut message = NetlinkMessage::new(header, NetlinkPayload::from(message));
-        message.finalize();
-        let start = bytes.len();
-        bytes.resize(start + message.buffer_len().next_multiple_of(4), 0);
-        message.serialize(&mut bytes[start..]);
+        write(message, flags, self.sequence, bytes);
         self.sequence
     }
 
@@ -189,24 +182,38 @@ impl Conn {
                 return Err(error.into());
             }
         }
-        let mut answers = Vec::new();
-        let mut rest = &self.buffer[..];
-        while let Some(length) = rest.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes) as usize) {
-            if length < HEADER {
-                break;
-            }
-            // An object that the message crate cannot read is not one of weft's; the others still count.
-            if let Ok(answer) = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest) {
-                answers.push(answer);
-            }
-            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-        }
-        Ok(answers)
+        Ok(answers(&self.buffer))
     }
 }
 
+/// Appends a request to a run of messages.
+pub(super) fn write(message: RouteNetlinkMessage, flags: u16, sequence: u32, bytes: &mut Vec<u8>) {
+    let mut header = NetlinkHeader::default();
+    header.flags = NLM_F_REQUEST | flags;
+    header.sequence_number = sequence;
+    let mut message = NetlinkMessage::new(header, NetlinkPayload::from(message));
+    message.finalize();
+    let start = bytes.len();
+    bytes.resize(start + message.buffer_len().next_multiple_of(4), 0);
+    message.serialize(&mut bytes[start..]);
+}
+
+/// The answers in one datagram. An object that the message crate cannot read is not one of weft's: the others still
+/// count.
+pub(super) fn answers(mut datagram: &[u8]) -> Vec<NetlinkMessage<RouteNetlinkMessage>> {
+    let mut answers = Vec::new();
+    while let Some(length) = datagram.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes) as usize) {
+        if length < HEADER {
+            break;
+        }
+        answers.extend(NetlinkMessage::<RouteNetlinkMessage>::deserialize(datagram));
+        datagram = datagram.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    answers
+}
+
 /// The text attribute behind the echoed header (`NLMSGERR_ATTR_MSG`, linux/netlink.h).
-fn words(echo: &[u8]) -> String {
+pub(super) fn words(echo: &[u8]) -> String {
     let mut attributes = echo.get(16..).unwrap_or_default();
     while let [a, b, c, d, ..] = *attributes {
         let (length, kind) = (usize::from(u16::from_ne_bytes([a, b])), u16::from_ne_bytes([c, d]));

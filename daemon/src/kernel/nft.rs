@@ -13,7 +13,7 @@ use crate::plan::table::{
 
 use super::tlv::{self, Conversation, Writer, attrs, find, find_be32, find_text};
 
-mod foreign;
+pub(super) mod foreign;
 
 pub use foreign::foreign_drops;
 
@@ -23,7 +23,7 @@ pub const TABLE: &str = "weft";
 pub const CHANGED: &str = "changed";
 
 const NETLINK_NETFILTER: isize = 12;
-const SUBSYSTEM: u16 = 10;
+pub(super) const SUBSYSTEM: u16 = 10;
 const BATCH_BEGIN: u16 = 16;
 const BATCH_END: u16 = 17;
 const NEW_TABLE: u16 = 0;
@@ -31,14 +31,14 @@ const GET_TABLE: u16 = 1;
 const DEL_TABLE: u16 = 2;
 const NEW_CHAIN: u16 = 3;
 const GET_CHAIN: u16 = 4;
-const NEW_RULE: u16 = 6;
+pub(super) const NEW_RULE: u16 = 6;
 const GET_RULE: u16 = 7;
 const NEW_SET: u16 = 9;
 const GET_SET: u16 = 10;
 const NEW_ELEMENTS: u16 = 12;
-const GET_ELEMENTS: u16 = 13;
+pub(super) const GET_ELEMENTS: u16 = 13;
 
-const INET: u8 = 1;
+pub(super) const INET: u8 = 1;
 const DROP: u32 = 0;
 const VERDICT_REGISTER: u32 = 0;
 const EQUAL: u32 = 0;
@@ -90,16 +90,20 @@ impl Conn {
         Ok(Self(Conversation::open(NETLINK_NETFILTER)?))
     }
 
-    fn dump(&mut self, kind: u16, family: u8, fill: impl Fn(&mut Writer)) -> io::Result<Vec<(u8, Vec<u8>)>> {
+    fn dump(&mut self, kind: u16, family: u8, fill: impl Fn(&mut Writer)) -> io::Result<Vec<Object>> {
         let answers = self.0.request((SUBSYSTEM << 8) | kind, tlv::DUMP, &generic(family, 0), fill)?;
-        Ok(answers
-            .into_iter()
-            .filter_map(|(_, body)| Some((*body.first()?, body.get(4..)?.to_vec())))
-            .collect())
+        Ok(answers.into_iter().filter_map(|(_, body)| object(&body)).collect())
     }
 }
 
-fn generic(family: u8, resource: u16) -> [u8; 4] {
+/// What a dump answers with: a family, and the attributes.
+pub(super) type Object = (u8, Vec<u8>);
+
+pub(super) fn object(body: &[u8]) -> Option<Object> {
+    Some((*body.first()?, body.get(4..)?.to_vec()))
+}
+
+pub(super) fn generic(family: u8, resource: u16) -> [u8; 4] {
     let [high, low] = resource.to_be_bytes();
     [family, 0, high, low]
 }
@@ -199,8 +203,8 @@ fn interface(name: &str) -> [u8; 16] {
 }
 
 /// One transaction under construction.
-struct Batch {
-    messages: Vec<(u16, u16, Writer)>,
+pub(super) struct Batch {
+    pub(super) messages: Vec<(u16, u16, Writer)>,
 }
 
 impl Batch {
@@ -255,6 +259,11 @@ impl Batch {
 /// # Errors
 /// The kernel's refusal; the table is then as it was.
 pub fn apply(conn: &mut Conn, table: &Table) -> Result<(), NftError> {
+    Ok(replacement(table).commit(conn)?)
+}
+
+/// The transaction: whatever there is goes, the table comes.
+pub(super) fn replacement(table: &Table) -> Batch {
     let mut batch = Batch::new();
     batch.delete();
     let digest = table.digest();
@@ -312,7 +321,7 @@ pub fn apply(conn: &mut Conn, table: &Table) -> Result<(), NftError> {
             });
         }
     }
-    Ok(batch.commit(conn)?)
+    batch
 }
 
 /// Removes table `inet weft`; without one, nothing happens.
@@ -330,7 +339,14 @@ pub fn remove(conn: &mut Conn) -> Result<(), NftError> {
 /// # Errors
 /// The kernel's refusal.
 pub fn dump(conn: &mut Conn) -> Result<Option<String>, NftError> {
-    let tables = conn.dump(GET_TABLE, INET, |_| {})?;
+    Ok(digest_of(|kind, fill| conn.dump(kind, INET, fill))?)
+}
+
+/// The same with `ask` in place of the socket: what it is given are the kind of the objects and which of them.
+pub(super) fn digest_of(
+    mut ask: impl FnMut(u16, &dyn Fn(&mut Writer)) -> io::Result<Vec<Object>>,
+) -> io::Result<Option<String>> {
+    let tables = ask(GET_TABLE, &|_| {})?;
     let Some((_, table)) =
         tables.into_iter().find(|(_, table)| find_text(table, 1).as_deref() == Some(TABLE))
     else {
@@ -341,7 +357,7 @@ pub fn dump(conn: &mut Conn) -> Result<Option<String>, NftError> {
     let ours = |body: &[u8]| find_text(body, 1).as_deref() == Some(TABLE);
 
     let mut lines = Vec::new();
-    for (_, chain) in conn.dump(GET_CHAIN, INET, |_| {})?.iter().filter(|(_, body)| ours(body)) {
+    for (_, chain) in ask(GET_CHAIN, &|_| {})?.iter().filter(|(_, body)| ours(body)) {
         let hook = find(chain, 4).unwrap_or_default();
         lines.push(chain_line(
             &find_text(chain, 3).unwrap_or_default(),
@@ -351,9 +367,7 @@ pub fn dump(conn: &mut Conn) -> Result<Option<String>, NftError> {
             &find_text(chain, 7).unwrap_or_default(),
         ));
     }
-    for (_, rule) in
-        conn.dump(GET_RULE, INET, |writer| writer.text(1, TABLE))?.iter().filter(|(_, body)| ours(body))
-    {
+    for (_, rule) in ask(GET_RULE, &|writer| writer.text(1, TABLE))?.iter().filter(|(_, body)| ours(body)) {
         let expressions: Vec<String> = attrs(find(rule, 4).unwrap_or_default())
             .map(|(_, expr)| find_text(expr, 1).unwrap_or_default())
             .collect();
@@ -363,11 +377,11 @@ pub fn dump(conn: &mut Conn) -> Result<Option<String>, NftError> {
             &expressions,
         ));
     }
-    let sets = conn.dump(GET_SET, INET, |writer| writer.text(1, TABLE))?;
+    let sets = ask(GET_SET, &|writer| writer.text(1, TABLE))?;
     for (_, set) in sets.iter().filter(|(_, body)| ours(body)) {
         let name = find_text(set, 2).unwrap_or_default();
         lines.push(set_line(&name, find_be32(set, 3).unwrap_or_default()));
-        let parts = conn.dump(GET_ELEMENTS, INET, |writer| {
+        let parts = ask(GET_ELEMENTS, &|writer| {
             writer.text(1, TABLE);
             writer.text(2, &name);
         })?;
@@ -384,7 +398,7 @@ pub fn dump(conn: &mut Conn) -> Result<Option<String>, NftError> {
 }
 
 /// The text of a comment in user data.
-fn attr_comment(data: &[u8]) -> Option<String> {
+pub(super) fn attr_comment(data: &[u8]) -> Option<String> {
     let len = usize::from(*data.get(1)?);
     if data.first() != Some(&0) {
         return None;

@@ -60,7 +60,7 @@ pub(super) fn links(conn: &mut Conn) -> Result<Vec<Found>, Refusal> {
         .collect())
 }
 
-fn read_link(message: &LinkMessage) -> Found {
+pub(super) fn read_link(message: &LinkMessage) -> Found {
     let mut found = Found {
         name: String::new(),
         index: message.header.index,
@@ -154,7 +154,7 @@ pub(super) fn addresses(conn: &mut Conn) -> Result<Vec<(u32, IpNet)>, Refusal> {
         .collect())
 }
 
-fn read_address(message: &AddressMessage) -> Option<(u32, IpNet)> {
+pub(super) fn read_address(message: &AddressMessage) -> Option<(u32, IpNet)> {
     let pick = |local: bool| {
         message.attributes.iter().find_map(|attribute| match attribute {
             AddressAttribute::Local(address) if local => Some(*address),
@@ -199,7 +199,7 @@ pub(super) fn read_neighbours(conn: &mut Conn, links: &[Found], state: &mut Stat
     Ok(())
 }
 
-fn read_neighbour(entry: &NeighbourMessage, name: &str, state: &mut State) {
+pub(super) fn read_neighbour(entry: &NeighbourMessage, name: &str, state: &mut State) {
     let address = entry.attributes.iter().find_map(|attribute| match attribute {
         NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => Some(IpAddr::from(*address)),
         NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => Some(IpAddr::from(*address)),
@@ -258,7 +258,7 @@ fn ip(address: &RouteAddress) -> Option<IpAddr> {
     }
 }
 
-fn read_route(message: &RouteMessage, links: &[Found], v4: bool) -> Option<((IpNet, u32), Route)> {
+pub(super) fn read_route(message: &RouteMessage, links: &[Found], v4: bool) -> Option<((IpNet, u32), Route)> {
     let unspecified = if v4 { IpAddr::from([0; 4]) } else { IpAddr::from([0; 16]) };
     let mut destination = unspecified;
     let mut metric = 0;

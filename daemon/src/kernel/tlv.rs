@@ -165,31 +165,8 @@ impl Conversation {
             if from.port_number() != 0 {
                 continue;
             }
-            let mut rest = datagram.as_slice();
-            while let (Some(len), Some(kind), Some(flags), Some(seq)) =
-                (u32_at(rest, 0), u16_at(rest, 4), u16_at(rest, 6), u32_at(rest, 8))
-            {
-                let len = len as usize;
-                let Some(body) = rest.get(HEADER..len) else { break };
-                rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
-                if seq.wrapping_sub(first) > last.wrapping_sub(first) {
-                    continue;
-                }
-                if flags & DUMP_INTERRUPTED != 0 && kind != ERROR {
-                    return Err(io::Error::from_raw_os_error(libc::EINTR));
-                }
-                match kind {
-                    ERROR | DONE => {
-                        let code = u32_at(body, 0).map_or(0, u32::cast_signed);
-                        if code != 0 {
-                            return Err(io::Error::from_raw_os_error(code.wrapping_neg()));
-                        }
-                        if seq == last {
-                            return Ok(out);
-                        }
-                    }
-                    _ => out.push((kind, body.to_vec())),
-                }
+            if take(&datagram, first, last, &mut out)? {
+                return Ok(out);
             }
         }
     }
@@ -213,6 +190,40 @@ impl Conversation {
             }
         }
     }
+}
+
+/// Reads what a datagram says to the requests `first..=last`: appends its messages, and tells whether the last request is
+/// done.
+///
+/// # Errors
+/// What the kernel refused; EINTR where a dump met a change.
+pub(super) fn take(mut datagram: &[u8], first: u32, last: u32, out: &mut Vec<Message>) -> io::Result<bool> {
+    while let (Some(len), Some(kind), Some(flags), Some(seq)) =
+        (u32_at(datagram, 0), u16_at(datagram, 4), u16_at(datagram, 6), u32_at(datagram, 8))
+    {
+        let len = len as usize;
+        let Some(body) = datagram.get(HEADER..len) else { break };
+        datagram = datagram.get(len.next_multiple_of(4)..).unwrap_or_default();
+        if seq.wrapping_sub(first) > last.wrapping_sub(first) {
+            continue;
+        }
+        if flags & DUMP_INTERRUPTED != 0 && kind != ERROR {
+            return Err(io::Error::from_raw_os_error(libc::EINTR));
+        }
+        match kind {
+            ERROR | DONE => {
+                let code = u32_at(body, 0).map_or(0, u32::cast_signed);
+                if code != 0 {
+                    return Err(io::Error::from_raw_os_error(code.wrapping_neg()));
+                }
+                if seq == last {
+                    return Ok(true);
+                }
+            }
+            _ => out.push((kind, body.to_vec())),
+        }
+    }
+    Ok(false)
 }
 
 /// Whether the same request may pass the next time.

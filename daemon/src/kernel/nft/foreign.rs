@@ -67,7 +67,7 @@ pub fn foreign_drops(conn: &mut Conn, bridge: &str, cluster: &[IpNet]) -> Result
 
 /// What one rule accepts, if it is simple enough to tell.
 #[derive(Debug, PartialEq, Eq)]
-enum Accepted {
+pub(in crate::kernel) enum Accepted {
     /// Everything from (`true`) or to an interface whose name starts so; ended by a zero byte if it is whole.
     Interface { from: bool, name: Vec<u8> },
     /// Everything from (`true`) or to a network: where the address is compared, and with what.
@@ -76,7 +76,7 @@ enum Accepted {
     All,
 }
 
-fn accepts(expressions: &[u8]) -> Option<Accepted> {
+pub(in crate::kernel) fn accepts(expressions: &[u8]) -> Option<Accepted> {
     let mut rest = attrs(expressions)
         .filter_map(|(_, expr)| Some((find_text(expr, 1)?, find(expr, 2).unwrap_or_default())))
         .filter(|(name, _)| name != "counter")
@@ -148,7 +148,7 @@ fn network<'a>(
 }
 
 /// Whether these rules let the pods of the chain's families through, in both directions.
-fn passes(accepted: &[Accepted], family: u8, bridge: &str, cluster: &[IpNet]) -> bool {
+pub(in crate::kernel) fn passes(accepted: &[Accepted], family: u8, bridge: &str, cluster: &[IpNet]) -> bool {
     let whole = interface(bridge);
     let both = |test: &dyn Fn(bool) -> bool| test(true) && test(false);
     if accepted.contains(&Accepted::All) {
