@@ -1,34 +1,65 @@
-//! The Internet checksum (RFC 1071), summed in 32-bit words so that the compiler uses wide registers.
+//! The Internet checksum (RFC 1071): sums of words in one's complement.
+//!
+//! It adds and folds; which bytes count, and where the result goes, is the callers' matter. Words are
+//! taken in the machine's order and turned round once, at the end (RFC 1071 §2 (B)), four bytes at a time
+//! into lanes of 64 bits (§2 (C)), which the compiler makes vectors of. Invariant: sums of fewer than 2³²
+//! bytes do not overflow.
 
-use super::{IPV4_HEADER, IPV6_HEADER};
+use super::Transport;
 
-/// Adds bytes to an unfolded sum; only the last part of several may have an odd length.
-pub(super) fn add(sum: u64, bytes: &[u8]) -> u64 {
-    // Any order of the words gives the same sum once folded, and so does any byte order if it is undone at the end
-    // (RFC 1071 s2 B).
-    let (chunks, rest) = bytes.as_chunks::<4>();
-    let words = chunks.iter().map(|chunk| u64::from(u32::from_ne_bytes(*chunk))).sum::<u64>();
-    let mut last = [0; 4];
-    last[..rest.len()].copy_from_slice(rest);
-    sum + words + u64::from(u32::from_ne_bytes(last))
-}
+/// A sum that is not folded yet, in the machine's byte order.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Sum(u64);
 
-/// Folds a sum to 16 bits, in the byte order of the network, not complemented.
-pub(super) fn fold(mut sum: u64) -> u16 {
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
+impl Sum {
+    /// Sums `bytes`; an odd last byte counts as if a zero followed.
+    pub(super) fn of(bytes: &[u8]) -> Self {
+        let (blocks, rest) = bytes.as_chunks::<BLOCK>();
+        let mut lanes = [0_u64; LANES];
+        for block in blocks {
+            add_block(&mut lanes, block);
+        }
+        let mut sum = lanes.iter().sum::<u64>();
+        let (words, rest) = rest.as_chunks::<4>();
+        for word in words {
+            sum += u64::from(u32::from_ne_bytes(*word));
+        }
+        let mut last = [0; 4];
+        for (byte, value) in last.iter_mut().zip(rest) {
+            *byte = *value;
+        }
+        Self(sum + u64::from(u32::from_ne_bytes(last)))
     }
-    u16::from_be_bytes((sum as u16).to_ne_bytes())
+
+    /// Sums the pseudo header (RFC 9293 §3.1, RFC 8200 §8.1) of a packet with a complete IP header, whose
+    /// transport header and payload are `length` bytes, at most 65,535.
+    pub(super) fn pseudo_header(packet: &[u8], transport: Transport, length: usize) -> Self {
+        let addresses = if packet[0] >> 4 == 4 { &packet[12..20] } else { &packet[8..40] };
+        let protocol = u16::from(transport.protocol()).to_be();
+        Self(Self::of(addresses).0 + u64::from(protocol) + u64::from((length as u16).to_be()))
+    }
+
+    /// Adds the sum of bytes that follow an even number of bytes.
+    pub(super) fn plus(self, other: Self) -> Self {
+        Self(self.0 + other.0)
+    }
+
+    /// Folds to 16 bits, ready for `to_be_bytes`, and not complemented. It is 0 only where all bytes are 0.
+    pub(super) fn fold(self) -> u16 {
+        let mut sum = self.0;
+        while sum > 0xffff {
+            sum = (sum & 0xffff) + (sum >> 16);
+        }
+        u16::from_be(sum as u16)
+    }
 }
 
-/// The sum of the pseudo-header (RFC 9293 s3.1, RFC 8200 s8.1) of a transport segment of `length` bytes.
-pub(super) fn pseudo_header(packet: &[u8], protocol: u8, length: usize) -> u64 {
-    let addresses = if packet[0] >> 4 == 4 { &packet[12..IPV4_HEADER] } else { &packet[8..IPV6_HEADER] };
-    let length = u32::try_from(length).unwrap_or(u32::MAX).to_be_bytes();
-    add(add(add(0, addresses), &[0, 0, 0, protocol]), &length)
-}
+const LANES: usize = 8;
+const BLOCK: usize = LANES * 4;
 
-/// The checksum of an IPv4 header whose checksum field is zero.
-pub(super) fn of_header(header: &[u8]) -> u16 {
-    !fold(add(0, header))
+fn add_block(lanes: &mut [u64; LANES], block: &[u8; BLOCK]) {
+    let (words, _) = block.as_chunks::<4>();
+    for (lane, word) in lanes.iter_mut().zip(words) {
+        *lane += u64::from(u32::from_ne_bytes(*word));
+    }
 }

@@ -1,223 +1,235 @@
-//! Packets that follow each other into one super-packet, so that the kernel's stack is passed once.
+//! Packets that arrive one after another in one flow, gathered into one super-packet for one write.
 //!
-//! One flow is gathered at a time: a sender's run of packets comes in order, and what lies between ends it. The rules are
-//! those of the kernel's own receive offload (net/ipv4/tcp_offload.c `tcp_gro_receive`, net/ipv4/udp_offload.c), and a
-//! packet whose checksum is wrong is handed on as it is: gathering would repair it.
+//! As GRO does it in the kernel, with one slot: it is not a table of flows, and it never holds a packet back
+//! behind another. Invariant: only what [`super::split`] can undo is gathered; all else passes on alone and
+//! as it is, bad checksums included, for a super-packet's checksum is computed anew and would repair them.
 
-use super::checksum::{add, fold, of_header, pseudo_header};
-use super::segment::{GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, NEEDS_CSUM, PSH, VnetHeader};
-use super::{IPV4_HEADER, IPV6_HEADER, TCP, UDP, put, total_len, u16_at, u32_at};
+use super::checksum::Sum;
+use super::{
+    ACK, DONT_FRAGMENT, IPV4_HEADER, IPV6_HEADER, PSH, TCP_FLAGS_AT, TCP_HEADER, Transport, UDP_HEADER,
+    VnetHeader, long, put_word, total_len, version, word, write_ip_length,
+};
 
-const ACK: u8 = 16;
-const DONT_FRAGMENT: u16 = 0x4000;
-/// The longest super-packet: one IP packet.
-const MOST: usize = 65_535;
-/// The kernel counts segments of UDP in so many at most (`UDP_MAX_SEGMENTS`).
-const MOST_UDP: usize = 64;
+/// The most bytes of a super-packet: what IPv4's total length can say.
+const MAX_BYTES: usize = 0xffff;
 
-/// Gathers packets of one flow.
+/// Gathers packets into super-packets.
+///
+/// Packets follow one another in a super-packet where all of this holds: they are TCP with no flags but ACK,
+/// the last perhaps with PSH, or UDP; they have neither IP options, nor extension headers, nor fragments, nor
+/// padding; their headers are the same but for lengths, checksums, TCP's sequence number and IPv4's
+/// identification; TCP's sequence numbers follow one another; the payloads are as long as the first, the last
+/// perhaps shorter, and none is empty; all checksums are there and right.
+///
+/// What is kept: the order of all packets, and every byte of them once [`super::split`], or the kernel, has
+/// segmented the super-packet again. The one exception is IPv4's identification. Without DF it must count up
+/// and is kept; with DF it has no meaning (RFC 6864 §4.1), may be anything, and counts up from the first
+/// packet's afterwards.
 #[derive(Debug)]
 pub struct Coalescer {
     udp: bool,
-    gathered: Vec<u8>,
-    /// Nothing where the gathered packet cannot grow.
-    run: Option<Run>,
+    /// The super-packet so far, its header the first packet's but for PSH. Empty without `gathered`.
+    bytes: Vec<u8>,
+    gathered: Option<Gathered>,
 }
 
-/// The packet gathered so far.
-#[derive(Debug, Clone, Copy)]
-struct Run {
-    parts: Parts,
+/// What is known of the super-packet so far.
+#[derive(Debug)]
+struct Gathered {
+    shape: Shape,
+    /// The bytes of payload in the first packet.
     size: usize,
-    count: usize,
-    next_sequence: u32,
-    next_identification: u16,
-}
-
-/// Where the parts of a packet are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Parts {
-    v4: bool,
-    protocol: u8,
-    transport: usize,
-    payload: usize,
+    packets: u16,
 }
 
 impl Coalescer {
-    /// Gathers nothing yet. `udp`: the kernel takes super-packets of UDP (Linux 6.2).
+    /// Makes an empty one, with a buffer of 64 KiB and no allocation later.
+    ///
+    /// `udp`: whether the kernel takes UDP super-packets (Linux 6.2: `TUNSETOFFLOAD` with `TUN_F_USO4` and
+    /// `TUN_F_USO6` succeeds).
     pub fn new(udp: bool) -> Self {
-        Self { udp, gathered: Vec::with_capacity(MOST), run: None }
+        Self { udp, bytes: Vec::with_capacity(MAX_BYTES), gathered: None }
     }
 
-    /// Takes a packet that arrived, and hands out what was gathered where it does not continue that.
+    /// Takes a packet that arrived; calls `write` with the header and the (super-)packet when the one being
+    /// gathered cannot grow, then for this one if it cannot be gathered (as one above 65,535 bytes cannot).
+    ///
+    /// `packet` should end where [`total_len`] says. One packet alone is written unchanged, with
+    /// [`VnetHeader::default`]. Any bytes are legal input, and pass alone where they are no IP packet.
     pub fn push(&mut self, packet: &[u8], write: &mut impl FnMut(VnetHeader, &[u8])) {
-        let parts = self.parts(packet);
-        if let (Some(run), Some(parts)) = (self.run, parts)
-            && let Some(run) = self.append(run, parts, packet)
-        {
-            // A packet that ends a burst, or is shorter, is the last.
-            let payload = packet.len() - parts.payload;
-            let pushes = parts.protocol == TCP && packet[parts.transport + 13] & PSH != 0;
-            self.run = Some(run);
-            if payload < run.size || pushes {
-                self.flush(write);
-            }
-            return;
+        let Some(shape) = Shape::of(packet, self.udp) else {
+            self.flush(write);
+            return write(VnetHeader::default(), packet);
+        };
+        if self.fits(&shape, packet) && shape.has_right_checksums(packet) {
+            return self.append(&shape, packet, write);
         }
         self.flush(write);
-        match parts {
-            Some(parts) if can_begin(parts, packet) => {
-                self.gathered.extend_from_slice(packet);
-                self.run = Some(Run {
-                    parts,
-                    size: packet.len() - parts.payload,
-                    count: 1,
-                    next_sequence: sequence(parts, packet)
-                        .wrapping_add((packet.len() - parts.payload) as u32),
-                    next_identification: u16_at(packet, 4).unwrap_or(0).wrapping_add(1),
-                });
-            }
-            _ => write(VnetHeader::default(), packet),
+        // PSH asks that nothing more is waited for.
+        if shape.pushes || !shape.has_right_checksums(packet) {
+            return write(VnetHeader::default(), packet);
+        }
+        self.bytes.extend_from_slice(packet);
+        self.gathered = Some(Gathered { shape, size: packet.len() - shape.payload_at, packets: 1 });
+    }
+
+    /// Gives out what is gathered, if anything; call at the end of every batch.
+    pub fn flush(&mut self, write: &mut impl FnMut(VnetHeader, &[u8])) {
+        let Some(gathered) = self.gathered.take() else { return };
+        let header = if gathered.packets == 1 {
+            VnetHeader::default()
+        } else {
+            gathered.shape.make_super_packet(&mut self.bytes, gathered.size)
+        };
+        write(header, &self.bytes);
+        self.bytes.clear();
+    }
+
+    /// Says whether `packet` may follow what is gathered, its checksums apart.
+    fn fits(&self, shape: &Shape, packet: &[u8]) -> bool {
+        let Some(gathered) = &self.gathered else { return false };
+        let payload = packet.len() - shape.payload_at;
+        gathered.shape.is_like(shape)
+            && payload <= gathered.size
+            && self.bytes.len() + payload <= MAX_BYTES
+            && shape.same_ip_header(&self.bytes, packet, gathered.packets)
+            && shape.same_transport_header(&self.bytes, packet)
+    }
+
+    fn append(&mut self, shape: &Shape, packet: &[u8], write: &mut impl FnMut(VnetHeader, &[u8])) {
+        let Some(gathered) = &mut self.gathered else { return };
+        let payload = &packet[shape.payload_at..];
+        self.bytes.extend_from_slice(payload);
+        gathered.packets += 1;
+        if shape.pushes {
+            self.bytes[shape.transport_at + TCP_FLAGS_AT] |= PSH;
+        }
+        if shape.pushes || payload.len() < gathered.size {
+            self.flush(write);
         }
     }
+}
 
-    /// Hands out what is gathered. To be called at the end of a batch.
-    pub fn flush(&mut self, write: &mut impl FnMut(VnetHeader, &[u8])) {
-        let Some(run) = self.run.take() else { return };
-        let header = if run.count == 1 { VnetHeader::default() } else { self.complete(run) };
-        write(header, &self.gathered);
-        self.gathered.clear();
-    }
+/// Where the parts of a packet are that may be gathered, as far as its own header tells.
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    transport: Transport,
+    /// 20 for IPv4, 40 for IPv6.
+    transport_at: usize,
+    payload_at: usize,
+    /// Whether TCP's PSH is set.
+    pushes: bool,
+}
 
-    /// What a packet must be to be gathered at all; its checksum is right then.
-    fn parts(&self, packet: &[u8]) -> Option<Parts> {
-        if total_len(packet)? != packet.len() {
+impl Shape {
+    /// Looks at the headers; `None` for a packet that must pass alone. All that is read later is there then.
+    fn of(packet: &[u8], udp: bool) -> Option<Self> {
+        if total_len(packet)? != packet.len() || packet.len() > MAX_BYTES {
             return None;
         }
-        let v4 = packet[0] >> 4 == 4;
-        let (transport, protocol) = if v4 {
-            // No options, no fragment.
-            let plain = packet[0] == 0x45 && u16_at(packet, 6)? & !DONT_FRAGMENT == 0;
-            let whole = plain && fold(add(0, &packet[..IPV4_HEADER])) == 0xffff;
-            (whole.then_some(IPV4_HEADER)?, packet[9])
-        } else {
-            (IPV6_HEADER, packet[6])
-        };
-        let payload = match protocol {
-            TCP => {
-                let length = usize::from(packet.get(transport + 12)? >> 4) * 4;
-                (length >= 20).then_some(transport + length)?
-            }
-            UDP if self.udp => {
-                let told = usize::from(u16_at(packet, transport + 4)?) == packet.len() - transport;
-                let summed = u16_at(packet, transport + 6)? != 0;
-                (told && summed).then_some(transport + 8)?
-            }
+        let (protocol, transport_at) = match version(packet)? {
+            // No options, and neither a fragment nor the reserved bit.
+            4 if packet[0] == 0x45 && word(packet, 6) & !DONT_FRAGMENT == 0 => (packet[9], IPV4_HEADER),
+            6 => (packet[6], IPV6_HEADER),
             _ => return None,
         };
-        let sum = pseudo_header(packet, protocol, packet.len() - transport);
-        let right = packet.len() > payload && fold(add(sum, &packet[transport..])) == 0xffff;
-        right.then_some(Parts { v4, protocol, transport, payload })
-    }
-
-    /// Appends the payload of a packet that continues the run; returns the longer run.
-    fn append(&mut self, run: Run, parts: Parts, packet: &[u8]) -> Option<Run> {
-        let payload = packet.len() - parts.payload;
-        let follows = parts == run.parts
-            && payload <= run.size
-            && self.gathered.len() + payload <= MOST
-            && same_headers(&self.gathered, packet, parts)
-            && continues(run, parts, packet);
-        if !follows {
-            return None;
-        }
-        self.gathered.extend_from_slice(&packet[parts.payload..]);
-        if parts.protocol == TCP {
-            self.gathered[parts.transport + 13] |= packet[parts.transport + 13] & PSH;
-        }
-        Some(Run {
-            count: run.count + 1,
-            next_sequence: run.next_sequence.wrapping_add(payload as u32),
-            next_identification: run.next_identification.wrapping_add(1),
-            ..run
-        })
-    }
-
-    /// Writes the headers of the gathered packet: lengths, and the sum of the pseudo-header alone.
-    fn complete(&mut self, run: Run) -> VnetHeader {
-        let Parts { v4, protocol, transport, payload } = run.parts;
-        let packet = &mut self.gathered;
-        let length = packet.len();
-        if v4 {
-            put(packet, 2, &(length as u16).to_be_bytes());
-            put(packet, 10, &[0, 0]);
-            let sum = of_header(&packet[..transport]);
-            put(packet, 10, &sum.to_be_bytes());
-        } else {
-            put(packet, 4, &((length - IPV6_HEADER) as u16).to_be_bytes());
-        }
-        let (gso_type, csum_offset) = match (protocol, v4) {
-            (TCP, true) => (GSO_TCPV4, 16),
-            (TCP, false) => (GSO_TCPV6, 16),
-            _ => (GSO_UDP_L4, 6),
+        let header = &packet[transport_at..];
+        let transport = Transport::from_protocol(protocol)?;
+        let (length, pushes) = match transport {
+            Transport::Tcp => {
+                let flags = *header.get(TCP_FLAGS_AT)?;
+                let length = usize::from(header[12] >> 4) * 4;
+                if flags & !PSH != ACK || length < TCP_HEADER {
+                    return None;
+                }
+                (length, flags & PSH != 0)
+            }
+            Transport::Udp => {
+                let length = usize::from(u16::from_be_bytes(header.get(4..6)?.try_into().ok()?));
+                if !udp || length != header.len() {
+                    return None;
+                }
+                (UDP_HEADER, false)
+            }
         };
-        if protocol == UDP {
-            put(packet, transport + 4, &((length - transport) as u16).to_be_bytes());
+        let shape = Self { transport, transport_at, payload_at: transport_at + length, pushes };
+        (shape.payload_at < packet.len()).then_some(shape)
+    }
+
+    fn is_like(&self, other: &Self) -> bool {
+        self.transport == other.transport
+            && self.transport_at == other.transport_at
+            && self.payload_at == other.payload_at
+    }
+
+    /// Compares addresses, traffic class, flow label, hop limit and DF with the first packet's, of which
+    /// `packets` are gathered.
+    fn same_ip_header(&self, first: &[u8], packet: &[u8], packets: u16) -> bool {
+        if self.transport_at == IPV6_HEADER {
+            return first[..4] == packet[..4] && first[6..IPV6_HEADER] == packet[6..IPV6_HEADER];
         }
-        let sum = fold(pseudo_header(packet, protocol, length - transport));
-        put(packet, transport + usize::from(csum_offset), &sum.to_be_bytes());
+        let counts = word(first, 4).wrapping_add(packets) == word(packet, 4);
+        first[..2] == packet[..2]
+            && first[6..10] == packet[6..10]
+            && first[12..IPV4_HEADER] == packet[12..IPV4_HEADER]
+            && (counts || word(packet, 6) & DONT_FRAGMENT != 0)
+    }
+
+    /// Compares ports and, for TCP, acknowledgment, window, urgent pointer and options with those of what is
+    /// gathered, and the sequence number with its end.
+    fn same_transport_header(&self, gathered: &[u8], packet: &[u8]) -> bool {
+        let payload = gathered.len() - self.payload_at;
+        let (first, next) = (&gathered[self.transport_at..], &packet[self.transport_at..self.payload_at]);
+        first[..4] == next[..4]
+            && (self.transport == Transport::Udp
+                || long(first, 4).wrapping_add(payload as u32) == long(next, 4)
+                    && first[8..13] == next[8..13]
+                    && first[14..16] == next[14..16]
+                    && first[18..next.len()] == next[18..])
+    }
+
+    /// Verifies the checksums of IPv4 and of the transport. 0xffff instead of 0, which is as right but is not
+    /// what segmentation writes, counts as wrong, and so does UDP's 0 for none.
+    fn has_right_checksums(&self, packet: &[u8]) -> bool {
+        if self.transport_at == IPV4_HEADER {
+            let right = Sum::of(&packet[..IPV4_HEADER]).fold() == 0xffff;
+            if !right || word(packet, 10) == 0xffff {
+                return false;
+            }
+        }
+        let unusual = match self.transport {
+            Transport::Tcp => 0xffff,
+            Transport::Udp => 0,
+        };
+        let bytes = &packet[self.transport_at..];
+        word(bytes, self.transport.checksum_at()) != unusual
+            && Sum::pseudo_header(packet, self.transport, bytes.len()).plus(Sum::of(bytes)).fold() == 0xffff
+    }
+
+    /// Makes the header of the first of several packets that of the whole, and says what the kernel must
+    /// know. As `tcp_gro_complete` and `udp_gro_complete` leave it, with the pseudo header's sum for a
+    /// checksum.
+    fn make_super_packet(&self, bytes: &mut [u8], size: usize) -> VnetHeader {
+        write_ip_length(bytes, self.transport_at);
+        let length = bytes.len() - self.transport_at;
+        let pseudo = Sum::pseudo_header(bytes, self.transport, length).fold();
+        let gso_type = match self.transport {
+            Transport::Udp => VnetHeader::GSO_UDP_L4,
+            Transport::Tcp if self.transport_at == IPV4_HEADER => VnetHeader::GSO_TCPV4,
+            Transport::Tcp => VnetHeader::GSO_TCPV6,
+        };
+        if self.transport == Transport::Udp {
+            put_word(bytes, self.transport_at + 4, length as u16);
+        }
+        put_word(bytes, self.transport_at + self.transport.checksum_at(), pseudo);
+        // None is above 65,535: a super-packet is not.
         VnetHeader {
-            flags: NEEDS_CSUM,
+            flags: VnetHeader::NEEDS_CSUM,
             gso_type,
-            hdr_len: payload as u16,
-            gso_size: run.size as u16,
-            csum_start: transport as u16,
-            csum_offset,
+            hdr_len: self.payload_at as u16,
+            gso_size: size as u16,
+            csum_start: self.transport_at as u16,
+            csum_offset: self.transport.checksum_at() as u16,
         }
     }
-}
-
-fn sequence(parts: Parts, packet: &[u8]) -> u32 {
-    if parts.protocol == TCP { u32_at(packet, parts.transport + 4).unwrap_or(0) } else { 0 }
-}
-
-/// Whether a packet may be the first of several.
-fn can_begin(parts: Parts, packet: &[u8]) -> bool {
-    parts.protocol == UDP || packet[parts.transport + 13] == ACK
-}
-
-/// Whether everything but lengths, checksums, identification, sequence and the push flag is the same.
-fn same_headers(one: &[u8], other: &[u8], parts: Parts) -> bool {
-    let same = |from: usize, to: usize| one[from..to] == other[from..to];
-    let at = parts.transport;
-    let ip = if parts.v4 {
-        // Version, length, TOS; flags, TTL, protocol; addresses.
-        same(0, 2) && same(6, 10) && same(12, at)
-    } else {
-        // Version, class, label; next header, hop limit, addresses.
-        same(0, 4) && same(6, at)
-    };
-    let transport = match parts.protocol {
-        // Ports; acknowledgement and length; flags but for the push; window; urgent pointer and options.
-        TCP => {
-            same(at, at + 4)
-                && same(at + 8, at + 13)
-                && (one[at + 13] | PSH) == (other[at + 13] | PSH)
-                && same(at + 14, at + 16)
-                && same(at + 18, parts.payload)
-        }
-        _ => same(at, at + 4),
-    };
-    ip && transport
-}
-
-/// Whether a packet is the next one of the run.
-fn continues(run: Run, parts: Parts, packet: &[u8]) -> bool {
-    // Taking the run apart counts the identification up from the first.
-    let identified = !parts.v4 || u16_at(packet, 4) == Some(run.next_identification);
-    identified
-        && match parts.protocol {
-            TCP => sequence(parts, packet) == run.next_sequence,
-            _ => run.count < MOST_UDP,
-        }
 }
