@@ -306,6 +306,18 @@ impl Control {
         self.use_next_key(now);
     }
 
+    /// Speaks WireGuard with another key from now on. It must be on the disk, and the kernel's shell must have the secret.
+    pub fn use_tunnel_key(&mut self, key: TunnelKey, now: Instant) {
+        self.tunnel = Some(key);
+        self.announce(now);
+        self.wake(now);
+    }
+
+    /// Returns the key of the node's tunnels, where it has any.
+    pub fn tunnel_key(&self) -> Option<TunnelKey> {
+        self.tunnel
+    }
+
     /// Gives the leases back and tells the mesh; no pass follows.
     pub fn leave(&mut self, now: Instant) {
         self.leaving = true;

@@ -15,6 +15,7 @@ use weft_ipam::lease::HeldLease;
 use weft_wire::mesh::Owner;
 use weft_wire::record::NodeKey;
 use weft_wire::types::{Epoch, NodeName, PublicKey, Subnet, TunnelKey};
+use zeroize::Zeroizing;
 
 use crate::plan::model::Peer;
 use crate::tunnel::TunnelSecret;
@@ -162,18 +163,22 @@ impl StateDir {
     pub fn tunnel_secret(&self) -> Result<TunnelSecret, StateError> {
         let path = self.file("tunnel.key");
         match read_secret(&path)? {
-            // Public and secret keys have one form.
             Some(text) => text
                 .trim()
                 .parse::<TunnelKey>()
                 .map(|secret| TunnelSecret::from_bytes(secret.0))
                 .map_err(|_| StateError::Content { path, what: "a tunnel key (44 characters of base64)" }),
-            None => {
-                let secret = TunnelSecret::from_bytes(random()?);
-                replace(&path, format!("{}\n", TunnelKey(secret.to_bytes())).as_bytes())?;
-                Ok(secret)
-            }
+            None => self.new_tunnel_secret(),
         }
+    }
+
+    /// Makes another secret for the node's tunnels, on the disk before it is used.
+    pub fn new_tunnel_secret(&self) -> Result<TunnelSecret, StateError> {
+        let secret = TunnelSecret::from_bytes(random()?);
+        // Public and secret keys have one form.
+        let text = Zeroizing::new(format!("{}\n", TunnelKey(secret.to_bytes())));
+        replace(&self.file("tunnel.key"), text.as_bytes())?;
+        Ok(secret)
     }
 
     /// Reads what an earlier daemon remembered; nothing on a first start.

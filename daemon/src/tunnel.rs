@@ -7,6 +7,8 @@
 
 mod counters;
 mod flood;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod inbound;
 mod outbound;
 mod peer;
@@ -14,11 +16,11 @@ mod table;
 mod tun;
 mod udp;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -40,6 +42,8 @@ use udp::{Batch, Udp};
 
 /// Between two looks at the timers of sessions.
 const TICK: Duration = Duration::from_millis(250);
+/// So long after a session under new keys the one before is still heard: packets may be under way.
+const OVERLAP: Duration = Duration::from_secs(5);
 /// Handshakes of all sources together in a second, before cookies are asked for (whitepaper s5.3).
 const HANDSHAKES: u64 = 200;
 
@@ -141,16 +145,38 @@ pub enum TunnelError {
     Thread(#[source] io::Error),
 }
 
+/// A key of the node's.
+struct Identity {
+    secret: StaticSecret,
+    public: PublicKey,
+    /// Its first MAC, and its cookies.
+    limiter: RateLimiter,
+}
+
+impl fmt::Debug for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Identity({:?})", TunnelKey(self.public.to_bytes()))
+    }
+}
+
+impl Identity {
+    fn new(secret: &TunnelSecret) -> Self {
+        let public = PublicKey::from(&secret.0);
+        Self { secret: secret.0.clone(), public, limiter: RateLimiter::new(&public, HANDSHAKES) }
+    }
+}
+
 /// What the threads share.
 struct Shared {
     tun: Tun,
     v4: Option<Udp>,
     v6: Option<Udp>,
-    secret: StaticSecret,
-    public: PublicKey,
-    limiter: RateLimiter,
+    /// The node's key, and the one before it while peers may still know no other.
+    identities: RwLock<Arc<Vec<Identity>>>,
     flood: Mutex<Flood>,
     table: RwLock<Arc<Table>>,
+    /// What the device carries, in bytes.
+    mtu: AtomicUsize,
     counters: Counters,
     /// Sources of data without a session: their peers are asked for a new one.
     strangers: Mutex<BTreeSet<SocketAddr>>,
@@ -167,6 +193,10 @@ impl fmt::Debug for Shared {
 impl Shared {
     fn table(&self) -> Arc<Table> {
         Arc::clone(&self.table.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn identities(&self) -> Arc<Vec<Identity>> {
+        Arc::clone(&self.identities.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn stopped(&self) -> bool {
@@ -202,6 +232,20 @@ impl Shared {
         }
     }
 
+    fn look_after(&self, peer: &Peer, strangers: &BTreeSet<SocketAddr>, batch: &mut Batch) {
+        batch.clear();
+        let endpoint = {
+            let mut session = peer.session();
+            session.tick(batch);
+            // Anyone can send such data: it makes this node ask where it would ask anyway, at most so often.
+            if !session.ready() && strangers.contains(&session.endpoint()) {
+                session.initiate(batch);
+            }
+            session.endpoint()
+        };
+        self.send(endpoint, batch);
+    }
+
     /// Looks after sessions until the tunnels stop.
     fn tick(&self) {
         let mut batch = Batch::default();
@@ -209,23 +253,18 @@ impl Shared {
         while !self.stopped() {
             thread::park_timeout(TICK);
             if second.elapsed() >= Duration::from_secs(1) {
-                self.limiter.reset_count();
+                self.identities().iter().for_each(|identity| identity.limiter.reset_count());
                 second = Instant::now();
             }
             let strangers =
                 std::mem::take(&mut *self.strangers.lock().unwrap_or_else(PoisonError::into_inner));
             for peer in self.table().peers.values() {
-                batch.clear();
-                let endpoint = {
-                    let mut session = peer.session();
-                    session.tick(&mut batch);
-                    // Anyone can send such data: it makes this node ask where it would ask anyway, at most so often.
-                    if !session.ready() && strangers.contains(&session.endpoint()) {
-                        session.initiate(&mut batch);
-                    }
-                    session.endpoint()
-                };
-                self.send(endpoint, &batch);
+                self.look_after(peer, &strangers, &mut batch);
+                let Some(previous) = peer.previous() else { continue };
+                self.look_after(&previous, &BTreeSet::new(), &mut batch);
+                if peer.session().age().is_some_and(|age| age >= OVERLAP) || !previous.session().ready() {
+                    peer.forget_previous();
+                }
             }
         }
     }
@@ -237,6 +276,8 @@ pub struct Tunnel {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
     rng: ChaCha20Rng,
+    /// Indices that were given out.
+    drawn: BTreeSet<u32>,
 }
 
 impl Tunnel {
@@ -256,22 +297,21 @@ impl Tunnel {
             (v4, v6) => (v4.ok(), v6.ok()),
         };
         let tun = Tun::open(&device).map_err(|source| TunnelError::Tun { device, source })?;
-        let public = PublicKey::from(&secret.0);
         let shared = Arc::new(Shared {
             tun,
             v4,
             v6,
-            public,
-            limiter: RateLimiter::new(&public, HANDSHAKES),
-            secret: secret.0,
+            identities: RwLock::new(Arc::new(vec![Identity::new(&secret)])),
             flood: Mutex::default(),
             table: RwLock::default(),
+            mtu: AtomicUsize::new(0),
             counters: Counters::default(),
             strangers: Mutex::default(),
             stop: AtomicBool::new(false),
             failure: Mutex::default(),
         });
-        let mut tunnel = Self { shared, threads: Vec::new(), rng: ChaCha20Rng::from_seed(seed) };
+        let mut tunnel =
+            Self { shared, threads: Vec::new(), rng: ChaCha20Rng::from_seed(seed), drawn: BTreeSet::new() };
         tunnel.spawn("tunnel-out", outbound::run)?;
         tunnel.spawn("tunnel-timers", Shared::tick)?;
         for v4 in [true, false] {
@@ -294,45 +334,106 @@ impl Tunnel {
         Ok(())
     }
 
-    /// Replaces the peers. Who keeps key and pre-shared key keeps the session. Returns what was left out and why, a
-    /// sentence each.
+    /// Goes over to another key: peers that know only the one before are still answered, and sessions go on until there
+    /// are new ones. To be followed by [`Tunnel::set_peers`].
+    pub fn set_secret(&mut self, secret: &TunnelSecret) {
+        let before = self.shared.identities();
+        if before[0].public == PublicKey::from(&secret.0) {
+            return;
+        }
+        let earlier = TunnelSecret(before[0].secret.clone());
+        let identities = vec![Identity::new(secret), Identity::new(&earlier)];
+        *self.shared.identities.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(identities);
+    }
+
+    /// Takes the MTU of the device: packets are padded up to it.
+    pub fn set_mtu(&self, mtu: usize) {
+        self.shared.mtu.store(mtu, Ordering::Relaxed);
+    }
+
+    /// Replaces the peers. Who keeps key and pre-shared key keeps the session; who has another key is asked for a session
+    /// at once, and keeps the one it has until then. Returns what was left out and why, a sentence each.
     pub fn set_peers(&mut self, wanted: &[TunnelPeer]) -> Vec<String> {
         let before = self.shared.table();
+        let identities = self.shared.identities();
+        let own = &identities[0];
+        let by_node: HashMap<&NodeName, &Arc<Peer>> =
+            before.peers.values().map(|peer| (&peer.node, peer)).collect();
         let mut refused = Vec::new();
         let mut entries: Vec<(Arc<Peer>, Vec<IpNet>)> = Vec::with_capacity(wanted.len());
-        let mut keys = BTreeSet::new();
+        let (mut keys, mut rekeyed) = (BTreeSet::new(), Vec::new());
         for peer in wanted {
-            if let Some(why) = unusable(peer, &self.shared.public, &mut keys) {
+            if let Some(why) = unusable(peer, &own.public, &mut keys) {
                 refused.push(why);
                 continue;
             }
-            let known = before.peers.get(&peer.key).filter(|known| known.keeps(peer));
-            let entry = match known {
+            let known = by_node.get(&peer.node).copied();
+            let entry = match known.filter(|known| known.keeps(peer, &own.secret)) {
                 Some(known) => {
                     known.session().follow(peer.endpoint);
                     Arc::clone(known)
                 }
-                None => Arc::new(Peer::new(peer, self.fresh_index(&entries), self.shared.secret.clone())),
+                None => {
+                    let earlier =
+                        known.map(|known| known.for_sending()).filter(|peer| peer.session().ready());
+                    let index = self.fresh_index(&before);
+                    let entry = Arc::new(Peer::new(peer, index, own.secret.clone(), earlier));
+                    if known.is_some_and(|known| known.key != peer.key) {
+                        rekeyed.push(Arc::clone(&entry));
+                    }
+                    entry
+                }
             };
             entries.push((entry, peer.prefixes.clone()));
         }
         let (table, overlaps) = Table::new(entries);
         refused.extend(overlaps);
         *self.shared.table.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(table);
+        // The peer knows its new key, and this node has just learned of it: so it is this node that asks.
+        for peer in rekeyed {
+            let mut batch = Batch::default();
+            let endpoint = {
+                let mut session = peer.session();
+                session.initiate(&mut batch);
+                session.endpoint()
+            };
+            self.shared.send(endpoint, &batch);
+        }
         refused
     }
 
-    fn fresh_index(&mut self, entries: &[(Arc<Peer>, Vec<IpNet>)]) -> u32 {
+    /// Draws an index that no peer has or had.
+    fn fresh_index(&mut self, before: &Table) -> u32 {
         loop {
             let index = self.rng.next_u32() >> 8;
-            if entries.iter().all(|(peer, _)| peer.index != index)
-                && self.shared.table().by_receiver(index << 8).is_none()
-            {
+            if self.drawn.insert(index) && before.by_receiver(index << 8).is_none() {
                 return index;
             }
         }
     }
 
+    /// Returns what others may look through.
+    pub fn monitor(&self) -> TunnelMonitor {
+        TunnelMonitor(Arc::clone(&self.shared))
+    }
+
+    /// Returns why the tunnels no longer work, if so: open them again.
+    pub fn failure(&self) -> Option<String> {
+        self.shared.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// A look at running tunnels.
+#[derive(Debug, Clone)]
+pub struct TunnelMonitor(Arc<Shared>);
+
+impl PartialEq for TunnelMonitor {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl TunnelMonitor {
     /// Returns how each peer's tunnel is, in no particular order.
     pub fn status(&self) -> Vec<TunnelStatus> {
         let count = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
@@ -347,17 +448,12 @@ impl Tunnel {
                 received: (count(&peer.traffic.received), count(&peer.traffic.received_bytes)),
             }
         };
-        self.shared.table().peers.values().map(status).collect()
+        self.0.table().peers.values().map(status).collect()
     }
 
     /// Returns how many packets were dropped for each reason.
     pub fn drops(&self) -> Vec<(Reason, u64)> {
-        self.shared.counters.drops()
-    }
-
-    /// Returns why the tunnels no longer work, if so: open them again.
-    pub fn failure(&self) -> Option<String> {
-        self.shared.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0.counters.drops()
     }
 }
 

@@ -157,7 +157,7 @@ fn inputs(kernel: &mut Linux, peers: u32) -> Inputs {
             tx_checksum: true,
             hairpin: true,
             encryption: Encryption::Never,
-            tunnel: false,
+            tunnel: None,
         },
         underlay: kernel
             .underlay(&UnderlaySpec { device: Some("eth0".into()), ..Default::default() })

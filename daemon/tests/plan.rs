@@ -62,7 +62,7 @@ prop_compose! {
     fn any_inputs()(
         numbers in prop::collection::btree_set(0_u8..200, 0..20),
         encryption in prop::sample::select(vec![Encryption::Never, Encryption::CrossSite, Encryption::Always]),
-        tunnel: bool,
+        tunnel in proptest::option::of(Just(TunnelKey([250; 32]))),
         families in prop::collection::vec((any::<bool>(), any::<bool>()), 20),
         mtus in prop::collection::vec(prop::sample::select(vec![1280_u32, 1400, 1500, 9000]), 20),
         direct in any::<bool>(),
@@ -184,8 +184,8 @@ proptest! {
                 let encrypted = planned.route.as_ref().is_some_and(|route| route.dev == "weft-wg");
                 prop_assert_eq!(encrypted, demanded && planned.route.is_some());
                 if encrypted {
-                    let peers = plan.state.tunnel.as_ref().expect("an encrypted route has a tunnel");
-                    let entry = &peers[&peer.tunnel.expect("an encrypted peer has a key").key];
+                    let tunnels = plan.state.tunnel.as_ref().expect("an encrypted route has a tunnel");
+                    let entry = &tunnels.peers[&peer.tunnel.expect("an encrypted peer has a key").key];
                     prop_assert!(entry.node == peer.node && entry.prefixes.contains(&planned.prefix));
                 }
                 let sealed = &plan.nft.as_ref().expect("a node with subnets has a table").sealed;

@@ -68,11 +68,11 @@ impl Weft {
     }
 
     fn status(&self) -> TunnelStatus {
-        self.tunnel.lock().unwrap().status().into_iter().next().expect("there is a peer")
+        self.tunnel.lock().unwrap().monitor().status().into_iter().next().expect("there is a peer")
     }
 
     fn dropped(&self, reason: Reason) -> u64 {
-        let drops = self.tunnel.lock().unwrap().drops();
+        let drops = self.tunnel.lock().unwrap().monitor().drops();
         drops.into_iter().find(|(found, _)| *found == reason).unwrap().1
     }
 }
@@ -186,7 +186,11 @@ fn wireguard_go_and_weft_understand_each_other_in_both_directions() {
     // It may not use the addresses of another.
     let before = weft.dropped(Reason::WrongSource);
     go.place.sh("ip addr add 10.77.3.1/32 dev eth0; ping -n -c 3 -i 0.2 -W 1 -I 10.77.3.1 10.77.1.1 || true");
-    assert!(weft.dropped(Reason::WrongSource) >= before + 3, "{:?}", weft.tunnel.lock().unwrap().drops());
+    assert!(
+        weft.dropped(Reason::WrongSource) >= before + 3,
+        "{:?}",
+        weft.tunnel.lock().unwrap().monitor().drops()
+    );
 
     // It gets another key.
     go.set(&format!("private-key /dev/stdin <<< '{}'", TunnelKey(secret(3).to_bytes())));
@@ -220,6 +224,46 @@ fn the_peer_that_starts_anew_is_heard_again_at_once() {
     let began = Instant::now();
     ping(&first.place, "10.77.2.1", 1);
     println!("answered after {:?}", began.elapsed());
+}
+
+#[test]
+fn a_key_is_rotated_under_traffic_without_a_lost_packet() {
+    let Some((one, two)) = two() else { return };
+    let [first, second] = [(one, 1), (two, 2)].map(|(place, number)| Weft::open(place, number));
+    first.set_peers(&[peer(2, secret(2).public(), address(2))]);
+    second.set_peers(&[peer(1, secret(1).public(), address(1))]);
+    ping(&first.place, "10.77.2.1", 5);
+    let pings = [(&first, "10.77.2.1"), (&second, "10.77.1.1")].map(|(from, to)| {
+        from.place.run(move || {
+            let words = ["-n", "-q", "-i", "0.01", "-w", "6", to];
+            Command::new("ping").args(words).stdout(Stdio::piped()).spawn().unwrap()
+        })
+    });
+    for generation in 0..3 {
+        std::thread::sleep(Duration::from_millis(500));
+        let next = secret(20 + generation);
+        second.tunnel.lock().unwrap().set_secret(&next);
+        second.set_peers(&[peer(1, secret(1).public(), address(1))]);
+        // The record takes its time.
+        std::thread::sleep(Duration::from_millis(500));
+        first.set_peers(&[peer(2, next.public(), address(2))]);
+        wait_until("there is a session under the new key", || {
+            let status = first.status();
+            status.key == next.public() && status.handshake.is_some_and(|age| age < Duration::from_secs(1))
+        });
+    }
+    for ping in pings {
+        let output = ping.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(said.contains(" 0% packet loss"), "{said}");
+    }
+    // The keys before are of no use any more.
+    wait_until("the old sessions are gone", || {
+        let before = second.dropped(Reason::BadMac) + second.dropped(Reason::UnknownKey);
+        first.set_peers(&[peer(2, secret(2).public(), address(2))]);
+        first.place.sh("ping -n -c 1 -W 1 10.77.2.1 || true");
+        second.dropped(Reason::BadMac) + second.dropped(Reason::UnknownKey) > before
+    });
 }
 
 #[test]
@@ -262,7 +306,7 @@ fn what_waits_for_a_session_is_bounded_and_goes_when_it_comes() {
     first.set_peers(&[peer(2, secret(2).public(), address(2))]);
     // Nobody is there yet.
     first.place.sh("ping -n -q -f -c 300 -i 0.002 -W 0.1 10.77.2.1 || true");
-    assert!(first.dropped(Reason::NoSession) >= 200, "{:?}", first.tunnel.lock().unwrap().drops());
+    assert!(first.dropped(Reason::NoSession) >= 200, "{:?}", first.tunnel.lock().unwrap().monitor().drops());
     let second = Weft::open(two, 2);
     second.set_peers(&[peer(1, secret(1).public(), address(1))]);
     wait_until("what waited arrives", || second.status().received.0 >= 30);

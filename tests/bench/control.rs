@@ -268,7 +268,7 @@ fn inputs(kernel: &mut Linux) -> Inputs {
             tx_checksum: true,
             hairpin: true,
             encryption: Encryption::Never,
-            tunnel: false,
+            tunnel: None,
         },
         underlay: kernel.underlay(&spec).unwrap(),
         subnets: vec!["10.32.1.0/24".parse().unwrap(), "fd00:32:0:f001::/64".parse().unwrap()],

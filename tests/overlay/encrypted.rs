@@ -100,6 +100,26 @@ fn no_byte_of_a_pod_crosses_in_clear_whatever_happens_to_the_daemons() {
 }
 
 #[test]
+fn keys_rotate_under_traffic_and_nothing_is_lost_or_clear() {
+    let lab = Lab::up(LabOptions::new("encrot").nodes(3).pods(1).backend(Backend::Wireguard));
+    let underlay = Capture::start(&lab, "n1", "eth0");
+    let keys = || lab.sh("n1", "weft -o json peers");
+    let pings = [("n1/a", "n2"), ("n2/a", "n1"), ("n3/a", "n1")]
+        .map(|(from, to)| lab.background_ping(from, lab.ip(to, "a")));
+    for node in ["n1", "n2", "n1"] {
+        let before = keys();
+        lab.run(node, &["weft", "rotate-key"]);
+        std::thread::sleep(Duration::from_millis(1500));
+        assert!(node == "n1" || keys() != before, "the peers of n1 have other keys");
+    }
+    for (sent, lost) in pings.map(weft_tests::lab::Ping::stop) {
+        assert!(sent > 100 && lost.is_empty(), "{lost:?} of {sent} lost");
+    }
+    let found = underlay.finish(CLEAR);
+    assert!(found.all > 300 && found.matching == 0, "{found:?}");
+}
+
+#[test]
 fn a_clear_route_that_someone_left_is_of_no_use() {
     let lab = Lab::up(
         LabOptions::new("encleft").nodes(2).pods(1).overlay(Families::V4).backend(Backend::Wireguard),

@@ -64,7 +64,7 @@ impl Control {
             },
             hairpin: self.config.pods.hairpin,
             encryption: self.config.encryption.policy,
-            tunnel: self.tunnel.is_some(),
+            tunnel: self.tunnel,
         }
     }
 

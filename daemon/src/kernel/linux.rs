@@ -12,7 +12,7 @@ use super::offload::Ethtool;
 use super::tunnel::Tunnels;
 use super::{Kernel, KernelError, UnderlayError, UnderlaySpec, nft, rtnl, sysctl};
 use crate::plan::model::{Actual, BRIDGE, Link, LinkKind, Op, Underlay};
-use crate::tunnel::TunnelConfig;
+use crate::tunnel::{TunnelConfig, TunnelMonitor, TunnelSecret};
 
 /// The real kernel.
 #[derive(Debug)]
@@ -45,7 +45,7 @@ impl Linux {
         self
     }
 
-    fn tunnels(&mut self) -> Result<&mut Tunnels, KernelError> {
+    fn own_tunnels(&mut self) -> Result<&mut Tunnels, KernelError> {
         self.tunnels.as_mut().ok_or_else(|| KernelError("this node has no tunnel key".into()))
     }
 
@@ -121,7 +121,7 @@ impl Kernel for Linux {
     fn dump(&mut self, settings: &BTreeSet<String>) -> Result<Actual, KernelError> {
         let mut actual = self.dump_all(settings).map_err(|refusal| KernelError(refusal.to_string()))?;
         actual.state.nft = nft::dump(&mut self.nft).map_err(|error| KernelError(error.to_string()))?;
-        actual.state.tunnel = self.tunnels.as_mut().and_then(Tunnels::peers);
+        actual.state.tunnel = self.tunnels.as_mut().and_then(Tunnels::carried);
         Ok(actual)
     }
 
@@ -162,6 +162,16 @@ impl Kernel for Linux {
         find_underlay(&mut self.conn, spec)
     }
 
+    fn tunnels(&self) -> Option<TunnelMonitor> {
+        self.tunnels.as_ref().and_then(Tunnels::monitor)
+    }
+
+    fn add_tunnel_secret(&mut self, secret: TunnelSecret) {
+        if let Some(tunnels) = &mut self.tunnels {
+            tunnels.add_secret(secret);
+        }
+    }
+
     fn obstacles(&mut self, cluster: &[IpNet]) -> Vec<String> {
         nft::foreign_drops(&mut self.nft, BRIDGE, cluster).unwrap_or_else(|error| {
             tracing::debug!(err = %error, "foreign nftables chains not read");
@@ -181,7 +191,7 @@ impl Linux {
 
     /// Makes the device of the tunnels, which only who reads it can do.
     fn add_tun(&mut self, name: &str, link: &Link) -> Result<(), KernelError> {
-        let tunnels = self.tunnels()?;
+        let tunnels = self.own_tunnels()?;
         // One that was read before is no longer there.
         tunnels.close();
         tunnels.open()?;
@@ -205,9 +215,9 @@ impl Linux {
                 nft::apply(&mut self.nft, table).map_err(|error| KernelError(error.to_string()))
             }
             Op::DelNft => nft::remove(&mut self.nft).map_err(|error| KernelError(error.to_string())),
-            Op::SetTunnel(peers) => self.tunnels()?.set(peers),
+            Op::SetTunnel(wanted) => self.own_tunnels()?.set(wanted),
             Op::DelTunnel => {
-                self.tunnels()?.close();
+                self.own_tunnels()?.close();
                 Ok(())
             }
             _ => Ok(()),

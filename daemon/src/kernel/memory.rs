@@ -10,6 +10,7 @@ use ipnet::IpNet;
 
 use super::{Kernel, KernelError, UnderlayError, UnderlaySpec};
 use crate::plan::model::{Actual, BRIDGE, Op, State, Underlay, VXLAN_V4, VXLAN_V6, WIREGUARD, is_host_veth};
+use crate::tunnel::TunnelSecret;
 
 /// The kernel of one machine.
 #[derive(Debug, Clone)]
@@ -114,9 +115,9 @@ impl MemoryKernel {
             Op::SetSysctl(path, value) => drop(self.actual.state.sysctls.insert(path, value)),
             Op::SetNft(table) => self.actual.state.nft = Some(table.digest()),
             Op::DelNft => some(self.actual.state.nft.take().is_some())?,
-            Op::SetTunnel(peers) => {
+            Op::SetTunnel(tunnels) => {
                 self.has_link(WIREGUARD)?;
-                self.actual.state.tunnel = Some(peers);
+                self.actual.state.tunnel = Some(tunnels);
             }
             Op::DelTunnel => some(self.actual.state.tunnel.take().is_some())?,
             Op::SetVeth(name, veth) => {
@@ -214,6 +215,8 @@ impl Kernel for MemoryKernel {
     fn underlay(&mut self, _spec: &UnderlaySpec) -> Result<Underlay, UnderlayError> {
         self.underlay.clone()
     }
+
+    fn add_tunnel_secret(&mut self, _: TunnelSecret) {}
 
     fn obstacles(&mut self, _cluster: &[IpNet]) -> Vec<String> {
         Vec::new()

@@ -8,7 +8,7 @@ use weft_wire::types::{MacAddress, Subnet};
 
 use super::model::{
     BRIDGE, Desired, Encryption, Inputs, Link, LinkKind, Peer, PlannedRoute, Route, Transport, TunnelPeer,
-    VXLAN_V4, VXLAN_V6, Vxlan, WIREGUARD, metric,
+    Tunnels, VXLAN_V4, VXLAN_V6, Vxlan, WIREGUARD, metric,
 };
 use super::table::{Table, VERSION};
 
@@ -70,7 +70,7 @@ fn local(inputs: &Inputs, v4: bool) -> Option<IpNet> {
 
 fn pod_mtu(inputs: &Inputs) -> u32 {
     let v4 = local(inputs, true).is_some();
-    let overhead = device_of(v4).1.max(if inputs.dataplane.tunnel { wireguard_overhead(v4) } else { 0 });
+    let overhead = device_of(v4).1.max(inputs.dataplane.tunnel.map_or(0, |_| wireguard_overhead(v4)));
     inputs.dataplane.mtu.unwrap_or_else(|| inputs.underlay.mtu.saturating_sub(overhead))
 }
 
@@ -123,15 +123,13 @@ fn wireguard_overhead(v4: bool) -> u32 {
 }
 
 fn plan_wireguard(inputs: &Inputs, plan: &mut Desired) {
-    if !inputs.dataplane.tunnel {
-        return;
-    }
+    let Some(key) = inputs.dataplane.tunnel else { return };
     let overhead = wireguard_overhead(local(inputs, true).is_some());
     let mtu = inputs.underlay.mtu.saturating_sub(overhead);
     // It carries IP packets, not frames.
     let link = Link { kind: LinkKind::Tun, mtu, up: true, mac: MacAddress([0; 6]) };
     plan.state.links.insert(WIREGUARD.into(), link);
-    plan.state.tunnel = Some(BTreeMap::new());
+    plan.state.tunnel = Some(Tunnels { key, mtu, peers: BTreeMap::new() });
 }
 
 /// Returns what must not be sent or taken in clear.
@@ -161,7 +159,7 @@ fn encrypted_way(
     plan: &mut Desired,
 ) -> Result<(Route, String), String> {
     let node = &peer.node;
-    let Some(peers) = &mut plan.state.tunnel else {
+    let Some(Tunnels { peers, .. }) = &mut plan.state.tunnel else {
         return Err(format!(
             "{node} exchanges no clear pod traffic, and this node has no tunnels; set encryption.policy here as there"
         ));

@@ -115,7 +115,7 @@ fn set_tunnel(desired: &State, left: &State, ops: &mut Vec<Op>) {
     // A device that is not there takes the tunnels with it.
     let found = left.tunnel.as_ref().filter(|_| left.links.contains_key(super::model::WIREGUARD));
     match (&desired.tunnel, found) {
-        (Some(peers), found) if found != Some(peers) => ops.push(Op::SetTunnel(peers.clone())),
+        (Some(tunnels), found) if found != Some(tunnels) => ops.push(Op::SetTunnel(tunnels.clone())),
         (None, Some(_)) => ops.push(Op::DelTunnel),
         _ => {}
     }

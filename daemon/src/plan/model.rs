@@ -94,8 +94,8 @@ pub struct Dataplane {
     pub hairpin: bool,
     /// Between which nodes pod traffic must be encrypted.
     pub encryption: Encryption,
-    /// The MTU of pods leaves room for encryption, and the WireGuard device is there.
-    pub tunnel: bool,
+    /// The key of the node's tunnels. With one, the WireGuard device is there and the MTU of pods leaves room for it.
+    pub tunnel: Option<TunnelKey>,
 }
 
 /// Between which nodes pod traffic must be encrypted. A pair keeps the stricter of its two policies.
@@ -109,6 +109,16 @@ pub enum Encryption {
     CrossSite,
     /// All.
     Always,
+}
+
+impl fmt::Display for Encryption {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Never => "never",
+            Self::CrossSite => "cross-site",
+            Self::Always => "always",
+        })
+    }
 }
 
 impl Encryption {
@@ -269,8 +279,19 @@ pub struct State {
     pub sysctls: BTreeMap<String, String>,
     /// The digest of the nftables table.
     pub nft: Option<String>,
-    /// The peers of the WireGuard device, by their keys; nothing where none runs.
-    pub tunnel: Option<BTreeMap<TunnelKey, TunnelPeer>>,
+    /// The tunnels of the WireGuard device; nothing where none run.
+    pub tunnel: Option<Tunnels>,
+}
+
+/// The tunnels of a node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tunnels {
+    /// The node's own key.
+    pub key: TunnelKey,
+    /// The MTU of the device in bytes.
+    pub mtu: u32,
+    /// The peers by their keys.
+    pub peers: BTreeMap<TunnelKey, TunnelPeer>,
 }
 
 /// A peer of the WireGuard device.
@@ -385,7 +406,7 @@ pub enum Op {
     /// Remove the nftables table.
     DelNft,
     /// Replace the peers of the WireGuard device, all at once; sessions of those that stay go on.
-    SetTunnel(BTreeMap<TunnelKey, TunnelPeer>),
+    SetTunnel(Tunnels),
     /// End the tunnels.
     DelTunnel,
     /// Mend the host end of a pod: bridge, hairpin, state, MTU.
@@ -416,7 +437,7 @@ impl fmt::Display for Op {
             Self::SetSysctl(path, value) => write!(f, "set sysctl {path} = {value}"),
             Self::SetNft(_) => write!(f, "set nftables table inet weft"),
             Self::DelNft => write!(f, "remove nftables table inet weft"),
-            Self::SetTunnel(peers) => write!(f, "set the {} peers of {WIREGUARD}", peers.len()),
+            Self::SetTunnel(tunnels) => write!(f, "set the {} peers of {WIREGUARD}", tunnels.peers.len()),
             Self::DelTunnel => write!(f, "end the tunnels of {WIREGUARD}"),
             Self::SetVeth(name, _) => write!(f, "set pod device {name}"),
         }

@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use boringtun::noise::errors::WireGuardError;
 use boringtun::noise::handshake::parse_handshake_anon;
 use boringtun::noise::{Packet, TunnResult};
 use nix::errno::Errno;
@@ -12,11 +13,11 @@ use nix::poll::PollFlags;
 use weft_wire::packet::Coalescer;
 use weft_wire::types::TunnelKey;
 
-use super::Shared;
 use super::counters::Reason;
 use super::peer::{Opened, Peer};
 use super::table::Table;
 use super::udp::{Batch, Udp, wait};
+use super::{Identity, Shared};
 
 /// A run of datagrams fills one IP packet at most.
 const MOST: usize = 1 << 16;
@@ -147,38 +148,19 @@ impl Inbound<'_> {
             return drop(Reason::Flood);
         }
         let mut cookie = [0; 64];
-        let packet = match shared.limiter.verify_packet(Some(from.ip()), datagram, &mut cookie) {
-            Ok(packet) => packet,
-            Err(TunnResult::WriteToNetwork(cookie)) => {
+        let identities = shared.identities();
+        let peer = match addressed(&identities, from, datagram, &mut cookie) {
+            Addressed::To(identity, packet) => recipient(table, identity, packet),
+            Addressed::Cookie(length) => {
                 drop(Reason::Flood);
-                self.answers.push(cookie.len(), |room| {
-                    room.copy_from_slice(cookie);
-                    cookie.len()
+                self.answers.push(length, |room| {
+                    room.copy_from_slice(&cookie[..length]);
+                    length
                 });
                 shared.send(from, &self.answers);
                 return self.answers.clear();
             }
-            Err(TunnResult::Err(boringtun::noise::errors::WireGuardError::InvalidMac)) => {
-                return drop(Reason::BadMac);
-            }
-            Err(_) => return drop(Reason::Malformed),
-        };
-        let peer = match packet {
-            Packet::HandshakeInit(init) => {
-                match parse_handshake_anon(&shared.secret, &shared.public, &init) {
-                    Ok(half) => {
-                        table.peers.get(&TunnelKey(half.peer_static_public)).ok_or(Reason::UnknownKey)
-                    }
-                    Err(_) => Err(Reason::Forged),
-                }
-            }
-            Packet::HandshakeResponse(response) => {
-                table.by_receiver(response.receiver_idx).ok_or(Reason::UnknownSession)
-            }
-            Packet::PacketCookieReply(reply) => {
-                table.by_receiver(reply.receiver_idx).ok_or(Reason::UnknownSession)
-            }
-            Packet::PacketData(_) => Err(Reason::Malformed),
+            Addressed::Nobody(reason) => return drop(reason),
         };
         let peer = match peer {
             Ok(peer) => peer,
@@ -194,11 +176,54 @@ impl Inbound<'_> {
     }
 }
 
-fn receiver(datagram: &[u8]) -> Option<u32> {
+/// Whose a handshake is, by its first MAC (whitepaper s5.4.4).
+pub(super) enum Addressed<'a> {
+    /// Meant for this identity of the node.
+    To(&'a Identity, Packet<'a>),
+    /// To be answered with a cookie of so many bytes: the node is under load.
+    Cookie(usize),
+    Nobody(Reason),
+}
+
+pub(super) fn addressed<'a>(
+    identities: &'a [Identity],
+    from: SocketAddr,
+    datagram: &'a [u8],
+    cookie: &mut [u8; 64],
+) -> Addressed<'a> {
+    let mut found = Addressed::Nobody(Reason::Malformed);
+    for identity in identities {
+        match identity.limiter.verify_packet(Some(from.ip()), datagram, cookie) {
+            Ok(packet) => return Addressed::To(identity, packet),
+            Err(TunnResult::WriteToNetwork(cookie)) => return Addressed::Cookie(cookie.len()),
+            Err(TunnResult::Err(WireGuardError::InvalidMac)) => found = Addressed::Nobody(Reason::BadMac),
+            Err(_) => {}
+        }
+    }
+    found
+}
+
+/// Finds the peer whose session a handshake is about.
+pub(super) fn recipient(table: &Table, identity: &Identity, packet: Packet<'_>) -> Result<Arc<Peer>, Reason> {
+    let by_receiver = |receiver| table.by_receiver(receiver).cloned().ok_or(Reason::UnknownSession);
+    match packet {
+        Packet::HandshakeInit(init) => {
+            let half = parse_handshake_anon(&identity.secret, &identity.public, &init)
+                .map_err(|_| Reason::Forged)?;
+            let peer = table.peers.get(&TunnelKey(half.peer_static_public)).ok_or(Reason::UnknownKey)?;
+            peer.under(identity).ok_or(Reason::UnknownKey)
+        }
+        Packet::HandshakeResponse(response) => by_receiver(response.receiver_idx),
+        Packet::PacketCookieReply(reply) => by_receiver(reply.receiver_idx),
+        Packet::PacketData(_) => Err(Reason::Malformed),
+    }
+}
+
+pub(super) fn receiver(datagram: &[u8]) -> Option<u32> {
     datagram.get(4..8).and_then(|bytes| bytes.try_into().ok()).map(u32::from_le_bytes)
 }
 
 /// The one check of sources: an address within must be of the peer that sealed it.
-fn owns(table: &Table, peer: &Arc<Peer>, source: IpAddr) -> bool {
-    table.owner(source).is_some_and(|owner| Arc::ptr_eq(owner, peer))
+pub(super) fn owns(table: &Table, peer: &Peer, source: IpAddr) -> bool {
+    table.owner(source).is_some_and(|owner| owner.node == peer.node)
 }

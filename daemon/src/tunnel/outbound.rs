@@ -40,11 +40,13 @@ fn carry(shared: &Shared, bytes: &mut [u8], scratch: &mut Vec<u8>, batch: &mut B
     let Some(destination) = packet::destination(packet) else { return counters.drop(Reason::NotIp) };
     let table = shared.table();
     let Some(peer) = table.owner(destination) else { return counters.drop(Reason::NoPeer) };
+    let peer = peer.for_sending();
     batch.clear();
+    let mtu = shared.mtu.load(Ordering::Relaxed);
     let length = packet.len();
     let (endpoint, split) = {
         let mut session = peer.session();
-        let split = split(header, packet, scratch, |packet| session.seal(packet, batch, counters));
+        let split = split(header, packet, scratch, |packet| session.seal(packet, mtu, batch, counters));
         (session.endpoint(), split)
     };
     match split {

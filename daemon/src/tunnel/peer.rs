@@ -1,19 +1,19 @@
 //! One peer: its session behind a lock that is taken once a batch, its endpoint, and what it counted.
 //!
-//! The only place that knows boringtun. Invariants: what waits for a session is bounded; a peer without traffic has no
+//! Invariants: what waits for a session is bounded; a peer without traffic has no
 //! session and takes a few hundred bytes.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use boringtun::noise::errors::WireGuardError;
 use boringtun::noise::{Tunn, TunnResult};
 use boringtun::x25519::{PublicKey, StaticSecret};
 use weft_wire::types::{NodeName, TunnelKey};
 
-use super::TunnelPeer;
 use super::counters::{Counters, Reason, Traffic};
 use super::udp::Batch;
+use super::{Identity, TunnelPeer};
 
 /// So many packets wait for a session; boringtun would keep four times as many.
 const WAITING: usize = 64;
@@ -34,6 +34,8 @@ pub(super) struct Peer {
     pub(super) index: u32,
     pub(super) traffic: Traffic,
     session: Mutex<Session>,
+    /// The same node under the keys before, until there is a session under these.
+    previous: Mutex<Option<Arc<Peer>>>,
 }
 
 /// The state that both directions share.
@@ -74,7 +76,12 @@ pub(super) enum Opened {
 }
 
 impl Peer {
-    pub(super) fn new(wanted: &TunnelPeer, index: u32, own: StaticSecret) -> Self {
+    pub(super) fn new(
+        wanted: &TunnelPeer,
+        index: u32,
+        own: StaticSecret,
+        previous: Option<Arc<Peer>>,
+    ) -> Self {
         let TunnelPeer { node, key, endpoint, preshared, .. } = wanted.clone();
         let session = Session {
             tunn: None,
@@ -88,12 +95,52 @@ impl Peer {
             waiting: 0,
             padded: Vec::new(),
         };
-        Self { node, key, index, traffic: Traffic::default(), session: Mutex::new(session) }
+        Self {
+            node,
+            key,
+            index,
+            traffic: Traffic::default(),
+            session: Mutex::new(session),
+            previous: Mutex::new(previous),
+        }
     }
 
     /// Whether the session can go on: its keys are the same.
-    pub(super) fn keeps(&self, wanted: &TunnelPeer) -> bool {
-        self.node == wanted.node && self.session().preshared == wanted.preshared
+    pub(super) fn keeps(&self, wanted: &TunnelPeer, own: &StaticSecret) -> bool {
+        let session = self.session();
+        let same_own = session.own.as_bytes() == own.as_bytes();
+        self.node == wanted.node
+            && self.key == wanted.key
+            && same_own
+            && session.preshared == wanted.preshared
+    }
+
+    /// Returns the peer whose sessions belong to an identity of this node.
+    pub(super) fn under(self: &Arc<Self>, identity: &Identity) -> Option<Arc<Self>> {
+        let is_under = |peer: &Arc<Self>| peer.session().own.as_bytes() == identity.secret.as_bytes();
+        Some(Arc::clone(self)).filter(is_under).or_else(|| self.previous().filter(is_under))
+    }
+
+    /// Returns the same node under the keys before.
+    pub(super) fn previous(&self) -> Option<Arc<Peer>> {
+        self.previous.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Ends what there is under the keys before.
+    pub(super) fn forget_previous(&self) {
+        let previous = self.previous.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(previous) = previous {
+            previous.session().end();
+        }
+    }
+
+    /// Seals with `seal` under these keys, or under those before while they alone have a session.
+    pub(super) fn for_sending(self: &Arc<Self>) -> Arc<Self> {
+        if self.session().ready {
+            return Arc::clone(self);
+        }
+        let earlier = self.previous().filter(|earlier| earlier.session().ready);
+        earlier.unwrap_or_else(|| Arc::clone(self))
     }
 
     pub(super) fn session(&self) -> MutexGuard<'_, Session> {
@@ -129,15 +176,15 @@ impl Session {
         })
     }
 
-    /// Seals a packet into the batch, or keeps it until there is a session, which is asked for.
-    pub(super) fn seal(&mut self, packet: &[u8], batch: &mut Batch, counters: &Counters) {
+    /// Seals a packet, padded within `mtu` bytes, into the batch, or keeps it until there is a session, which is asked for.
+    pub(super) fn seal(&mut self, packet: &[u8], mtu: usize, batch: &mut Batch, counters: &Counters) {
         if !self.ready {
             if self.waiting >= WAITING {
                 return counters.drop(Reason::NoSession);
             }
             self.waiting += 1;
         }
-        let length = packet.len().next_multiple_of(PADDING);
+        let length = packet.len().next_multiple_of(PADDING).min(mtu.max(packet.len()));
         let mut padded = std::mem::take(&mut self.padded);
         let padded_packet = if length == packet.len() {
             packet
@@ -240,12 +287,17 @@ impl Session {
             _ => 0,
         });
         if expired {
-            self.tunn = None;
-            self.ready = false;
-            self.waiting = 0;
+            self.end();
         } else if self.ready && tunn.time_since_last_handshake().is_none() {
             self.ready = false;
         }
+    }
+
+    /// Forgets all session keys.
+    fn end(&mut self) {
+        self.tunn = None;
+        self.ready = false;
+        self.waiting = 0;
     }
 
     /// Asks for a session, if none is being asked for.

@@ -62,6 +62,7 @@ impl Table {
                 }
             }
             table.indices.insert(peer.index, Arc::clone(&peer));
+            table.indices.extend(peer.previous().map(|earlier| (earlier.index, earlier)));
             table.peers.insert(peer.key, peer);
         }
         (table, refused)

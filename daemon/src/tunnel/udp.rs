@@ -48,6 +48,15 @@ impl Batch {
         self.runs.is_empty()
     }
 
+    /// Returns the datagrams one by one.
+    #[cfg(fuzzing)]
+    pub(super) fn datagrams(&self) -> Vec<Vec<u8>> {
+        let of = |run: &Run| {
+            self.bytes[run.start..run.end].chunks(run.size).map(<[u8]>::to_vec).collect::<Vec<_>>()
+        };
+        self.runs.iter().flat_map(of).collect()
+    }
+
     /// Makes room for a datagram of at most `most` bytes and lets `fill` write it; `fill` returns its length, 0 for none.
     pub(super) fn push(&mut self, most: usize, fill: impl FnOnce(&mut [u8]) -> usize) {
         let start = self.bytes.len();

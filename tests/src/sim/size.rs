@@ -305,7 +305,7 @@ pub fn reconciler_work(nodes: usize) -> [Work; 3] {
             tx_checksum: true,
             hairpin: false,
             encryption: Encryption::Never,
-            tunnel: false,
+            tunnel: None,
         },
         underlay: underlay.clone(),
         subnets: vec![subnet(0)],
