@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde_json::Value;
-use weft_tests::figures::Figures;
+use weft_tests::figures::{Figures, median};
 use weft_tests::lab::{Background, Lab};
 
 /// How long a stream lasts.
@@ -91,11 +91,10 @@ impl Pair {
         let sum = &report["end"]["sum"];
         let received = number(&sum["packets"]) - number(&sum["lost_packets"]);
         add("UDP 64", received / number(&sum["seconds"]) / 1e3);
-        let ping = self.words(0, &["ping", "-q", "-n", "-i", "0.002", "-c", "1500", "-w", "20", &self.to]);
+        let ping = self.words(0, &["ping", "-n", "-i", "0.002", "-c", "1500", "-w", "20", &self.to]);
         let text = lab.run(self.ends[0].0, &ping);
-        let line = text.lines().find(|line| line.starts_with("rtt")).expect("ping sums up");
-        let mean = line.split('/').nth(4).and_then(|mean| mean.parse().ok()).expect("the mean round trip");
-        add("latency", mean);
+        let time = |line: &str| line.split_once("time=")?.1.split_once(' ')?.0.parse().ok();
+        add("latency", median(&text.lines().filter_map(time).collect::<Vec<f64>>()));
     }
 }
 

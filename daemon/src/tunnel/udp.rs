@@ -44,6 +44,11 @@ impl Batch {
         self.runs.clear();
     }
 
+    /// Whether to send before more is added: a run of the usual kind is complete.
+    pub(super) fn is_full(&self) -> bool {
+        self.bytes.len() >= MOST_BYTES / 2 || self.runs.iter().map(|run| run.count).sum::<usize>() >= MOST
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.runs.is_empty()
     }
