@@ -53,7 +53,8 @@ fn peer(number: u8, v4: bool, v6: bool, mtu: u32) -> Peer {
         site: format!("s{}", number % 2).parse().unwrap(),
         encryption: [Encryption::Never, Encryption::CrossSite, Encryption::Never, Encryption::Always]
             [usize::from(number % 4)],
-        tunnel: (number % 5 > 0).then(|| TunnelFacts { key: TunnelKey([number % 60; 32]), port: 51820 }),
+        tunnel: (!number.is_multiple_of(5))
+            .then_some(TunnelFacts { key: TunnelKey([number % 60; 32]), port: 51820 }),
         node,
     }
 }

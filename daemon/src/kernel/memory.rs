@@ -10,7 +10,6 @@ use ipnet::IpNet;
 
 use super::{Kernel, KernelError, UnderlayError, UnderlaySpec};
 use crate::plan::model::{Actual, BRIDGE, Op, State, Underlay, VXLAN_V4, VXLAN_V6, WIREGUARD, is_host_veth};
-use crate::tunnel::TunnelSecret;
 
 /// The kernel of one machine.
 #[derive(Debug, Clone)]
@@ -215,8 +214,6 @@ impl Kernel for MemoryKernel {
     fn underlay(&mut self, _spec: &UnderlaySpec) -> Result<Underlay, UnderlayError> {
         self.underlay.clone()
     }
-
-    fn add_tunnel_secret(&mut self, _: TunnelSecret) {}
 
     fn obstacles(&mut self, _cluster: &[IpNet]) -> Vec<String> {
         Vec::new()

@@ -157,7 +157,7 @@ impl Udp {
     }
 
     /// Takes what came, without waiting.
-    pub(super) fn receive(&self, buffer: &mut [u8], control: &mut Vec<u8>) -> Result<Arrived, Errno> {
+    pub(super) fn receive(&self, buffer: &mut [u8], control: &mut [u8]) -> Result<Arrived, Errno> {
         let mut slices = [IoSliceMut::new(buffer)];
         let message = recvmsg::<SockaddrStorage>(
             self.socket.as_raw_fd(),
