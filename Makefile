@@ -11,10 +11,10 @@ TEST_ARGS ?=
 
 # What is run beside cargo, "command:debian-package": by the build and the lab, and by the tests in addition.
 NEEDS_LAB := cc:gcc ip:iproute2 unshare:util-linux nsenter:util-linux ping:iputils-ping nft:nftables ethtool:ethtool
-NEEDS_TEST := c++:g++ iperf3:iperf3 tcpdump:tcpdump containerd:containerd ctr:containerd runc:runc busybox:busybox-static
+NEEDS_TEST := c++:g++ iperf3:iperf3 tcpdump:tcpdump wg:wireguard-tools wireguard-go:wireguard-go containerd:containerd ctr:containerd runc:runc busybox:busybox-static
 
 .DEFAULT_GOAL := help
-.PHONY: help deps deps-lab installed build lab lab-down test lint bench bench-cni fuzz fuzz-build fuzz-short sim chaos mutants bench-control bench-scale bench-vxlan bench-node
+.PHONY: help deps deps-lab installed build lab lab-down test lint bench bench-cni fuzz fuzz-build fuzz-short sim chaos mutants bench-control bench-scale bench-vxlan bench-wireguard bench-node
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -102,13 +102,25 @@ chaos: deps build ## break everything in a lab, CHAOS_SEEDS runs (10) of CHAOS_S
 mutants: deps ## break the code on purpose, one fault at a time, and see that a test fails for each
 	cargo bench --locked -p weft-tests --bench mutants
 
-bench: bench-vxlan bench-cni bench-node bench-control ## all benches but bench-scale; ratios last
+bench: bench-vxlan bench-wireguard bench-cni bench-node bench-control ## all benches but bench-scale; ratios last
 
 bench-scale: ## the mesh from 10 to 5,000 nodes, as a table and as plots in docs/plots (an hour)
 	cargo bench --locked -p weft-tests --bench scale
 
 bench-vxlan: deps build ## pod to pod against the same VXLAN made by hand; ratios last (root)
 	WEFT_BIN_DIR=$(BIN) cargo bench --locked -p weft-tests --bench vxlan </dev/null
+
+# The newest releases of others, built once into the user's cache.
+PEERS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/weft-tests
+$(PEERS)/bin/wireguard:
+	GOBIN=$(PEERS)/bin go install golang.zx2c4.com/wireguard@latest
+$(PEERS)/bin/boringtun-cli:
+	cargo install --root $(PEERS) boringtun-cli@0.7.1
+$(PEERS)/bin/gotatun:
+	cargo install --root $(PEERS) gotatun-cli@0.10.2
+
+bench-wireguard: deps build $(addprefix $(PEERS)/bin/,wireguard boringtun-cli gotatun) ## pod to pod, encrypted in user space, against wireguard-go, boringtun-cli and gotatun; ratios last (root)
+	WEFT_BIN_DIR=$(BIN) cargo bench --locked -p weft-tests --bench wireguard </dev/null
 
 bench-cni: deps build ## time CNI calls against the reference plugins; ratios last (root)
 	WEFT_BIN_DIR=$(BIN) cargo bench --locked -p weft-tests --bench cni

@@ -13,6 +13,8 @@ use ipnet::IpNet;
 use weft_ipam::carve::Carver;
 use weft_wire::types::{NodeName, SiteName, Subnet};
 
+use crate::plan::model::Encryption;
+
 /// A valid configuration.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -28,6 +30,8 @@ pub struct Config {
     pub underlay: UnderlayConfig,
     /// The network between the pods.
     pub overlay: OverlayConfig,
+    /// What is encrypted.
+    pub encryption: EncryptionConfig,
     /// What leaves the cluster.
     pub masquerade: MasqueradeConfig,
     /// The pods of the node.
@@ -115,6 +119,15 @@ pub struct OverlayConfig {
     pub tx_checksum: TxChecksum,
     /// The MTU of pods in bytes; by default what the underlay carries.
     pub mtu: Option<u32>,
+}
+
+/// What is encrypted between nodes.
+#[derive(Debug, Clone)]
+pub struct EncryptionConfig {
+    /// Between which nodes pod traffic must be encrypted.
+    pub policy: Encryption,
+    /// The UDP port of WireGuard.
+    pub port: u16,
 }
 
 /// What is done about TX checksum offload on the VXLAN devices.

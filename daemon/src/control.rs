@@ -26,7 +26,7 @@ use weft_ipam::store::{Change, Key, PutError, Snapshot, StoreError};
 use weft_wire::mesh::{Authority, LeaseTable, Mesh, MeshConfig, MeshEvent, NodeKey, Timing};
 use weft_wire::record::Each;
 use weft_wire::seal::KeyRing;
-use weft_wire::types::{PublicKey, Subnet, to_hex};
+use weft_wire::types::{PublicKey, Subnet, TunnelKey, to_hex};
 
 use crate::config::{Config, StoreKind};
 use crate::plan::model::{Inputs, Underlay};
@@ -157,6 +157,8 @@ pub struct Start {
     pub key: NodeKey,
     /// The cluster keys.
     pub ring: KeyRing,
+    /// The key of the node's tunnels, where it has any.
+    pub tunnel: Option<TunnelKey>,
     /// Fresh random bytes.
     pub seed: [u8; 32],
 }
@@ -185,6 +187,7 @@ pub struct Control {
     /// When this run began.
     pub started: Instant,
     boot: String,
+    tunnel: Option<TunnelKey>,
     authority: Option<Arc<LeaseTable>>,
     /// The next node key, until the leases carry it.
     endorsed: Option<NodeKey>,
@@ -208,7 +211,7 @@ impl Control {
             mesh.set_authority(Authority::Claims, now);
         }
         let leasing = leasing(&start, &mut seeds, now);
-        let Start { config, memory, boot, .. } = start;
+        let Start { config, memory, boot, tunnel, .. } = start;
         let known_broken = memory.tx_checksum_off.as_ref() == Some(&boot);
         let probe = Probe::new(known_broken, seeds.next_u64(), now);
         let mut control = Self {
@@ -223,6 +226,7 @@ impl Control {
             probe,
             started: now,
             boot,
+            tunnel,
             authority: None,
             endorsed: None,
             strays: BTreeSet::new(),
@@ -300,6 +304,18 @@ impl Control {
         self.leasing.rotate_key(key.public(), now);
         self.endorsed = Some(key);
         self.use_next_key(now);
+    }
+
+    /// Speaks WireGuard with another key from now on. It must be on the disk, and the kernel's shell must have the secret.
+    pub fn use_tunnel_key(&mut self, key: TunnelKey, now: Instant) {
+        self.tunnel = Some(key);
+        self.announce(now);
+        self.wake(now);
+    }
+
+    /// Returns the key of the node's tunnels, where it has any.
+    pub fn tunnel_key(&self) -> Option<TunnelKey> {
+        self.tunnel
     }
 
     /// Gives the leases back and tells the mesh; no pass follows.

@@ -13,6 +13,7 @@ pub mod preflight;
 mod rtnl;
 mod sysctl;
 mod tlv;
+mod tunnel;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -21,6 +22,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::plan::model::{Actual, Desired, Op, Underlay};
+use crate::tunnel::{TunnelMonitor, TunnelSecret};
 
 /// A kernel, real or in memory.
 pub trait Kernel: fmt::Debug + Send {
@@ -32,6 +34,14 @@ pub trait Kernel: fmt::Debug + Send {
 
     /// Finds the device that carries the tunnels.
     fn underlay(&mut self, spec: &UnderlaySpec) -> Result<Underlay, UnderlayError>;
+
+    /// Returns a look at the tunnels that weftd carries itself, while there are any.
+    fn tunnels(&self) -> Option<TunnelMonitor> {
+        None
+    }
+
+    /// Knows one more secret of the node's tunnels, for a plan that names its key.
+    fn add_tunnel_secret(&mut self, _secret: TunnelSecret) {}
 
     /// Looks for what cuts pods off though weft did its part; one sentence each.
     fn obstacles(&mut self, cluster: &[IpNet]) -> Vec<String>;

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
@@ -19,7 +20,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
 use tracing::{debug, warn};
-use weft_wire::api::{Empty, ReplyBody, Request, RequestBody, Status};
+use weft_wire::api::{Count, Empty, ReplyBody, Request, RequestBody, Status};
 
 use crate::server::Call;
 
@@ -106,6 +107,11 @@ async fn status(calls: &mpsc::Sender<Call>) -> io::Result<Status> {
 }
 
 #[derive(Debug, Clone, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ReasonLabel {
+    reason: String,
+}
+
+#[derive(Debug, Clone, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct StateLabel {
     state: &'static str,
 }
@@ -144,6 +150,11 @@ fn text(status: &Status) -> String {
         peers.get_or_create(&StateLabel { state }).set(count.into());
     }
     registry.register("peers", "Other nodes by state", peers);
+    let dropped = Family::<ReasonLabel, Counter>::default();
+    for Count { reason, count } in status.tunnels.iter().flat_map(|tunnels| &tunnels.dropped) {
+        dropped.get_or_create(&ReasonLabel { reason: reason.clone() }).inc_by(*count);
+    }
+    registry.register("tunnel_dropped_packets", "Packets that the tunnels dropped, by reason", dropped);
     let mut text = String::new();
     encode(&mut text, &registry).expect("a String takes all that is written");
     text

@@ -11,6 +11,7 @@ use crate::kernel::{Kernel, settings_of};
 use crate::plan::desired::desired;
 use crate::plan::diff::diff;
 use crate::plan::model::{Desired, Inputs, Op, Transport};
+use crate::tunnel::TunnelMonitor;
 
 /// What a pass did.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -29,6 +30,8 @@ pub struct Report {
     pub subnets: Vec<Subnet>,
     /// Host ends that are in the kernel and not in the inputs.
     pub unknown_veths: Vec<String>,
+    /// A look at the tunnels, while there are any.
+    pub tunnels: Option<TunnelMonitor>,
 }
 
 /// A change that the kernel refused.
@@ -95,6 +98,7 @@ pub fn reconcile(kernel: &mut dyn Kernel, inputs: &Inputs) -> Report {
         tracing::debug!(applied = report.applied, failed = report.failed.len(), "kernel changed");
     }
     report.routes = statuses(&plan, &refused);
+    report.tunnels = kernel.tunnels();
     report.warnings.extend(kernel.obstacles(&inputs.dataplane.cluster_cidrs));
     let unknown =
         actual.veths.keys().filter(|name| !plan.veths.contains_key(*name) && !plan.strays.contains(*name));

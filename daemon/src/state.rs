@@ -14,9 +14,11 @@ use serde::{Deserialize, Serialize};
 use weft_ipam::lease::HeldLease;
 use weft_wire::mesh::Owner;
 use weft_wire::record::NodeKey;
-use weft_wire::types::{Epoch, NodeName, PublicKey, Subnet};
+use weft_wire::types::{Epoch, NodeName, PublicKey, Subnet, TunnelKey};
+use zeroize::Zeroizing;
 
 use crate::plan::model::Peer;
+use crate::tunnel::TunnelSecret;
 
 /// The directory of one daemon's state, locked for as long as this value lives.
 #[derive(Debug)]
@@ -155,6 +157,28 @@ impl StateDir {
     /// Replaces the node's signing key.
     pub fn set_node_key(&self, key: &NodeKey) -> Result<(), StateError> {
         replace(&self.file("node.key"), key.to_secret_text().as_bytes())
+    }
+
+    /// Reads the secret of the node's tunnels, or makes one: 44 characters of base64, as `wg genkey` prints.
+    pub fn tunnel_secret(&self) -> Result<TunnelSecret, StateError> {
+        let path = self.file("tunnel.key");
+        match read_secret(&path)? {
+            Some(text) => text
+                .trim()
+                .parse::<TunnelKey>()
+                .map(|secret| TunnelSecret::from_bytes(secret.0))
+                .map_err(|_| StateError::Content { path, what: "a tunnel key (44 characters of base64)" }),
+            None => self.new_tunnel_secret(),
+        }
+    }
+
+    /// Makes another secret for the node's tunnels, on the disk before it is used.
+    pub fn new_tunnel_secret(&self) -> Result<TunnelSecret, StateError> {
+        let secret = TunnelSecret::from_bytes(random()?);
+        // Public and secret keys have one form.
+        let text = Zeroizing::new(format!("{}\n", TunnelKey(secret.to_bytes())));
+        replace(&self.file("tunnel.key"), text.as_bytes())?;
+        Ok(secret)
     }
 
     /// Reads what an earlier daemon remembered; nothing on a first start.

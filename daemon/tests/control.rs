@@ -18,6 +18,7 @@ fn control(now: Instant) -> Control {
     let text = "[node]\nname = \"n1\"\n[cluster]\ncidrs = [{ cidr = \"10.32.0.0/12\", node_prefix = 24 }]\n\
                 [store]\ntype = \"static\"\nsubnets = [\"10.32.4.0/24\"]\n";
     let start = Start {
+        tunnel: None,
         config: Config::parse(text, Path::new("weft.toml"), "n1").unwrap(),
         memory: Memory { incarnation: 1, ..Memory::default() },
         boot: "boot".into(),

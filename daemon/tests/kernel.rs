@@ -16,7 +16,7 @@ use weft_daemon::kernel::linux::Linux;
 use weft_daemon::kernel::{Kernel, UnderlaySpec, purge};
 use weft_daemon::plan::desired::desired;
 use weft_daemon::plan::diff::diff;
-use weft_daemon::plan::model::{Dataplane, HostVeth, Inputs, Peer};
+use weft_daemon::plan::model::{Dataplane, Encryption, HostVeth, Inputs, Peer};
 use weft_daemon::reconcile::{Report, reconcile};
 use weft_wire::types::{MacAddress, NodeName};
 
@@ -136,12 +136,16 @@ fn peer(i: u32) -> Peer {
         vni: 1,
         vxlan_port: 8472,
         mtu: 1500,
+        site: "default".parse().expect("a valid name"),
+        encryption: Encryption::Never,
+        tunnel: None,
     }
 }
 
 fn inputs(kernel: &mut Linux, peers: u32) -> Inputs {
     Inputs {
         node: name("n1"),
+        site: "default".parse().expect("a valid name"),
         dataplane: Dataplane {
             vni: 1,
             vxlan_port: 8472,
@@ -152,6 +156,8 @@ fn inputs(kernel: &mut Linux, peers: u32) -> Inputs {
             mtu: None,
             tx_checksum: true,
             hairpin: true,
+            encryption: Encryption::Never,
+            tunnel: None,
         },
         underlay: kernel
             .underlay(&UnderlaySpec { device: Some("eth0".into()), ..Default::default() })

@@ -1,68 +1,23 @@
 //! The nftables table against the real kernel, each test in network namespaces of its own, judged by `nft`.
 #![allow(clippy::unwrap_used, reason = "a test that unwraps names its line")]
 
+mod netns;
+
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::process::Command;
-use std::sync::mpsc;
-use std::thread;
 use std::time::Duration;
 
-use nix::sched::{CloneFlags, unshare};
+use netns::Netns;
 use weft_daemon::kernel::nft::{self, Conn};
 use weft_daemon::plan::table::{Table, VERSION};
 
-type Job = Box<dyn FnOnce() + Send>;
-
-/// A network namespace with one thread in it; it is gone with this value.
-struct Netns {
-    jobs: Option<mpsc::Sender<Job>>,
-    thread: Option<thread::JoinHandle<()>>,
-    tid: i32,
+/// What the tests do to the table of a namespace.
+trait Nft {
+    fn nft<T: Send + 'static>(&self, job: impl FnOnce(&mut Conn) -> T + Send + 'static) -> T;
+    fn dump(&self) -> Option<String>;
+    fn apply(&self, table: &Table);
 }
 
-impl Netns {
-    fn new() -> Option<Self> {
-        let (jobs, todo) = mpsc::channel::<Job>();
-        let (told, tell) = mpsc::channel();
-        let thread = thread::spawn(move || {
-            let done = unshare(CloneFlags::CLONE_NEWNET);
-            told.send(done.map(|()| nix::unistd::gettid().as_raw())).unwrap();
-            for job in todo {
-                job();
-            }
-        });
-        match tell.recv().unwrap() {
-            Ok(tid) => {
-                let netns = Self { jobs: Some(jobs), thread: Some(thread), tid };
-                netns.sh("ip link set lo up");
-                Some(netns)
-            }
-            Err(error) => {
-                let reason = format!("a network namespace cannot be made here: {error}");
-                assert!(std::env::var_os("CI").is_none(), "{reason}");
-                println!("SKIP: {reason}");
-                None
-            }
-        }
-    }
-
-    fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> T {
-        let (done, wait) = mpsc::channel();
-        self.jobs.as_ref().unwrap().send(Box::new(move || drop(done.send(job())))).unwrap();
-        wait.recv().expect("the job did not panic")
-    }
-
-    /// Runs a script in the namespace and gives back what it prints.
-    fn sh(&self, script: &str) -> String {
-        let script = script.to_owned();
-        let output = self.run({
-            let script = script.clone();
-            move || Command::new("sh").args(["-ec", &script]).output().unwrap()
-        });
-        assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).unwrap()
-    }
-
+impl Nft for Netns {
     fn nft<T: Send + 'static>(&self, job: impl FnOnce(&mut Conn) -> T + Send + 'static) -> T {
         self.run(move || job(&mut Conn::open().unwrap()))
     }
@@ -77,22 +32,15 @@ impl Netns {
     }
 }
 
-impl Drop for Netns {
-    fn drop(&mut self) {
-        self.jobs = None;
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
 fn table() -> Table {
     Table {
         cluster: ["10.32.0.0/12", "fd00:32::/48"].map(|net| net.parse().unwrap()).to_vec(),
         except: ["198.51.100.0/24"].map(|net| net.parse().unwrap()).to_vec(),
         masquerade: true,
         vxlan_port: 8472,
+        sealed: Vec::new(),
         bridge: "weft0".into(),
+        tunnel: "weft-wg".into(),
         version: VERSION,
     }
 }

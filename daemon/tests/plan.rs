@@ -13,9 +13,10 @@ use weft_daemon::kernel::{Kernel, purge};
 use weft_daemon::plan::desired::desired;
 use weft_daemon::plan::diff::diff;
 use weft_daemon::plan::model::{
-    Actual, Dataplane, HostVeth, Inputs, LinkKind, METRICS, Op, Peer, Underlay, VethState, metric,
+    Actual, Dataplane, Encryption, HostVeth, Inputs, LinkKind, METRICS, Op, Peer, Underlay, VethState, metric,
 };
-use weft_wire::types::MacAddress;
+use weft_wire::mesh::TunnelFacts;
+use weft_wire::types::{MacAddress, TunnelKey};
 
 /// A kernel that knows the underlay of these inputs and holds `actual`.
 fn kernel(inputs: &Inputs, actual: Actual) -> MemoryKernel {
@@ -49,6 +50,11 @@ fn peer(number: u8, v4: bool, v6: bool, mtu: u32) -> Peer {
         vni: 1,
         vxlan_port: 8472,
         mtu,
+        site: format!("s{}", number % 2).parse().unwrap(),
+        encryption: [Encryption::Never, Encryption::CrossSite, Encryption::Never, Encryption::Always]
+            [usize::from(number % 4)],
+        tunnel: (!number.is_multiple_of(5))
+            .then_some(TunnelFacts { key: TunnelKey([number % 60; 32]), port: 51820 }),
         node,
     }
 }
@@ -56,6 +62,8 @@ fn peer(number: u8, v4: bool, v6: bool, mtu: u32) -> Peer {
 prop_compose! {
     fn any_inputs()(
         numbers in prop::collection::btree_set(0_u8..200, 0..20),
+        encryption in prop::sample::select(vec![Encryption::Never, Encryption::CrossSite, Encryption::Always]),
+        tunnel in proptest::option::of(Just(TunnelKey([250; 32]))),
         families in prop::collection::vec((any::<bool>(), any::<bool>()), 20),
         mtus in prop::collection::vec(prop::sample::select(vec![1280_u32, 1400, 1500, 9000]), 20),
         direct in any::<bool>(),
@@ -72,6 +80,7 @@ prop_compose! {
         let veth = |number: &u32| format!("weft{number:08x}");
         Inputs {
             node: "n1".parse().unwrap(),
+            site: "s1".parse().unwrap(),
             dataplane: Dataplane {
                 vni,
                 vxlan_port: 8472,
@@ -82,6 +91,8 @@ prop_compose! {
                 mtu: None,
                 tx_checksum: true,
                 hairpin: true,
+                encryption,
+                tunnel,
             },
             underlay: Underlay { device: "eth0".into(), index: 2, mtu: 1500, addresses, strict_sources: false },
             subnets: if leased {
@@ -137,7 +148,11 @@ proptest! {
     fn every_route_has_what_it_needs_and_only_marked_devices_are_named(inputs in any_inputs()) {
         let plan = desired(&inputs);
         for route in plan.state.routes.values() {
-            let via = route.via.expect("every route has a next hop");
+            if route.dev == "weft-wg" {
+                prop_assert!(route.via.is_none() && plan.state.links.contains_key("weft-wg"));
+                continue;
+            }
+            let via = route.via.expect("every route that is not encrypted has a next hop");
             if route.dev == "eth0" {
                 prop_assert!(inputs.dataplane.direct_routing);
                 continue;
@@ -148,11 +163,36 @@ proptest! {
             prop_assert!(plan.state.links.contains_key(&route.dev));
         }
         for name in plan.state.links.keys() {
-            prop_assert!(["weft0", "weft-vx4", "weft-vx6"].contains(&name.as_str()));
+            prop_assert!(["weft0", "weft-vx4", "weft-vx6", "weft-wg"].contains(&name.as_str()));
         }
         let none = Actual::default();
         for op in diff(&plan, &none) {
             prop_assert!(!matches!(op, Op::DelLink(_) | Op::DelVeth(_) | Op::DelNft), "{op} on an empty kernel");
+        }
+    }
+
+    #[test]
+    fn what_must_be_encrypted_has_no_clear_route_and_its_peer_a_tunnel(inputs in any_inputs()) {
+        let plan = desired(&inputs);
+        for peer in &inputs.peers {
+            let policies = [inputs.dataplane.encryption, peer.encryption];
+            let demanded = policies.into_iter().any(|policy| match policy {
+                Encryption::Never => false,
+                Encryption::CrossSite => inputs.site != peer.site,
+                Encryption::Always => true,
+            });
+            for planned in plan.routes.iter().filter(|planned| planned.node == peer.node) {
+                let encrypted = planned.route.as_ref().is_some_and(|route| route.dev == "weft-wg");
+                prop_assert_eq!(encrypted, demanded && planned.route.is_some());
+                if encrypted {
+                    let tunnels = plan.state.tunnel.as_ref().expect("an encrypted route has a tunnel");
+                    let entry = &tunnels.peers[&peer.tunnel.expect("an encrypted peer has a key").key];
+                    prop_assert!(entry.node == peer.node && entry.prefixes.contains(&planned.prefix));
+                }
+                let sealed = &plan.nft.as_ref().expect("a node with subnets has a table").sealed;
+                let guarded = sealed.iter().any(|net| net.contains(&planned.prefix));
+                prop_assert!(guarded || !demanded, "{} may pass in clear", planned.prefix);
+            }
         }
     }
 

@@ -21,7 +21,7 @@ use serde_json::Value;
 use weft_daemon::kernel::linux::Linux;
 use weft_daemon::kernel::{Kernel, UnderlaySpec};
 use weft_daemon::plan::desired::desired;
-use weft_daemon::plan::model::{Dataplane, Inputs, Peer, State};
+use weft_daemon::plan::model::{Dataplane, Encryption, Inputs, Peer, State};
 use weft_daemon::reconcile::reconcile;
 use weft_tests::figures::{Figures, interleaved};
 use weft_wire::types::MacAddress;
@@ -246,6 +246,9 @@ fn peer(i: u32) -> Peer {
         vni: 1,
         vxlan_port: 8472,
         mtu: 1500,
+        site: "default".parse().unwrap(),
+        encryption: Encryption::Never,
+        tunnel: None,
     }
 }
 
@@ -253,6 +256,7 @@ fn inputs(kernel: &mut Linux) -> Inputs {
     let spec = UnderlaySpec { device: Some("eth0".into()), ..UnderlaySpec::default() };
     Inputs {
         node: "n1".parse().unwrap(),
+        site: "default".parse().unwrap(),
         dataplane: Dataplane {
             vni: 1,
             vxlan_port: 8472,
@@ -263,6 +267,8 @@ fn inputs(kernel: &mut Linux) -> Inputs {
             mtu: None,
             tx_checksum: true,
             hairpin: true,
+            encryption: Encryption::Never,
+            tunnel: None,
         },
         underlay: kernel.underlay(&spec).unwrap(),
         subnets: vec!["10.32.1.0/24".parse().unwrap(), "fd00:32:0:f001::/64".parse().unwrap()],

@@ -226,6 +226,34 @@ pub struct Status {
     /// `pods`.
     #[prost(uint32, tag = "16")]
     pub pods: u32,
+    /// Between which nodes pod traffic must be encrypted: `never`, `cross-site` or `always`.
+    #[prost(string, tag = "17")]
+    pub encryption: String,
+    /// The WireGuard tunnels that the daemon carries; nothing where none run.
+    #[prost(message, optional, tag = "18")]
+    pub tunnels: Option<Tunnels>,
+}
+
+/// The WireGuard tunnels that a daemon carries.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct Tunnels {
+    /// The node's public key, as `wg` shows it.
+    #[prost(string, tag = "1")]
+    pub key: String,
+    /// How many packets were dropped, by reason.
+    #[prost(message, repeated, tag = "2")]
+    pub dropped: Vec<Count>,
+}
+
+/// How often something happened, and what.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct Count {
+    /// `reason`.
+    #[prost(string, tag = "1")]
+    pub reason: String,
+    /// `count`.
+    #[prost(uint64, tag = "2")]
+    pub count: u64,
 }
 
 /// The state of the lease store.
@@ -329,6 +357,35 @@ pub struct Peer {
     /// `version`.
     #[prost(uint64, tag = "13")]
     pub version: u64,
+    /// Its WireGuard tunnel; nothing where there is none.
+    #[prost(message, optional, tag = "14")]
+    pub tunnel: Option<Tunnel>,
+}
+
+/// A peer's WireGuard tunnel.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct Tunnel {
+    /// The peer's public key, as `wg` shows it.
+    #[prost(string, tag = "1")]
+    pub key: String,
+    /// Where its packets came from last.
+    #[prost(string, tag = "2")]
+    pub endpoint: String,
+    /// Since the last handshake; nothing while there is no session.
+    #[prost(uint64, optional, tag = "3")]
+    pub handshake_ms: Option<u64>,
+    /// Packets within the tunnel.
+    #[prost(uint64, tag = "4")]
+    pub sent: u64,
+    /// Their bytes.
+    #[prost(uint64, tag = "5")]
+    pub sent_bytes: u64,
+    /// Packets within the tunnel.
+    #[prost(uint64, tag = "6")]
+    pub received: u64,
+    /// Their bytes.
+    #[prost(uint64, tag = "7")]
+    pub received_bytes: u64,
 }
 
 /// `weft routes`.

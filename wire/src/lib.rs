@@ -9,6 +9,7 @@ pub mod api;
 pub mod cni;
 pub mod frame;
 pub mod mesh;
+pub mod packet;
 pub mod record;
 pub mod seal;
 pub mod types;

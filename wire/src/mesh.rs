@@ -27,7 +27,7 @@ use prost::Message;
 use rand_chacha::ChaCha8Rng;
 use rand_core::{RngCore, SeedableRng};
 
-pub use crate::record::{Capabilities, Facts, LeasedSubnet, NodeKey, NodeRecord};
+pub use crate::record::{Capabilities, Facts, LeasedSubnet, NodeKey, NodeRecord, TunnelFacts};
 pub use api::{
     Authority, Counters, LeaseTable, MemberState, MemberView, MeshConfig, MeshEvent, Output, Owner, Rejected,
     Timing, UnknownNode, Verdict,

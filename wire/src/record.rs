@@ -11,10 +11,11 @@ use std::sync::Arc;
 use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
 use ipnet::IpNet;
 use prost::Message;
+use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use crate::mesh::proto;
-use crate::types::{Epoch, MacAddress, NodeName, PublicKey, SiteName, Subnet, from_hex, to_hex};
+use crate::types::{Epoch, MacAddress, NodeName, PublicKey, SiteName, Subnet, TunnelKey, from_hex, to_hex};
 
 #[cfg(fuzzing)]
 pub mod fuzz;
@@ -55,6 +56,17 @@ pub struct Facts {
     pub mtu: u16,
     /// What the node can do.
     pub capabilities: Capabilities,
+    /// How to speak WireGuard with the node, if it does.
+    pub tunnel: Option<TunnelFacts>,
+}
+
+/// How to speak WireGuard with a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TunnelFacts {
+    /// Its public key.
+    pub key: TunnelKey,
+    /// Its UDP port, at each of its tunnel endpoints; not 0.
+    pub port: u16,
 }
 
 /// A pod subnet and the fencing epoch of the lease on it.
@@ -75,6 +87,10 @@ impl Capabilities {
     pub const VXLAN: Self = Self(1);
     /// Routes pod traffic without a tunnel to a peer that is one hop away.
     pub const DIRECT: Self = Self(1 << 1);
+    /// Exchanges clear pod traffic with no other node.
+    pub const ENCRYPT_ALWAYS: Self = Self(1 << 2);
+    /// Exchanges clear pod traffic with no node of another site.
+    pub const ENCRYPT_CROSS_SITE: Self = Self(1 << 3);
 
     /// Returns whether all of `other` is in the set.
     pub fn contains(self, other: Self) -> bool {
@@ -389,6 +405,8 @@ fn to_proto(record: &NodeRecord) -> proto::Record {
         vxlan_port: facts.vxlan_port.into(),
         mtu: facts.mtu.into(),
         capabilities: facts.capabilities.0,
+        tunnel_key: facts.tunnel.map(|tunnel| tunnel.key.0.to_vec()).unwrap_or_default(),
+        tunnel_port: facts.tunnel.map_or(0, |tunnel| tunnel.port.into()),
         endorsements: record
             .endorsements
             .iter()
@@ -423,6 +441,7 @@ fn from_proto(record: proto::Record) -> Result<NodeRecord, RecordError> {
         vxlan_port: record.vxlan_port.try_into().map_err(|_| Field("vxlan_port"))?,
         mtu: record.mtu.try_into().map_err(|_| Field("mtu"))?,
         capabilities: Capabilities(record.capabilities),
+        tunnel: tunnel_from_proto(&record.tunnel_key, record.tunnel_port)?,
     };
     let endorsements = record.endorsements.into_iter().map(|endorsement| {
         let signature = endorsement.signature.try_into().map_err(|_| Field("endorsements"))?;
@@ -437,6 +456,15 @@ fn from_proto(record: proto::Record) -> Result<NodeRecord, RecordError> {
         endorsements: endorsements.collect::<Result<_, _>>()?,
         left: record.left,
     })
+}
+
+fn tunnel_from_proto(key: &[u8], port: u32) -> Result<Option<TunnelFacts>, RecordError> {
+    if key.is_empty() && port == 0 {
+        return Ok(None);
+    }
+    let key = key.try_into().map(TunnelKey).map_err(|_| RecordError::Field("tunnel_key"))?;
+    let port = u16::try_from(port).ok().filter(|port| *port > 0).ok_or(RecordError::Field("tunnel_port"))?;
+    Ok(Some(TunnelFacts { key, port }))
 }
 
 fn parse_all<T>(list: &[Vec<u8>], parse: fn(&[u8]) -> Option<T>) -> Option<Vec<T>> {

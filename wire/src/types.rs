@@ -7,6 +7,8 @@ use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
 
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD as BASE64;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
@@ -249,6 +251,52 @@ impl fmt::Display for PublicKey {
 impl fmt::Debug for PublicKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.short())
+    }
+}
+
+/// An X25519 public key: who is at the other end of a WireGuard tunnel (RFC 7748; the whitepaper, s5). As text it is
+/// what `wg` shows: 44 characters of base64 (RFC 4648 s4).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct TunnelKey(pub [u8; 32]);
+
+/// A text that is no tunnel key.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("a tunnel key is 44 characters of base64 (32 bytes), as `wg pubkey` prints it")]
+pub struct TunnelKeyError;
+
+impl FromStr for TunnelKey {
+    type Err = TunnelKeyError;
+
+    fn from_str(text: &str) -> Result<Self, TunnelKeyError> {
+        let bytes = BASE64.decode(text).map_err(|_| TunnelKeyError)?;
+        bytes.try_into().map(Self).map_err(|_| TunnelKeyError)
+    }
+}
+
+impl TryFrom<String> for TunnelKey {
+    type Error = TunnelKeyError;
+
+    fn try_from(text: String) -> Result<Self, TunnelKeyError> {
+        text.parse()
+    }
+}
+
+impl From<TunnelKey> for String {
+    fn from(key: TunnelKey) -> Self {
+        BASE64.encode(key.0)
+    }
+}
+
+impl fmt::Display for TunnelKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&BASE64.encode(self.0))
+    }
+}
+
+impl fmt::Debug for TunnelKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&BASE64.encode(&self.0[..6]))
     }
 }
 

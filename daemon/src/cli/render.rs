@@ -50,6 +50,7 @@ pub(super) fn status(status: &Status) -> String {
         ),
         format!("pods       {}, mtu {}", status.pods, status.pod_mtu),
         format!("checksum   {}", status.tx_checksum),
+        format!("encryption {}", encryption(status)),
     ];
     lines.extend(reconcile.failed.iter().map(|failed| format!("failed     {failed}")));
     lines.extend(status.warnings.iter().map(|warning| format!("warning    {warning}")));
@@ -70,11 +71,22 @@ pub(super) fn status_line(status: &Status) -> String {
     )
 }
 
+fn encryption(status: &Status) -> String {
+    let Some(tunnels) = &status.tunnels else { return or_dash(&status.encryption) };
+    let dropped: Vec<String> = tunnels
+        .dropped
+        .iter()
+        .filter(|dropped| dropped.count > 0)
+        .map(|dropped| format!("{} {}", dropped.count, dropped.reason))
+        .collect();
+    format!("{}, key {}, dropped {}", status.encryption, tunnels.key, or_dash(&dropped.join(", ")))
+}
+
 pub(super) fn peers(peers: &Peers, wide: bool) -> String {
     let mut head =
         vec!["NODE", "SITE", "STATE", "TRANSPORT", "ADDRESSES", "SUBNETS", "RTT", "LOSS", "MTU", "SEEN"];
     if wide {
-        head.extend(["VERDICT", "KEY", "VERSION"]);
+        head.extend(["VERDICT", "KEY", "VERSION", "TUNNEL", "HANDSHAKE", "SENT", "RECEIVED"]);
     }
     table(
         &head,
@@ -96,6 +108,14 @@ pub(super) fn peers(peers: &Peers, wide: bool) -> String {
                     peer.verdict.clone(),
                     peer.key.chars().take(8).collect(),
                     peer.version.to_string(),
+                ]);
+                let tunnel = peer.tunnel.as_ref();
+                let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".into());
+                row.extend([
+                    or_none(tunnel.map(|tunnel| tunnel.endpoint.clone())),
+                    tunnel.map_or_else(|| "-".into(), |tunnel| age(tunnel.handshake_ms)),
+                    or_none(tunnel.map(|tunnel| format!("{} B", tunnel.sent_bytes))),
+                    or_none(tunnel.map(|tunnel| format!("{} B", tunnel.received_bytes))),
                 ]);
             }
             row

@@ -9,9 +9,11 @@ use serde::Deserialize;
 use weft_ipam::carve::{Carver, ClusterCidr};
 use weft_wire::types::{NodeName, SiteName, Subnet};
 
+use crate::plan::model::Encryption;
+
 use super::{
-    ClusterConfig, Config, GossipConfig, LogConfig, MasqueradeConfig, NodeConfig, OverlayConfig, PodsConfig,
-    StoreConfig, StoreKind, TxChecksum, UnderlayConfig,
+    ClusterConfig, Config, EncryptionConfig, GossipConfig, LogConfig, MasqueradeConfig, NodeConfig,
+    OverlayConfig, PodsConfig, StoreConfig, StoreKind, TxChecksum, UnderlayConfig,
 };
 
 /// One VXLAN header, UDP, IPv6 and Ethernet around the least MTU that IPv6 allows (RFC 8200 s5).
@@ -27,6 +29,7 @@ pub(super) struct Raw {
     gossip: Gossip,
     underlay: Underlay,
     overlay: Overlay,
+    encryption: Encrypt,
     masquerade: Masquerade,
     pods: Pods,
     metrics: Metrics,
@@ -148,6 +151,19 @@ struct Overlay {
 impl Default for Overlay {
     fn default() -> Self {
         Self { vni: 1, port: 8472, direct_routing: false, tx_checksum: Checksum::Auto, mtu: None }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Encrypt {
+    policy: Encryption,
+    port: u16,
+}
+
+impl Default for Encrypt {
+    fn default() -> Self {
+        Self { policy: Encryption::Never, port: 51820 }
     }
 }
 
@@ -317,9 +333,11 @@ impl Raw {
         if self.overlay.vni == 0 || self.overlay.vni >= 1 << 24 {
             return Err(format!("overlay.vni {} is out of range: use 1 to 16777215", self.overlay.vni));
         }
-        for (key, port) in
-            [("overlay.port", self.overlay.port), ("gossip.listen_port", self.gossip.listen_port)]
-        {
+        for (key, port) in [
+            ("overlay.port", self.overlay.port),
+            ("gossip.listen_port", self.gossip.listen_port),
+            ("encryption.port", self.encryption.port),
+        ] {
             if port == 0 {
                 return Err(format!("{key} must not be 0"));
             }
@@ -371,6 +389,7 @@ impl Raw {
                 },
                 mtu: self.overlay.mtu,
             },
+            encryption: EncryptionConfig { policy: self.encryption.policy, port: self.encryption.port },
             masquerade: MasqueradeConfig { enabled: self.masquerade.enabled, except: self.masquerade.except },
             pods: PodsConfig { reserved: self.pods.reserved, hairpin: self.pods.hairpin },
             metrics,

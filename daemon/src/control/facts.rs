@@ -8,13 +8,14 @@ use std::time::Instant;
 use tracing::info;
 use weft_ipam::lease::LeaseView;
 use weft_wire::mesh::{
-    Authority, Capabilities, Facts, LeaseTable, LeasedSubnet, MemberState, NodeRecord, Owner, Verdict,
+    Authority, Capabilities, Facts, LeaseTable, LeasedSubnet, MemberState, NodeRecord, Owner, TunnelFacts,
+    Verdict,
 };
 use weft_wire::types::{MacAddress, NodeName};
 
 use super::{Control, Output, REMEMBERED_PEER};
 use crate::config::{OverlayConfig, StoreKind, TxChecksum};
-use crate::plan::model::{self, Dataplane, Inputs, Peer};
+use crate::plan::model::{self, Dataplane, Encryption, Inputs, Peer};
 use crate::state::{RememberedLease, RememberedPeer};
 
 /// Derives the Ethernet address of a node's VXLAN device of one family.
@@ -37,6 +38,7 @@ impl Control {
         Inputs {
             strays: std::mem::take(&mut self.strays),
             node: self.config.node.name.clone(),
+            site: self.config.node.site.clone(),
             dataplane: self.dataplane(),
             underlay: self.underlay.clone().unwrap_or_else(|_| unknown()),
             subnets: self.subnets(),
@@ -61,6 +63,8 @@ impl Control {
                 TxChecksum::Auto => self.probe.offload(),
             },
             hairpin: self.config.pods.hairpin,
+            encryption: self.config.encryption.policy,
+            tunnel: self.tunnel,
         }
     }
 
@@ -176,11 +180,15 @@ impl Control {
         let name = &self.config.node.name;
         let addresses: Vec<_> = underlay.addresses.iter().map(|address| address.addr()).collect();
         let has = |v4: bool| addresses.iter().any(|address| address.is_ipv4() == v4);
-        let capabilities = if self.config.overlay.direct_routing {
-            Capabilities::VXLAN | Capabilities::DIRECT
-        } else {
-            Capabilities::VXLAN
-        };
+        let mut capabilities = Capabilities::VXLAN;
+        if self.config.overlay.direct_routing {
+            capabilities = capabilities | Capabilities::DIRECT;
+        }
+        match self.config.encryption.policy {
+            Encryption::Never => {}
+            Encryption::CrossSite => capabilities = capabilities | Capabilities::ENCRYPT_CROSS_SITE,
+            Encryption::Always => capabilities = capabilities | Capabilities::ENCRYPT_ALWAYS,
+        }
         let facts = Facts {
             subnets: self
                 .leasing
@@ -199,8 +207,19 @@ impl Control {
             vxlan_port: self.config.overlay.port,
             mtu: u16::try_from(underlay.mtu).unwrap_or(u16::MAX),
             capabilities,
+            tunnel: self.tunnel.map(|key| TunnelFacts { key, port: self.config.encryption.port }),
         };
         self.mesh.announce(facts, now);
+    }
+}
+
+fn demanded(capabilities: Capabilities) -> Encryption {
+    if capabilities.contains(Capabilities::ENCRYPT_ALWAYS) {
+        Encryption::Always
+    } else if capabilities.contains(Capabilities::ENCRYPT_CROSS_SITE) {
+        Encryption::CrossSite
+    } else {
+        Encryption::Never
     }
 }
 
@@ -216,6 +235,9 @@ fn planned(record: &NodeRecord) -> RememberedPeer {
             vni: facts.vni,
             vxlan_port: facts.vxlan_port,
             mtu: u32::from(facts.mtu),
+            site: record.site.clone(),
+            encryption: demanded(facts.capabilities),
+            tunnel: facts.tunnel,
         },
         gossip: facts.gossip.clone(),
     }

@@ -9,8 +9,10 @@ use nix::errno::Errno;
 
 use super::netlink::{Conn, Refusal};
 use super::offload::Ethtool;
+use super::tunnel::Tunnels;
 use super::{Kernel, KernelError, UnderlayError, UnderlaySpec, nft, rtnl, sysctl};
-use crate::plan::model::{Actual, BRIDGE, LinkKind, Op, Underlay};
+use crate::plan::model::{Actual, BRIDGE, Link, LinkKind, Op, Underlay};
+use crate::tunnel::{TunnelConfig, TunnelMonitor, TunnelSecret};
 
 /// The real kernel.
 #[derive(Debug)]
@@ -21,6 +23,8 @@ pub struct Linux {
     nft: nft::Conn,
     /// Absent on kernels before 5.6, which have no ethtool over netlink: there the offload stays as it is.
     ethtool: Option<Ethtool>,
+    /// Where the node may speak WireGuard.
+    tunnels: Option<Tunnels>,
 }
 
 impl Linux {
@@ -30,7 +34,19 @@ impl Linux {
     /// Where the kernel gives none.
     pub fn open() -> io::Result<Self> {
         let nft = nft::Conn::open().map_err(io::Error::other)?;
-        Ok(Self { conn: Conn::open()?, known: rtnl::Known::default(), nft, ethtool: Ethtool::open().ok() })
+        let (known, ethtool) = (rtnl::Known::default(), Ethtool::open().ok());
+        Ok(Self { conn: Conn::open()?, known, nft, ethtool, tunnels: None })
+    }
+
+    /// Lets the node speak WireGuard, once a plan asks for it.
+    #[must_use]
+    pub fn with_tunnels(mut self, config: TunnelConfig) -> Self {
+        self.tunnels = Some(Tunnels::new(config));
+        self
+    }
+
+    fn own_tunnels(&mut self) -> Result<&mut Tunnels, KernelError> {
+        self.tunnels.as_mut().ok_or_else(|| KernelError("this node has no tunnel key".into()))
     }
 
     fn dump_all(&mut self, settings: &BTreeSet<String>) -> Result<Actual, Refusal> {
@@ -105,6 +121,7 @@ impl Kernel for Linux {
     fn dump(&mut self, settings: &BTreeSet<String>) -> Result<Actual, KernelError> {
         let mut actual = self.dump_all(settings).map_err(|refusal| KernelError(refusal.to_string()))?;
         actual.state.nft = nft::dump(&mut self.nft).map_err(|error| KernelError(error.to_string()))?;
+        actual.state.tunnel = self.tunnels.as_mut().and_then(Tunnels::carried);
         Ok(actual)
     }
 
@@ -114,17 +131,24 @@ impl Kernel for Linux {
         let mut run = 0;
         for (place, op) in ops.iter().enumerate() {
             match op {
-                Op::SetOffload(..) | Op::SetSysctl(..) | Op::SetNft(_) | Op::DelNft => {
+                Op::SetOffload(..)
+                | Op::SetSysctl(..)
+                | Op::SetNft(_)
+                | Op::DelNft
+                | Op::SetTunnel(_)
+                | Op::DelTunnel => {
                     self.apply_batch(&ops[run..place], &mut answers);
                     answers.push(self.apply_other(op));
                     run = place + 1;
                 }
+                Op::AddLink(name, link) if link.kind == LinkKind::Tun => {
+                    self.apply_batch(&ops[run..place], &mut answers);
+                    answers.push(self.add_tun(name, link));
+                    run = place + 1;
+                }
                 Op::AddLink(name, _) => {
                     self.apply_batch(&ops[run..=place], &mut answers);
-                    if let Ok(links) = rtnl::links(&mut self.conn) {
-                        let made = links.into_iter().find(|link| link.name == *name);
-                        self.known.index.extend(made.map(|link| (link.name, link.index)));
-                    }
+                    self.learn(name);
                     run = place + 1;
                 }
                 _ => {}
@@ -138,6 +162,16 @@ impl Kernel for Linux {
         find_underlay(&mut self.conn, spec)
     }
 
+    fn tunnels(&self) -> Option<TunnelMonitor> {
+        self.tunnels.as_ref().and_then(Tunnels::monitor)
+    }
+
+    fn add_tunnel_secret(&mut self, secret: TunnelSecret) {
+        if let Some(tunnels) = &mut self.tunnels {
+            tunnels.add_secret(secret);
+        }
+    }
+
     fn obstacles(&mut self, cluster: &[IpNet]) -> Vec<String> {
         nft::foreign_drops(&mut self.nft, BRIDGE, cluster).unwrap_or_else(|error| {
             tracing::debug!(err = %error, "foreign nftables chains not read");
@@ -147,6 +181,26 @@ impl Kernel for Linux {
 }
 
 impl Linux {
+    /// Learns the index of a device that was just made.
+    fn learn(&mut self, name: &str) {
+        if let Ok(links) = rtnl::links(&mut self.conn) {
+            let made = links.into_iter().find(|link| link.name == name);
+            self.known.index.extend(made.map(|link| (link.name, link.index)));
+        }
+    }
+
+    /// Makes the device of the tunnels, which only who reads it can do.
+    fn add_tun(&mut self, name: &str, link: &Link) -> Result<(), KernelError> {
+        let tunnels = self.own_tunnels()?;
+        // One that was read before is no longer there.
+        tunnels.close();
+        tunnels.open()?;
+        self.learn(name);
+        let mut answers = Vec::new();
+        self.apply_batch(&[Op::SetLink(name.to_owned(), link.clone())], &mut answers);
+        answers.pop().expect("there is an answer for each operation")
+    }
+
     fn apply_other(&mut self, op: &Op) -> Result<(), KernelError> {
         match op {
             Op::SetSysctl(name, value) => sysctl::write(name, value)
@@ -161,6 +215,11 @@ impl Linux {
                 nft::apply(&mut self.nft, table).map_err(|error| KernelError(error.to_string()))
             }
             Op::DelNft => nft::remove(&mut self.nft).map_err(|error| KernelError(error.to_string())),
+            Op::SetTunnel(wanted) => self.own_tunnels()?.set(wanted),
+            Op::DelTunnel => {
+                self.own_tunnels()?.close();
+                Ok(())
+            }
             _ => Ok(()),
         }
     }
@@ -232,7 +291,7 @@ fn is_global(address: IpAddr) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::model::{Link, LinkKind};
+    use crate::plan::model::LinkKind;
     use weft_wire::types::MacAddress;
 
     #[test]

@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use ipnet::IpNet;
 
 use super::{Kernel, KernelError, UnderlayError, UnderlaySpec};
-use crate::plan::model::{Actual, BRIDGE, Op, State, Underlay, VXLAN_V4, VXLAN_V6, is_host_veth};
+use crate::plan::model::{Actual, BRIDGE, Op, State, Underlay, VXLAN_V4, VXLAN_V6, WIREGUARD, is_host_veth};
 
 /// The kernel of one machine.
 #[derive(Debug, Clone)]
@@ -42,6 +42,7 @@ impl MemoryKernel {
         state.fdb.retain(|(dev, _), _| dev != name);
         state.routes.retain(|_, route| route.dev != name);
         state.offloads.remove(name);
+        state.tunnel.take_if(|_| name == WIREGUARD);
         state.sysctls.retain(|path, _| !path.contains(&format!("/{name}/")));
         if name == BRIDGE {
             self.actual.veths.values_mut().for_each(|veth| veth.bridged = false);
@@ -113,6 +114,11 @@ impl MemoryKernel {
             Op::SetSysctl(path, value) => drop(self.actual.state.sysctls.insert(path, value)),
             Op::SetNft(table) => self.actual.state.nft = Some(table.digest()),
             Op::DelNft => some(self.actual.state.nft.take().is_some())?,
+            Op::SetTunnel(tunnels) => {
+                self.has_link(WIREGUARD)?;
+                self.actual.state.tunnel = Some(tunnels);
+            }
+            Op::DelTunnel => some(self.actual.state.tunnel.take().is_some())?,
             Op::SetVeth(name, veth) => {
                 if veth.bridged {
                     self.has_link(BRIDGE)?;
@@ -150,7 +156,7 @@ fn forget_source(state: &mut State, gone: IpNet) {
 
 /// Tells which object without weft's mark an operation is about.
 fn check_mark(op: &Op, underlay: Option<&Underlay>) -> Result<(), String> {
-    let ours = |dev: &str| [BRIDGE, VXLAN_V4, VXLAN_V6].contains(&dev);
+    let ours = |dev: &str| [BRIDGE, VXLAN_V4, VXLAN_V6, WIREGUARD].contains(&dev);
     let marked = match op {
         Op::AddLink(dev, _)
         | Op::SetLink(dev, _)
@@ -175,7 +181,12 @@ fn check_mark(op: &Op, underlay: Option<&Underlay>) -> Result<(), String> {
             }
         }
         // Routes and the table bear their mark by what they are.
-        Op::SetRoute(..) | Op::DelRoute(..) | Op::SetNft(_) | Op::DelNft => true,
+        Op::SetRoute(..)
+        | Op::DelRoute(..)
+        | Op::SetNft(_)
+        | Op::DelNft
+        | Op::SetTunnel(_)
+        | Op::DelTunnel => true,
     };
     if marked { Ok(()) } else { Err(format!("{op}: not weft's")) }
 }

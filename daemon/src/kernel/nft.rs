@@ -7,8 +7,8 @@
 use std::io;
 
 use crate::plan::table::{
-    ACCEPT, Expr, META_IIFNAME, SET_INTERVAL, Table, chain_line, comment, element_line, fnv, rule_line,
-    rule_mark, set_line, shape_of,
+    ACCEPT, Expr, META_IIFNAME, META_OIFNAME, SET_INTERVAL, Table, chain_line, comment, element_line, fnv,
+    rule_line, rule_mark, set_line, shape_of,
 };
 
 use super::tlv::{self, Conversation, Writer, attrs, find, find_be32, find_text};
@@ -40,6 +40,7 @@ pub(super) const GET_ELEMENTS: u16 = 13;
 
 pub(super) const INET: u8 = 1;
 const DROP: u32 = 0;
+const VERDICT_REGISTER: u32 = 0;
 const EQUAL: u32 = 0;
 const NOT_EQUAL: u32 = 1;
 const NETWORK_HEADER: u32 = 1;
@@ -145,12 +146,21 @@ fn port(writer: &mut Writer, register: u32, port: u16) {
     });
 }
 
-fn encode(writer: &mut Writer, expr: Expr, bridge: &str) {
+fn encode(writer: &mut Writer, expr: Expr, table: &Table) {
     match expr {
-        Expr::NotFromBridge => {
+        Expr::NotFrom(device) => {
             meta(writer, META_IIFNAME);
-            compare(writer, NOT_EQUAL, &interface(bridge));
+            compare(writer, NOT_EQUAL, &interface(table.device(device)));
         }
+        Expr::NotTo(device) => {
+            meta(writer, META_OIFNAME);
+            compare(writer, NOT_EQUAL, &interface(table.device(device)));
+        }
+        Expr::Counter => expression(writer, "counter", |_| {}),
+        Expr::Drop => expression(writer, "immediate", |writer| {
+            writer.be32(1, VERDICT_REGISTER);
+            writer.nest(2, |writer| writer.nest(2, |writer| writer.be32(1, DROP)));
+        }),
         Expr::MetaByte { key, value } => {
             meta(writer, key);
             compare(writer, EQUAL, &[value]);
@@ -304,7 +314,7 @@ pub(super) fn replacement(table: &Table) -> Batch {
                 writer.text(2, chain.name);
                 writer.nest(4, |writer| {
                     for expr in rule {
-                        encode(writer, *expr, &table.bridge);
+                        encode(writer, *expr, table);
                     }
                 });
                 writer.attr(7, &rule_mark());

@@ -24,7 +24,7 @@ use weft_wire::types::MacAddress;
 use super::netlink::{Conn, Refusal};
 use crate::plan::model::{
     Actual, BRIDGE, Link, LinkKind, Op, PROTOCOL, Route, State, VXLAN_V4, VXLAN_V6, VethState, Vxlan,
-    is_host_veth,
+    WIREGUARD, is_host_veth,
 };
 
 /// A device as dumped.
@@ -41,7 +41,7 @@ pub(super) struct Found {
 }
 
 pub(super) fn is_ours(name: &str) -> bool {
-    matches!(name, BRIDGE | VXLAN_V4 | VXLAN_V6)
+    matches!(name, BRIDGE | VXLAN_V4 | VXLAN_V6 | WIREGUARD)
 }
 
 fn family(v4: bool) -> AddressFamily {
@@ -87,6 +87,7 @@ pub(super) fn read_link(message: &LinkMessage) -> Found {
 fn read_info(info: &LinkInfo, found: &mut Found) {
     match info {
         LinkInfo::Kind(InfoKind::Bridge) => found.kind = LinkKind::Bridge,
+        LinkInfo::Kind(InfoKind::Tun) => found.kind = LinkKind::Tun,
         LinkInfo::Kind(InfoKind::Vxlan) => {}
         LinkInfo::Kind(kind) => found.kind = LinkKind::Other(kind.to_string()),
         LinkInfo::Data(InfoData::Vxlan(attributes)) => found.kind = LinkKind::Vxlan(read_vxlan(attributes)),
@@ -426,7 +427,12 @@ pub(super) fn encode(op: &Op, known: &Known) -> Option<Vec<(RouteNetlinkMessage,
                 (RouteNetlinkMessage::NewLink(second), 0),
             ]);
         }
-        Op::SetOffload(..) | Op::SetSysctl(..) | Op::SetNft(_) | Op::DelNft => return None,
+        Op::SetOffload(..)
+        | Op::SetSysctl(..)
+        | Op::SetNft(_)
+        | Op::DelNft
+        | Op::SetTunnel(_)
+        | Op::DelTunnel => return None,
     }])
 }
 
@@ -440,7 +446,8 @@ fn shape(message: &mut LinkMessage, link: &Link, found: Option<&Link>) {
     if found.is_none_or(|found| found.mtu != link.mtu) {
         message.attributes.push(LinkAttribute::Mtu(link.mtu));
     }
-    if found.is_none_or(|found| found.mac != link.mac) {
+    // A TUN device has no address to set.
+    if link.kind != LinkKind::Tun && found.is_none_or(|found| found.mac != link.mac) {
         message.attributes.push(LinkAttribute::Address(link.mac.0.to_vec()));
     }
 }
@@ -450,7 +457,8 @@ fn new_link(name: &str, link: &Link) -> LinkMessage {
     message.attributes.push(LinkAttribute::IfName(name.into()));
     shape(&mut message, link, None);
     let infos = match &link.kind {
-        LinkKind::Bridge | LinkKind::Other(_) => vec![LinkInfo::Kind(InfoKind::Bridge)],
+        // A TUN device is made by /dev/net/tun alone.
+        LinkKind::Bridge | LinkKind::Tun | LinkKind::Other(_) => vec![LinkInfo::Kind(InfoKind::Bridge)],
         LinkKind::Vxlan(vxlan) => {
             let local = match vxlan.local {
                 IpAddr::V4(address) => InfoVxlan::Local(address),

@@ -7,8 +7,9 @@ use tracing::info;
 use weft_wire::api::{ClusterKeyRequest, ClusterKeys, Reply, ReplyBody};
 use weft_wire::mesh::NodeKey;
 use weft_wire::seal::{ClusterKey, KeyRing};
+use weft_wire::types::TunnelKey;
 
-use super::Node;
+use super::{Node, worker};
 use crate::state::{self, StateError};
 
 /// Reads the cluster keys: one of 64 hexadecimal digits a line, `#` starts a comment, the first one seals.
@@ -85,8 +86,28 @@ impl Node {
         KeyRing::new(keys).map(Some).map_err(|error| (1, error.to_string()))
     }
 
-    /// Replaces the node's signing key; the old one endorses it, so peers follow without a person.
+    fn rotate_tunnel_key(&mut self, now: Instant) -> Result<Option<TunnelKey>, StateError> {
+        if self.control.tunnel_key().is_none() {
+            return Ok(None);
+        }
+        let secret = self.dir.new_tunnel_secret()?;
+        let key = secret.public();
+        self.jobs
+            .send(worker::Job::TunnelSecret(secret))
+            .expect("the kernel's thread lives as long as the loop");
+        self.control.use_tunnel_key(key, now);
+        info!(%key, "tunnel key rotated");
+        Ok(Some(key))
+    }
+
+    /// Replaces the node's keys: that of its tunnels, if it has any, and that which signs, which the old one endorses. Peers
+    /// follow without a person.
     pub(super) fn rotate_node_key(&mut self, now: Instant) -> Reply {
+        let tunnel = match self.rotate_tunnel_key(now) {
+            Ok(None) => String::new(),
+            Ok(Some(key)) => format!(", and speaks WireGuard with key {key}"),
+            Err(error) => return Reply::refusal(1, error.to_string()),
+        };
         let rotate = || -> Result<NodeKey, StateError> {
             let key = NodeKey::from_secret(state::random()?);
             // The mesh endorses the same way; the file must have the endorsement before the key is used.
@@ -103,7 +124,7 @@ impl Node {
             Ok(key) => {
                 let public = key.public();
                 self.control.use_key(key, now);
-                Reply::done(format!("the node now signs with key {public}"))
+                Reply::done(format!("the node now signs with key {public}{tunnel}"))
             }
         }
     }

@@ -19,8 +19,10 @@ use crate::kernel::netlink::Conn;
 use crate::kernel::{UnderlaySpec, monitor, preflight};
 use crate::leases::Leases;
 use crate::metrics;
+use crate::plan::model::{Encryption, WIREGUARD};
 use crate::server;
 use crate::state::{self, StateDir};
+use crate::tunnel::TunnelConfig;
 
 /// How many datagrams wait for the loop; more are dropped, and gossip repeats itself.
 const DATAGRAMS: usize = 1024;
@@ -56,6 +58,20 @@ pub fn start(config: Config) -> Result<Node, Fatal> {
     let kernel = Linux::open().map_err(|error| {
         Fatal(format!("the kernel gives no netlink socket: {error}; weftd needs CAP_NET_ADMIN and nf_tables"))
     })?;
+    // Without a policy there is no device, and no need for one.
+    let tunnel = match config.encryption.policy {
+        Encryption::Never => None,
+        Encryption::CrossSite | Encryption::Always => Some(dir.tunnel_secret().map_err(fatal)?),
+    };
+    let kernel = match &tunnel {
+        None => kernel,
+        Some(secret) => kernel.with_tunnels(TunnelConfig {
+            device: WIREGUARD.into(),
+            port: config.encryption.port,
+            secret: secret.clone(),
+            seed: state::random().map_err(fatal)?,
+        }),
+    };
     let (kernel_done, kernel_inbox) = mpsc::channel(EVENTS);
     let jobs = worker::spawn(Box::new(kernel), spec, kernel_done).map_err(fatal)?;
     let (changed, kernel_changed) = mpsc::channel(1);
@@ -92,7 +108,8 @@ pub fn start(config: Config) -> Result<Node, Fatal> {
     };
     info!(node = %config.node.name, site = %config.node.site, incarnation = memory.incarnation, "weftd started");
     let seed = state::random().map_err(fatal)?;
-    let start = Start { config, memory, boot, key, ring: ring.clone(), seed };
+    let tunnel = tunnel.map(|secret| secret.public());
+    let start = Start { config, memory, boot, key, ring: ring.clone(), tunnel, seed };
     let control = Control::new(start, now);
     let mut node = Node {
         control,

@@ -4,18 +4,32 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use weft_wire::api::{
-    Check, Doctor, Hop, Lease, Leases, Peer, PeerCounts, Peers, Pod, Pods, Reconcile, Route, Routes, Status,
-    Store, Trace, TraceRequest,
+    Check, Count, Doctor, Hop, Lease, Leases, Peer, PeerCounts, Peers, Pod, Pods, Reconcile, Route, Routes,
+    Status, Store, Trace, TraceRequest, Tunnel, Tunnels,
 };
 use weft_wire::mesh::{MemberState, Verdict};
+use weft_wire::types::NodeName;
 
 use super::Node;
 use crate::attach::Attachment;
 use crate::config::TxChecksum;
 use crate::control::duplicate_name;
+use crate::tunnel::{TunnelMonitor, TunnelStatus};
 
 /// How long a problem that has not shown again is still told.
 const MEMORY: Duration = Duration::from_secs(60);
+
+fn shown(tunnel: &TunnelStatus) -> Tunnel {
+    Tunnel {
+        key: tunnel.key.to_string(),
+        endpoint: tunnel.endpoint.to_string(),
+        handshake_ms: tunnel.handshake.map(millis),
+        sent: tunnel.sent.0,
+        sent_bytes: tunnel.sent.1,
+        received: tunnel.received.0,
+        received_bytes: tunnel.received.1,
+    }
+}
 
 fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
@@ -72,7 +86,20 @@ impl Node {
             tx_checksum: self.tx_checksum(),
             key: self.control.mesh.key().public().to_string(),
             pods: u32::try_from(self.pods.attachments().count()).unwrap_or(u32::MAX),
+            encryption: self.control.config.encryption.policy.to_string(),
+            tunnels: self.tunnels().map(|tunnels| Tunnels {
+                key: self.control.tunnel_key().map(String::from).unwrap_or_default(),
+                dropped: tunnels
+                    .drops()
+                    .into_iter()
+                    .map(|(reason, count)| Count { reason: reason.to_string(), count })
+                    .collect(),
+            }),
         }
+    }
+
+    fn tunnels(&self) -> Option<&TunnelMonitor> {
+        self.control.pass.report.as_ref()?.tunnels.as_ref()
     }
 
     fn tx_checksum(&self) -> String {
@@ -142,6 +169,8 @@ impl Node {
     }
 
     pub(super) fn peers(&self, now: Instant) -> Peers {
+        let tunnels: Vec<_> = self.tunnels().map(TunnelMonitor::status).unwrap_or_default();
+        let tunnel = |node: &NodeName| tunnels.iter().find(|tunnel| tunnel.node == *node).map(shown);
         let mut peers: Vec<_> = self
             .control
             .mesh
@@ -167,6 +196,7 @@ impl Node {
                     },
                     key: member.record.key.to_string(),
                     version: member.record.version,
+                    tunnel: tunnel(member.node),
                 }
             })
             .collect();

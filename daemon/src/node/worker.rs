@@ -9,12 +9,15 @@ use tokio::sync::mpsc;
 use crate::kernel::{Kernel, UnderlayError, UnderlaySpec, purge};
 use crate::plan::model::{Inputs, Underlay};
 use crate::reconcile::{Report, reconcile};
+use crate::tunnel::TunnelSecret;
 
 /// What the loop asks of the kernel thread.
 #[derive(Debug)]
 pub enum Job {
     /// Look for the underlay, and if it is as the inputs say, bring the kernel to what they ask for.
     Reconcile(Box<Inputs>),
+    /// Know one more secret of the tunnels, for the passes that follow.
+    TunnelSecret(TunnelSecret),
     /// Remove everything that carries weft's mark.
     Purge,
 }
@@ -48,6 +51,10 @@ pub fn spawn(
                     let same = underlay.as_ref().is_ok_and(|found| *found == inputs.underlay);
                     let report = same.then(|| reconcile(&mut *kernel, &inputs));
                     Done::Reconciled { underlay, report }
+                }
+                Job::TunnelSecret(secret) => {
+                    kernel.add_tunnel_secret(secret);
+                    continue;
                 }
                 Job::Purge => Done::Purged(purge(&mut *kernel)),
             };

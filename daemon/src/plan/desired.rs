@@ -1,13 +1,14 @@
 //! From everything known to what the kernel should hold.
 
-use std::net::IpAddr;
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 use weft_wire::types::{MacAddress, Subnet};
 
 use super::model::{
-    BRIDGE, Desired, Inputs, Link, LinkKind, Peer, PlannedRoute, Route, Transport, VXLAN_V4, VXLAN_V6, Vxlan,
-    metric,
+    BRIDGE, Desired, Encryption, Inputs, Link, LinkKind, Peer, PlannedRoute, Route, Transport, TunnelPeer,
+    Tunnels, VXLAN_V4, VXLAN_V6, Vxlan, WIREGUARD, metric,
 };
 use super::table::{Table, VERSION};
 
@@ -15,6 +16,9 @@ use super::table::{Table, VERSION};
 const OVERHEAD_V4: u32 = 50;
 /// The same with IPv6 (40), in bytes.
 const OVERHEAD_V6: u32 = 70;
+/// WireGuard (32, whitepaper s5.4.6) + UDP (8) + IPv4 (20), in bytes; and with IPv6 (40). Padding stays within the MTU.
+const WIREGUARD_V4: u32 = 60;
+const WIREGUARD_V6: u32 = 80;
 
 /// Computes what the kernel should hold. Total, and independent of the order of peers and pods.
 pub fn desired(inputs: &Inputs) -> Desired {
@@ -26,6 +30,7 @@ pub fn desired(inputs: &Inputs) -> Desired {
     plan.pod_mtu = pod_mtu(inputs);
     plan_bridge(inputs, &mut plan);
     plan_tunnels(inputs, &mut plan);
+    plan_wireguard(inputs, &mut plan);
     for peer in sorted(&inputs.peers) {
         for subnet in &peer.subnets {
             plan_subnet(inputs, peer, *subnet, &mut plan);
@@ -37,7 +42,9 @@ pub fn desired(inputs: &Inputs) -> Desired {
         except: inputs.dataplane.non_masquerade.clone(),
         masquerade: inputs.dataplane.masquerade,
         vxlan_port: inputs.dataplane.vxlan_port,
+        sealed: sealed(inputs),
         bridge: BRIDGE.into(),
+        tunnel: WIREGUARD.into(),
         version: VERSION,
     };
     plan.state.nft = Some(table.digest());
@@ -62,7 +69,8 @@ fn local(inputs: &Inputs, v4: bool) -> Option<IpNet> {
 }
 
 fn pod_mtu(inputs: &Inputs) -> u32 {
-    let overhead = device_of(local(inputs, true).is_some()).1;
+    let v4 = local(inputs, true).is_some();
+    let overhead = device_of(v4).1.max(inputs.dataplane.tunnel.map_or(0, |_| wireguard_overhead(v4)));
     inputs.dataplane.mtu.unwrap_or_else(|| inputs.underlay.mtu.saturating_sub(overhead))
 }
 
@@ -110,30 +118,111 @@ fn plan_tunnels(inputs: &Inputs, plan: &mut Desired) {
     }
 }
 
+fn wireguard_overhead(v4: bool) -> u32 {
+    if v4 { WIREGUARD_V4 } else { WIREGUARD_V6 }
+}
+
+fn plan_wireguard(inputs: &Inputs, plan: &mut Desired) {
+    let Some(key) = inputs.dataplane.tunnel else { return };
+    let overhead = wireguard_overhead(local(inputs, true).is_some());
+    let mtu = inputs.underlay.mtu.saturating_sub(overhead);
+    // It carries IP packets, not frames.
+    let link = Link { kind: LinkKind::Tun, mtu, up: true, mac: MacAddress([0; 6]) };
+    plan.state.links.insert(WIREGUARD.into(), link);
+    plan.state.tunnel = Some(Tunnels { key, mtu, peers: BTreeMap::new() });
+}
+
+/// Returns what must not be sent or taken in clear.
+fn sealed(inputs: &Inputs) -> Vec<IpNet> {
+    let subnets = |peer: &Peer| peer.subnets.iter().map(|subnet| subnet.net()).collect::<Vec<_>>();
+    match inputs.dataplane.encryption {
+        // Whoever they turn out to be: also before a peer is known, and after it is forgotten.
+        Encryption::Always => inputs.dataplane.cluster_cidrs.clone(),
+        _ => sorted(&inputs.peers)
+            .into_iter()
+            .filter(|peer| must_encrypt(inputs, peer))
+            .flat_map(subnets)
+            .collect(),
+    }
+}
+
+fn must_encrypt(inputs: &Inputs, peer: &Peer) -> bool {
+    let demands = |policy: Encryption| policy.demands(&inputs.site, &peer.site);
+    demands(inputs.dataplane.encryption) || demands(peer.encryption)
+}
+
+/// Returns the route to a subnet of a peer that clear packets must not go to, or why there is none.
+fn encrypted_way(
+    inputs: &Inputs,
+    peer: &Peer,
+    subnet: Subnet,
+    plan: &mut Desired,
+) -> Result<(Route, String), String> {
+    let node = &peer.node;
+    let Some(Tunnels { peers, .. }) = &mut plan.state.tunnel else {
+        return Err(format!(
+            "{node} exchanges no clear pod traffic, and this node has no tunnels; set encryption.policy here as there"
+        ));
+    };
+    let Some(facts) = peer.tunnel else {
+        return Err(format!(
+            "pod traffic with {node} must be encrypted, and it announces no tunnel key; set encryption.policy there as here"
+        ));
+    };
+    let common = [true, false].into_iter().find_map(|v4| {
+        let endpoint = peer.underlay.iter().copied().find(|address| address.is_ipv4() == v4)?;
+        local(inputs, v4).map(|_| (v4, endpoint))
+    });
+    let Some((v4, endpoint)) = common else {
+        return Err(format!(
+            "{node} and this node have no underlay family in common; give both an IPv4 or IPv6 address"
+        ));
+    };
+    let endpoint = SocketAddr::new(endpoint, facts.port);
+    let entry = peers.entry(facts.key).or_insert_with(|| TunnelPeer {
+        node: node.clone(),
+        endpoint,
+        prefixes: Vec::new(),
+    });
+    if entry.node != *node {
+        return Err(format!(
+            "{node} announces the tunnel key of {}; remove the copied key file on one of them",
+            entry.node
+        ));
+    }
+    entry.prefixes.push(subnet.net());
+    let room = peer.mtu.min(inputs.underlay.mtu).saturating_sub(wireguard_overhead(v4));
+    let mtu = (room < plan.pod_mtu).then_some(room);
+    let way = Route { dev: WIREGUARD.into(), via: None, source: source(inputs, subnet), mtu };
+    Ok((way, format!("encrypted to {endpoint}")))
+}
+
 fn plan_subnet(inputs: &Inputs, peer: &Peer, subnet: Subnet, plan: &mut Desired) {
-    let mut route = |transport, route: Option<Route>, reason: String| {
+    let tell = |plan: &mut Desired, transport, route: Option<Route>, reason: String| {
         if let Some(route) = &route {
             plan.state.routes.insert((subnet.net(), metric(subnet.net())), route.clone());
         }
-        plan.routes.push(PlannedRoute {
-            prefix: subnet.net(),
-            node: peer.node.clone(),
-            transport,
-            route,
-            reason,
-        });
+        let (prefix, node) = (subnet.net(), peer.node.clone());
+        plan.routes.push(PlannedRoute { prefix, node, transport, route, reason });
     };
     if let Some(own) = inputs.subnets.iter().find(|own| own.overlaps(subnet)) {
-        return route(Transport::Vxlan, None, format!("this node's own pods use {own}"));
+        return tell(plan, Transport::Vxlan, None, format!("this node's own pods use {own}"));
+    }
+    if must_encrypt(inputs, peer) {
+        return match encrypted_way(inputs, peer, subnet, plan) {
+            Ok((way, reason)) => tell(plan, Transport::WireGuard, Some(way), reason),
+            Err(reason) => tell(plan, Transport::WireGuard, None, reason),
+        };
     }
     if let Some(via) = direct_hop(inputs, peer, subnet) {
         let dev = inputs.underlay.device.clone();
         let mtu = (peer.mtu < plan.pod_mtu).then_some(peer.mtu);
         let way = Route { dev, via: Some(via), source: source(inputs, subnet), mtu };
-        return route(Transport::Direct, Some(way), "on the same link".into());
+        return tell(plan, Transport::Direct, Some(way), "on the same link".into());
     }
     if (peer.vni, peer.vxlan_port) != (inputs.dataplane.vni, inputs.dataplane.vxlan_port) {
-        return route(
+        return tell(
+            plan,
             Transport::Vxlan,
             None,
             format!(
@@ -148,7 +237,8 @@ fn plan_subnet(inputs: &Inputs, peer: &Peer, subnet: Subnet, plan: &mut Desired)
         local(inputs, v4).map(|_| (device_of(v4), endpoint, mac))
     });
     let Some(((dev, overhead), endpoint, mac)) = common else {
-        return route(
+        return tell(
+            plan,
             Transport::Vxlan,
             None,
             format!(
@@ -164,7 +254,7 @@ fn plan_subnet(inputs: &Inputs, peer: &Peer, subnet: Subnet, plan: &mut Desired)
     // link-local address of the peer's device has no such history.
     let via = if subnet.is_ipv4() { subnet.network() } else { link_local(mac).addr() };
     let way = Route { dev: dev.into(), via: Some(via), source: source(inputs, subnet), mtu };
-    route(Transport::Vxlan, Some(way), format!("to {endpoint}"));
+    tell(plan, Transport::Vxlan, Some(way), format!("to {endpoint}"));
     plan.state.neighbours.insert((dev.into(), via), mac);
     plan.state.fdb.insert((dev.into(), mac), endpoint);
 }

@@ -19,9 +19,11 @@ pub fn diff(desired: &Desired, actual: &Actual) -> Vec<Op> {
     add_links(&desired.state, &left, &mut ops);
     amend_settings(desired, &left, &mut ops);
     add_settings(&desired.state, &left, &mut ops);
+    // Before the routes that lead to it, and after the table that keeps clear packets back.
+    set_nft(desired, actual, &mut ops);
+    set_tunnel(&desired.state, &left, &mut ops);
     add_paths(&desired.state, &left, &mut ops);
     mend_veths(desired, actual, &replaced, &mut ops);
-    set_nft(desired, actual, &mut ops);
     remove(desired, actual, &left, &mut ops);
     ops
 }
@@ -40,6 +42,7 @@ fn without(state: &State, gone: &BTreeSet<String>) -> State {
     left.neighbours.retain(|(dev, _), _| !gone.contains(dev));
     left.fdb.retain(|(dev, _), _| !gone.contains(dev));
     left.routes.retain(|_, route| !gone.contains(&route.dev));
+    left.tunnel.take_if(|_| gone.contains(super::model::WIREGUARD));
     left.offloads.retain(|dev, _| !gone.contains(dev));
     left.sysctls.retain(|path, _| !gone.iter().any(|dev| path.contains(&format!("/{dev}/"))));
     left
@@ -105,6 +108,16 @@ fn mend_veths(desired: &Desired, actual: &Actual, replaced: &BTreeSet<String>, o
         if actual.veths.get(name).is_some_and(|found| *found != wanted || bridge_lost) {
             ops.push(Op::SetVeth(name.clone(), wanted));
         }
+    }
+}
+
+fn set_tunnel(desired: &State, left: &State, ops: &mut Vec<Op>) {
+    // A device that is not there takes the tunnels with it.
+    let found = left.tunnel.as_ref().filter(|_| left.links.contains_key(super::model::WIREGUARD));
+    match (&desired.tunnel, found) {
+        (Some(tunnels), found) if found != Some(tunnels) => ops.push(Op::SetTunnel(tunnels.clone())),
+        (None, Some(_)) => ops.push(Op::DelTunnel),
+        _ => {}
     }
 }
 

@@ -2,16 +2,19 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
-use weft_wire::types::{MacAddress, NodeName, Subnet};
+use weft_wire::mesh::TunnelFacts;
+use weft_wire::types::{MacAddress, NodeName, SiteName, Subnet, TunnelKey};
 
 use super::table::Table as NftTable;
 
 /// The bridge that all pods of the node join.
 pub const BRIDGE: &str = "weft0";
+/// The WireGuard device.
+pub const WIREGUARD: &str = "weft-wg";
 /// The VXLAN device over an IPv4 underlay.
 pub const VXLAN_V4: &str = "weft-vx4";
 /// The VXLAN device over an IPv6 underlay.
@@ -51,6 +54,8 @@ pub fn is_host_veth(name: &str) -> bool {
 pub struct Inputs {
     /// The node.
     pub node: NodeName,
+    /// Its site.
+    pub site: SiteName,
     /// What the operator chose.
     pub dataplane: Dataplane,
     /// What carries the tunnels.
@@ -87,6 +92,44 @@ pub struct Dataplane {
     pub tx_checksum: bool,
     /// Whether a pod reaches itself through a service address.
     pub hairpin: bool,
+    /// Between which nodes pod traffic must be encrypted.
+    pub encryption: Encryption,
+    /// The key of the node's tunnels. With one, the WireGuard device is there and the MTU of pods leaves room for it.
+    pub tunnel: Option<TunnelKey>,
+}
+
+/// Between which nodes pod traffic must be encrypted. A pair keeps the stricter of its two policies.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Encryption {
+    /// None.
+    #[default]
+    Never,
+    /// Nodes of different sites.
+    CrossSite,
+    /// All.
+    Always,
+}
+
+impl fmt::Display for Encryption {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Never => "never",
+            Self::CrossSite => "cross-site",
+            Self::Always => "always",
+        })
+    }
+}
+
+impl Encryption {
+    /// Returns whether the policy asks for encryption between two sites.
+    pub fn demands(self, one: &SiteName, other: &SiteName) -> bool {
+        match self {
+            Self::Never => false,
+            Self::CrossSite => one != other,
+            Self::Always => true,
+        }
+    }
 }
 
 /// The device that carries the tunnels.
@@ -124,6 +167,20 @@ pub struct Peer {
     pub vxlan_port: u16,
     /// The MTU of its underlay in bytes.
     pub mtu: u32,
+    /// Its site.
+    #[serde(default = "default_site")]
+    pub site: SiteName,
+    /// What it demands of its pairs.
+    #[serde(default)]
+    pub encryption: Encryption,
+    /// How to speak WireGuard with it.
+    #[serde(default)]
+    pub tunnel: Option<TunnelFacts>,
+}
+
+/// The site of peers that were remembered before peers had sites.
+fn default_site() -> SiteName {
+    "default".parse().expect("a valid name")
 }
 
 /// The host's end of a pod's veth pair.
@@ -142,6 +199,8 @@ pub enum Transport {
     Direct,
     /// In VXLAN.
     Vxlan,
+    /// Encrypted in WireGuard.
+    WireGuard,
 }
 
 impl fmt::Display for Transport {
@@ -149,6 +208,7 @@ impl fmt::Display for Transport {
         f.pad(match self {
             Self::Direct => "direct",
             Self::Vxlan => "vxlan",
+            Self::WireGuard => "wireguard",
         })
     }
 }
@@ -219,6 +279,30 @@ pub struct State {
     pub sysctls: BTreeMap<String, String>,
     /// The digest of the nftables table.
     pub nft: Option<String>,
+    /// The tunnels of the WireGuard device; nothing where none run.
+    pub tunnel: Option<Tunnels>,
+}
+
+/// The tunnels of a node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tunnels {
+    /// The node's own key.
+    pub key: TunnelKey,
+    /// The MTU of the device in bytes.
+    pub mtu: u32,
+    /// The peers by their keys.
+    pub peers: BTreeMap<TunnelKey, TunnelPeer>,
+}
+
+/// A peer of the WireGuard device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TunnelPeer {
+    /// Its name.
+    pub node: NodeName,
+    /// Where it listens.
+    pub endpoint: SocketAddr,
+    /// What is routed to it, and what its packets may come from.
+    pub prefixes: Vec<IpNet>,
 }
 
 /// A device of weft's.
@@ -241,6 +325,8 @@ pub enum LinkKind {
     Bridge,
     /// A VXLAN device; none of these can be changed once it exists.
     Vxlan(Vxlan),
+    /// A TUN device, which weftd makes and reads.
+    Tun,
     /// Something else with weft's name: it is replaced.
     Other(String),
 }
@@ -319,6 +405,10 @@ pub enum Op {
     SetNft(NftTable),
     /// Remove the nftables table.
     DelNft,
+    /// Replace the peers of the WireGuard device, all at once; sessions of those that stay go on.
+    SetTunnel(Tunnels),
+    /// End the tunnels.
+    DelTunnel,
     /// Mend the host end of a pod: bridge, hairpin, state, MTU.
     SetVeth(String, VethState),
     /// Remove the host end of a pod that is gone.
@@ -347,6 +437,8 @@ impl fmt::Display for Op {
             Self::SetSysctl(path, value) => write!(f, "set sysctl {path} = {value}"),
             Self::SetNft(_) => write!(f, "set nftables table inet weft"),
             Self::DelNft => write!(f, "remove nftables table inet weft"),
+            Self::SetTunnel(tunnels) => write!(f, "set the {} peers of {WIREGUARD}", tunnels.peers.len()),
+            Self::DelTunnel => write!(f, "end the tunnels of {WIREGUARD}"),
             Self::SetVeth(name, _) => write!(f, "set pod device {name}"),
         }
     }

@@ -16,6 +16,7 @@ pub(crate) const HOOK_FORWARD: u32 = 2;
 pub(crate) const HOOK_OUTPUT: u32 = 3;
 pub(crate) const HOOK_POSTROUTING: u32 = 4;
 pub(crate) const PRIORITY_RAW: i32 = -300;
+pub(crate) const PRIORITY_MANGLE: i32 = -150;
 pub(crate) const PRIORITY_SRCNAT: i32 = 100;
 pub(crate) const ACCEPT: u32 = 1;
 pub(crate) const SET_INTERVAL: u32 = 4;
@@ -37,19 +38,29 @@ pub struct Table {
     /// The UDP port of the tunnels: no masqueraded datagram gets it as its source port, and connection tracking
     /// does not see what comes to it or goes to it, for what is inside is tracked.
     pub vxlan_port: u16,
+    /// Addresses to and from which no clear packet may go.
+    pub sealed: Vec<IpNet>,
     /// The bridge of the pods.
     pub bridge: String,
+    /// The device that encrypts.
+    pub tunnel: String,
     /// The version of the layout: raised by code that writes other rules for the same input.
     pub version: u32,
 }
 
 /// The layout that this code writes.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Expr {
-    /// It did not come in by the bridge.
-    NotFromBridge,
+    /// It did not come in by that device.
+    NotFrom(Device),
+    /// It does not go out by that device.
+    NotTo(Device),
+    /// Counted.
+    Counter,
+    /// Dropped.
+    Drop,
     /// A meta value of one byte.
     MetaByte {
         key: u32,
@@ -75,6 +86,14 @@ pub(crate) enum Expr {
     NoTrack,
 }
 
+/// A device that rules name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Device {
+    Bridge,
+    Tunnel,
+    Loopback,
+}
+
 pub(crate) struct Chain {
     pub(crate) name: &'static str,
     pub(crate) kind: &'static str,
@@ -90,25 +109,33 @@ pub(crate) struct Set {
 }
 
 impl Table {
-    pub(crate) fn sets(&self) -> Vec<Set> {
-        if !self.masquerade {
-            return Vec::new();
+    pub(crate) fn device(&self, device: Device) -> &str {
+        match device {
+            Device::Bridge => &self.bridge,
+            Device::Tunnel => &self.tunnel,
+            Device::Loopback => "lo",
         }
+    }
+
+    pub(crate) fn sets(&self) -> Vec<Set> {
         let multicast: [IpNet; 3] = [
             "224.0.0.0/4".parse().expect("a constant prefix"),
             "255.255.255.255/32".parse().expect("a constant prefix"),
             "ff00::/8".parse().expect("a constant prefix"),
         ];
         let direct: Vec<IpNet> = self.cluster.iter().chain(&self.except).chain(&multicast).copied().collect();
-        [
+        let masquerade = [
             ("pods4", false, &self.cluster),
             ("pods6", true, &self.cluster),
             ("direct4", false, &direct),
             ("direct6", true, &direct),
-        ]
-        .into_iter()
-        .map(|(name, v6, nets)| Set { name, v6, elements: elements(nets, v6) })
-        .collect()
+        ];
+        let guard = [("sealed4", false, &self.sealed), ("sealed6", true, &self.sealed)];
+        let masquerade = masquerade.into_iter().filter(|_| self.masquerade);
+        masquerade
+            .chain(guard.into_iter().filter(|_| !self.sealed.is_empty()))
+            .map(|(name, v6, nets)| Set { name, v6, elements: elements(nets, v6) })
+            .collect()
     }
 
     pub(crate) fn chains(&self) -> Vec<Chain> {
@@ -128,9 +155,12 @@ impl Table {
             rules: vec![tunnel(rule)],
         };
         let mut chains = vec![
-            raw("prerouting", HOOK_PREROUTING, vec![Expr::NotFromBridge]),
+            raw("prerouting", HOOK_PREROUTING, vec![Expr::NotFrom(Device::Bridge)]),
             raw("output", HOOK_OUTPUT, Vec::new()),
         ];
+        if !self.sealed.is_empty() {
+            chains.extend(guard());
+        }
         if self.masquerade {
             let ports = masquerade_ports(self.vxlan_port);
             let mut rules = Vec::new();
@@ -194,15 +224,40 @@ impl Table {
     }
 }
 
+/// What fails closed whatever the routes say: no packet to or from an address that must be encrypted passes another
+/// device than the tunnel, the pods' bridge and the node itself.
+fn guard() -> [Chain; 2] {
+    let rules = |field: (u32, u32), device: fn(Device) -> Expr| {
+        [(IPV4, field.0, 4, "sealed4"), (IPV6, field.1, 16, "sealed6")]
+            .map(|(proto, offset, len, set)| {
+                let mut rule = vec![
+                    Expr::MetaByte { key: META_NFPROTO, value: proto },
+                    Expr::Address { offset, len, set, negated: false },
+                ];
+                rule.extend([Device::Tunnel, Device::Bridge, Device::Loopback].map(device));
+                rule.extend([Expr::Counter, Expr::Drop]);
+                rule
+            })
+            .to_vec()
+    };
+    let chain = |name, hook, rules| Chain { name, kind: "filter", hook, priority: PRIORITY_MANGLE, rules };
+    [
+        chain("clear_in", HOOK_PREROUTING, rules((12, 8), Expr::NotFrom)),
+        chain("clear_out", HOOK_POSTROUTING, rules((16, 24), Expr::NotTo)),
+    ]
+}
+
 fn names(rule: &[Expr]) -> Vec<&'static str> {
     rule.iter()
         .flat_map(|expr| match expr {
-            Expr::NotFromBridge | Expr::MetaByte { .. } => &["meta", "cmp"][..],
+            Expr::NotFrom(_) | Expr::NotTo(_) | Expr::MetaByte { .. } => &["meta", "cmp"][..],
             Expr::DestinationPort { .. } => &["payload", "cmp"],
             Expr::Address { .. } => &["payload", "lookup"],
             Expr::Masquerade => &["masq"],
             Expr::MasqueradePorts { .. } => &["immediate", "immediate", "masq"],
             Expr::NoTrack => &["notrack"],
+            Expr::Counter => &["counter"],
+            Expr::Drop => &["immediate"],
         })
         .copied()
         .collect()

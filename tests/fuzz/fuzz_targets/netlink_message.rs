@@ -8,7 +8,9 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use libfuzzer_sys::fuzz_target;
 use weft_daemon::kernel::{fuzz, nft};
-use weft_daemon::plan::model::{BRIDGE, Link, LinkKind, Op, Route, VXLAN_V4, VXLAN_V6, Vxlan, is_host_veth};
+use weft_daemon::plan::model::{
+    BRIDGE, Link, LinkKind, Op, Route, VXLAN_V4, VXLAN_V6, Vxlan, WIREGUARD, is_host_veth,
+};
 use weft_daemon::plan::table::{Table, VERSION};
 use weft_wire::types::MacAddress;
 
@@ -152,7 +154,10 @@ fn is_recognized(parts: &mut Parts<'_>) {
         except: nets(parts, how / 4 % 4),
         masquerade: how & 0x80 != 0,
         vxlan_port: u16::from_be_bytes(parts.bytes()).max(1),
+        // Last: the seeds before it keep their meaning.
+        sealed: nets(parts, how / 16 % 4),
         bridge: BRIDGE.to_owned(),
+        tunnel: WIREGUARD.to_owned(),
         version: VERSION,
     };
     let mut bytes = fuzz::table(&table);

@@ -190,6 +190,7 @@ impl Machine {
             boot: self.boot.to_string(),
             key: self.disk.key.clone(),
             ring: self.disk.ring.clone(),
+            tunnel: None,
             seed,
         };
         let local = self.clock.read(now);

@@ -64,6 +64,12 @@ impl LabOptions {
     }
 
     /// Sets where leases are kept.
+    pub fn backend(mut self, backend: Backend) -> Self {
+        self.0.backend = backend;
+        self
+    }
+
+    /// Where leases are kept.
     pub fn store(mut self, store: Store) -> Self {
         self.0.store = store;
         self

@@ -105,9 +105,8 @@ impl Options {
             self.sites
         );
         anyhow::ensure!(
-            self.backend == Backend::Vxlan,
-            "--backend {:?}: only vxlan exists for now; leave the option out",
-            self.backend
+            self.backend != Backend::Auto,
+            "--backend auto: there is one site, in which nothing needs to be encrypted; name vxlan or wireguard"
         );
         anyhow::ensure!(
             self.store != Store::Etcd,

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::enter::{self, Place};
 use super::home::Handle;
-use super::model::{NodeView, Options, State, Store, underlay_addresses};
+use super::model::{Backend, NodeView, Options, State, Store, underlay_addresses};
 use super::tools::{self, run};
 use super::underlay;
 
@@ -177,6 +177,11 @@ fn config(options: &Options, view: &NodeView, index: usize) -> anyhow::Result<St
         seeds = seeds.join(", "),
         addresses = addresses.join(", "),
     );
+    let encryption = match options.backend {
+        Backend::Wireguard => "[encryption]\npolicy = \"always\"\n",
+        Backend::Vxlan | Backend::Auto => "",
+    };
+    let text = text + encryption;
     let mut table: toml::Table = text.parse().context("the lab's own configuration is not TOML")?;
     merge(&mut table, &options.config);
     if let Some(own) = options.node_config.get(&view.name) {

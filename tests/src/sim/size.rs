@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rand_core::RngCore;
 use weft_daemon::kernel::memory::MemoryKernel;
-use weft_daemon::plan::model::{Dataplane, Inputs, Peer, Underlay};
+use weft_daemon::plan::model::{Dataplane, Encryption, Inputs, Peer, Underlay};
 use weft_daemon::reconcile::reconcile;
 use weft_wire::mesh::{Authority, MemberState, MemberView, MeshConfig};
 use weft_wire::types::MacAddress;
@@ -283,6 +283,9 @@ pub fn reconciler_work(nodes: usize) -> [Work; 3] {
             vni: facts.vni,
             vxlan_port: facts.vxlan_port,
             mtu: u32::from(facts.mtu),
+            site: "default".parse().expect("a valid name"),
+            encryption: Encryption::Never,
+            tunnel: None,
         }
     };
     let net = ipnet::IpNet::new(address(0).ip(), 16).expect("16 is a prefix length");
@@ -290,6 +293,7 @@ pub fn reconciler_work(nodes: usize) -> [Work; 3] {
         Underlay { device: "eth0".into(), index: 2, mtu: 1500, addresses: vec![net], strict_sources: false };
     let mut inputs = Inputs {
         node: name(0),
+        site: "default".parse().expect("a valid name"),
         dataplane: Dataplane {
             vni: 1,
             vxlan_port: 8472,
@@ -300,6 +304,8 @@ pub fn reconciler_work(nodes: usize) -> [Work; 3] {
             mtu: None,
             tx_checksum: true,
             hairpin: false,
+            encryption: Encryption::Never,
+            tunnel: None,
         },
         underlay: underlay.clone(),
         subnets: vec![subnet(0)],

@@ -52,6 +52,10 @@ pub struct Record {
     pub endorsements: Vec<Endorsement>,
     #[prost(bool, tag = "15")]
     pub left: bool,
+    #[prost(bytes = "vec", tag = "16")]
+    pub tunnel_key: Vec<u8>,
+    #[prost(uint32, tag = "17")]
+    pub tunnel_port: u32,
 }
 
 #[derive(Clone, PartialEq, Message)]

@@ -37,8 +37,10 @@ prop_compose! {
         vxlan_port in any::<u16>(),
         mtu in any::<u16>(),
         capabilities in any::<u64>().prop_map(Capabilities),
+        tunnel in proptest::option::of((any::<[u8; 32]>(), 1..=u16::MAX)),
     ) -> Facts {
-        Facts { subnets, gossip, underlay, vtep_v4, vtep_v6, vni, vxlan_port, mtu, capabilities }
+        let tunnel = tunnel.map(|(key, port)| TunnelFacts { key: TunnelKey(key), port });
+        Facts { subnets, gossip, underlay, vtep_v4, vtep_v6, vni, vxlan_port, mtu, capabilities, tunnel }
     }
 }
 

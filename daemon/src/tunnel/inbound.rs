@@ -1,0 +1,229 @@
+//! From the peers to the TUN: a run of datagrams is opened under one lock, then written as few super-packets.
+
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use boringtun::noise::errors::WireGuardError;
+use boringtun::noise::handshake::parse_handshake_anon;
+use boringtun::noise::{Packet, TunnResult};
+use nix::errno::Errno;
+use nix::poll::PollFlags;
+use weft_wire::packet::Coalescer;
+use weft_wire::types::TunnelKey;
+
+use super::counters::Reason;
+use super::peer::{Opened, Peer};
+use super::table::Table;
+use super::udp::{Batch, Udp, wait};
+use super::{Identity, Shared};
+
+/// A run of datagrams fills one IP packet at most.
+const MOST: usize = 1 << 16;
+/// The first byte of what carries packets.
+const DATA: u8 = 4;
+
+/// What one thread keeps from batch to batch.
+struct Inbound<'a> {
+    shared: &'a Shared,
+    /// Opened packets end to end: where each begins and how long it is.
+    plain: Vec<u8>,
+    pieces: Vec<(usize, usize)>,
+    answers: Batch,
+    coalescer: Coalescer,
+}
+
+/// Receives at one socket until the tunnels stop.
+pub(super) fn run(shared: &Shared, udp: &Udp) {
+    let mut buffer = vec![0; MOST];
+    let mut control = Udp::control();
+    let mut inbound = Inbound {
+        shared,
+        plain: vec![0; MOST],
+        pieces: Vec::new(),
+        answers: Batch::default(),
+        coalescer: Coalescer::new(shared.tun.udp()),
+    };
+    while !shared.stopped() {
+        match udp.receive(&mut buffer, &mut control) {
+            Ok(arrived) => inbound.take(arrived.from, &buffer[..arrived.length], arrived.size),
+            Err(Errno::EAGAIN) => wait(udp.as_fd(), PollFlags::POLLIN),
+            // An ICMP error of an earlier datagram is told here; the peer's silence says the same.
+            Err(_) => {}
+        }
+    }
+}
+
+impl Inbound<'_> {
+    fn take(&mut self, from: SocketAddr, bytes: &[u8], size: usize) {
+        let table = self.shared.table();
+        let mut datagrams = bytes.chunks(size).peekable();
+        while let Some(datagram) = datagrams.next() {
+            if datagram.first() != Some(&DATA) {
+                self.handshake(&table, from, datagram);
+                continue;
+            }
+            let Some(peer) = receiver(datagram).and_then(|receiver| table.by_receiver(receiver)) else {
+                self.shared.unknown_session(from);
+                continue;
+            };
+            self.pieces.clear();
+            let mut used = 0;
+            {
+                let mut session = peer.session();
+                let mut next = Some(datagram);
+                while let Some(datagram) = next {
+                    used += self.open(&table, peer, &mut session, from, datagram, used);
+                    next = datagrams.next_if(|next| {
+                        next.first() == Some(&DATA)
+                            && receiver(next)
+                                .and_then(|receiver| table.by_receiver(receiver))
+                                .is_some_and(|other| Arc::ptr_eq(other, peer))
+                    });
+                }
+            }
+            self.shared.send(from, &self.answers);
+            self.answers.clear();
+            self.write(peer);
+        }
+    }
+
+    /// Opens one datagram; returns how much room its packet took.
+    fn open(
+        &mut self,
+        table: &Table,
+        peer: &Arc<Peer>,
+        session: &mut super::peer::Session,
+        from: SocketAddr,
+        datagram: &[u8],
+        at: usize,
+    ) -> usize {
+        let room = &mut self.plain[at..];
+        match session.open(from, datagram, room, &mut self.answers) {
+            Opened::Packet(length, source) if owns(table, peer, source) => {
+                self.pieces.push((at, length));
+                length
+            }
+            Opened::Packet(..) => {
+                self.shared.counters.drop(Reason::WrongSource);
+                0
+            }
+            Opened::Nothing => 0,
+            Opened::Dropped(reason) => {
+                self.shared.counters.drop(reason);
+                0
+            }
+        }
+    }
+
+    /// Writes what was opened, in order.
+    fn write(&mut self, peer: &Peer) {
+        let shared = self.shared;
+        let mut write = |header, packet: &[u8]| {
+            if !shared.tun.write(header, packet) {
+                shared.counters.drop(Reason::NotWritten);
+            }
+        };
+        let mut bytes = 0;
+        for (at, length) in &self.pieces {
+            bytes += length;
+            let packet = &self.plain[*at..at + length];
+            if shared.tun.takes_super_packets() {
+                self.coalescer.push(packet, &mut write);
+            } else {
+                write(weft_wire::packet::VnetHeader::default(), packet);
+            }
+        }
+        self.coalescer.flush(&mut write);
+        peer.traffic.received.fetch_add(self.pieces.len() as u64, Ordering::Relaxed);
+        peer.traffic.received_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// Takes what is no data: a handshake, its answer, or a cookie.
+    fn handshake(&mut self, table: &Table, from: SocketAddr, datagram: &[u8]) {
+        let shared = self.shared;
+        let drop = |reason| shared.counters.drop(reason);
+        if !shared.admit(from.ip()) {
+            return drop(Reason::Flood);
+        }
+        let mut cookie = [0; 64];
+        let identities = shared.identities();
+        let peer = match addressed(&identities, from, datagram, &mut cookie) {
+            Addressed::To(identity, packet) => recipient(table, identity, packet),
+            Addressed::Cookie(length) => {
+                drop(Reason::Flood);
+                self.answers.push(length, |room| {
+                    room.copy_from_slice(&cookie[..length]);
+                    length
+                });
+                shared.send(from, &self.answers);
+                return self.answers.clear();
+            }
+            Addressed::Nobody(reason) => return drop(reason),
+        };
+        let peer = match peer {
+            Ok(peer) => peer,
+            Err(reason) => return drop(reason),
+        };
+        if let Opened::Dropped(reason) =
+            peer.session().open(from, datagram, &mut self.plain, &mut self.answers)
+        {
+            drop(reason);
+        }
+        shared.send(from, &self.answers);
+        self.answers.clear();
+    }
+}
+
+/// Whose a handshake is, by its first MAC (whitepaper s5.4.4).
+pub(super) enum Addressed<'a> {
+    /// Meant for this identity of the node.
+    To(&'a Identity, Packet<'a>),
+    /// To be answered with a cookie of so many bytes: the node is under load.
+    Cookie(usize),
+    Nobody(Reason),
+}
+
+pub(super) fn addressed<'a>(
+    identities: &'a [Identity],
+    from: SocketAddr,
+    datagram: &'a [u8],
+    cookie: &mut [u8; 64],
+) -> Addressed<'a> {
+    let mut found = Addressed::Nobody(Reason::Malformed);
+    for identity in identities {
+        match identity.limiter.verify_packet(Some(from.ip()), datagram, cookie) {
+            Ok(packet) => return Addressed::To(identity, packet),
+            Err(TunnResult::WriteToNetwork(cookie)) => return Addressed::Cookie(cookie.len()),
+            Err(TunnResult::Err(WireGuardError::InvalidMac)) => found = Addressed::Nobody(Reason::BadMac),
+            Err(_) => {}
+        }
+    }
+    found
+}
+
+/// Finds the peer whose session a handshake is about.
+pub(super) fn recipient(table: &Table, identity: &Identity, packet: Packet<'_>) -> Result<Arc<Peer>, Reason> {
+    let by_receiver = |receiver| table.by_receiver(receiver).cloned().ok_or(Reason::UnknownSession);
+    match packet {
+        Packet::HandshakeInit(init) => {
+            let half = parse_handshake_anon(&identity.secret, &identity.public, &init)
+                .map_err(|_| Reason::Forged)?;
+            let peer = table.peers.get(&TunnelKey(half.peer_static_public)).ok_or(Reason::UnknownKey)?;
+            peer.under(identity).ok_or(Reason::UnknownKey)
+        }
+        Packet::HandshakeResponse(response) => by_receiver(response.receiver_idx),
+        Packet::PacketCookieReply(reply) => by_receiver(reply.receiver_idx),
+        Packet::PacketData(_) => Err(Reason::Malformed),
+    }
+}
+
+pub(super) fn receiver(datagram: &[u8]) -> Option<u32> {
+    datagram.get(4..8).and_then(|bytes| bytes.try_into().ok()).map(u32::from_le_bytes)
+}
+
+/// The one check of sources: an address within must be of the peer that sealed it.
+pub(super) fn owns(table: &Table, peer: &Peer, source: IpAddr) -> bool {
+    table.owner(source).is_some_and(|owner| owner.node == peer.node)
+}

@@ -1,0 +1,91 @@
+//! From the TUN to the peers: one ordered reader, one lock a (super-)packet, and one send for all packets to a peer that are
+//! there at once.
+
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use nix::errno::Errno;
+use nix::poll::PollFlags;
+use weft_wire::packet::{self, VnetHeader, split};
+
+use super::Shared;
+use super::counters::Reason;
+use super::peer::Peer;
+use super::udp::{Batch, wait};
+
+/// A super-packet is one IP packet.
+const MOST: usize = VnetHeader::LEN + (1 << 16);
+
+/// What one thread keeps from packet to packet.
+struct Outbound<'a> {
+    shared: &'a Shared,
+    scratch: Vec<u8>,
+    batch: Batch,
+    /// Whom the batch is for, and where that is.
+    to: Option<(Arc<Peer>, SocketAddr)>,
+}
+
+/// Reads until the tunnels stop.
+pub(super) fn run(shared: &Shared) {
+    let mut buffer = vec![0; MOST];
+    let mut outbound = Outbound { shared, scratch: Vec::new(), batch: Batch::default(), to: None };
+    while !shared.stopped() {
+        match shared.tun.read(&mut buffer) {
+            Ok(length) => outbound.take(&mut buffer[..length]),
+            Err(Errno::EAGAIN) => {
+                // Nothing more is there: what is ready goes.
+                outbound.flush();
+                wait(shared.tun.as_fd(), PollFlags::POLLIN);
+            }
+            Err(Errno::EINTR) => {}
+            Err(error) => {
+                shared.fail(format!("the TUN device cannot be read: {error}"));
+                return;
+            }
+        }
+    }
+}
+
+impl Outbound<'_> {
+    fn take(&mut self, bytes: &mut [u8]) {
+        let counters = &self.shared.counters;
+        let Some((header, packet)) = bytes.split_first_chunk_mut::<{ VnetHeader::LEN }>() else {
+            return counters.drop(Reason::NotIp);
+        };
+        let header = VnetHeader::read(*header);
+        let Some(destination) = packet::destination(packet) else { return counters.drop(Reason::NotIp) };
+        let table = self.shared.table();
+        let Some(peer) = table.owner(destination) else { return counters.drop(Reason::NoPeer) };
+        let peer = peer.for_sending();
+        if self.to.as_ref().is_some_and(|(other, _)| !Arc::ptr_eq(other, &peer)) {
+            self.flush();
+        }
+        let mtu = self.shared.mtu.load(Ordering::Relaxed);
+        let (length, batch) = (packet.len(), &mut self.batch);
+        let mut session = peer.session();
+        let split =
+            split(header, packet, &mut self.scratch, |packet| session.seal(packet, mtu, batch, counters));
+        let endpoint = session.endpoint();
+        drop(session);
+        match split {
+            Ok(packets) => {
+                peer.traffic.sent.fetch_add(packets as u64, Ordering::Relaxed);
+                peer.traffic.sent_bytes.fetch_add(length as u64, Ordering::Relaxed);
+            }
+            Err(_) => counters.drop(Reason::NotIp),
+        }
+        self.to = Some((peer, endpoint));
+        if self.batch.is_full() {
+            self.flush();
+        }
+    }
+
+    fn flush(&mut self) {
+        if let Some((_, endpoint)) = self.to.take() {
+            self.shared.send(endpoint, &self.batch);
+            self.batch.clear();
+        }
+    }
+}

@@ -1,0 +1,348 @@
+//! The user-space tunnels against implementations that no one here wrote, in network namespaces of their own.
+#![allow(clippy::unwrap_used, reason = "a test that unwraps names its line")]
+
+mod netns;
+
+use std::net::SocketAddr;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use netns::Netns;
+use weft_daemon::tunnel::{Reason, Tunnel, TunnelConfig, TunnelPeer, TunnelSecret, TunnelStatus};
+use weft_wire::types::TunnelKey;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A secret key of some number.
+fn secret(number: u8) -> TunnelSecret {
+    TunnelSecret::from_bytes([number; 32])
+}
+
+fn address(last: u8) -> SocketAddr {
+    SocketAddr::from(([192, 0, 2, last], 51820))
+}
+
+/// Two namespaces with a cable between them: .1 and .2 of 192.0.2.0/24 and 2001:db8::/64.
+fn two() -> Option<(Netns, Netns)> {
+    let (one, two) = (Netns::new()?, Netns::new()?);
+    one.sh(&format!("ip link add eth0 type veth peer name eth0 netns {}", two.tid));
+    for (place, last) in [(&one, 1), (&two, 2)] {
+        place.sh(&format!(
+            "ip link set eth0 up; ip addr add 192.0.2.{last}/24 dev eth0; ip addr add 2001:db8::{last}/64 dev eth0 nodad"
+        ));
+    }
+    Some((one, two))
+}
+
+fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !done() {
+        assert!(began.elapsed() < PATIENCE, "{what}: not within {PATIENCE:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// weft's tunnels in a namespace.
+struct Weft {
+    place: Netns,
+    tunnel: Arc<Mutex<Tunnel>>,
+}
+
+impl Weft {
+    /// Opens them with 10.77.N.1/16 and fd77:N::1/32 for the namespace itself.
+    fn open(place: Netns, number: u8) -> Self {
+        let config = TunnelConfig {
+            device: "weft-wg".into(),
+            port: 51820,
+            secret: secret(number),
+            seed: [number; 32],
+        };
+        let tunnel = place.run(move || Tunnel::open(config)).unwrap();
+        inside(&place, "weft-wg", number);
+        Self { place, tunnel: Arc::new(Mutex::new(tunnel)) }
+    }
+
+    fn set_peers(&self, peers: &[TunnelPeer]) -> Vec<String> {
+        self.tunnel.lock().unwrap().set_peers(peers)
+    }
+
+    fn status(&self) -> TunnelStatus {
+        self.tunnel.lock().unwrap().monitor().status().into_iter().next().expect("there is a peer")
+    }
+
+    fn dropped(&self, reason: Reason) -> u64 {
+        let drops = self.tunnel.lock().unwrap().monitor().drops();
+        drops.into_iter().find(|(found, _)| *found == reason).unwrap().1
+    }
+}
+
+/// Gives a tunnel's device the addresses of a number.
+fn inside(place: &Netns, device: &str, number: u8) {
+    place.sh(&format!(
+        "ip link set {device} mtu 1420 up; ip addr add 10.77.{number}.1/16 dev {device}
+         ip addr add fd77::{number}:1/64 dev {device} nodad"
+    ));
+}
+
+/// A peer with the prefixes of a number.
+fn peer(number: u8, key: TunnelKey, endpoint: SocketAddr) -> TunnelPeer {
+    let prefixes = [format!("10.77.{number}.0/24"), format!("fd77::{number}:0/112")];
+    TunnelPeer {
+        node: format!("n{number}").parse().unwrap(),
+        key,
+        endpoint,
+        prefixes: prefixes.iter().map(|prefix| prefix.parse().unwrap()).collect(),
+        preshared: None,
+    }
+}
+
+/// wireguard-go in a namespace; it ends with this value.
+struct WireguardGo {
+    place: Netns,
+    device: String,
+    process: Child,
+}
+
+impl WireguardGo {
+    fn start(place: Netns, number: u8, peer: TunnelKey) -> Option<Self> {
+        if Command::new("wireguard-go").arg("--version").stdout(Stdio::null()).status().is_err() {
+            let reason = "wireguard-go is not installed; `make deps` installs it";
+            assert!(std::env::var_os("CI").is_none(), "{reason}");
+            println!("SKIP: {reason}");
+            return None;
+        }
+        // The name is also that of a socket outside the namespace.
+        let device = format!("wgo{}", place.tid);
+        let name = device.clone();
+        let process = place.run(move || {
+            Command::new("wireguard-go")
+                .args(["-f", &name])
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+                .unwrap()
+        });
+        let socket = format!("/var/run/wireguard/{device}.sock");
+        wait_until("wireguard-go listens", || std::path::Path::new(&socket).exists());
+        let go = Self { place, device, process };
+        go.set(&format!(
+            "private-key /dev/stdin listen-port 51820 <<< '{}'",
+            TunnelKey(secret(number).to_bytes())
+        ));
+        go.set(&format!("peer {peer} endpoint 192.0.2.1:51820 allowed-ips 10.77.1.0/24,fd77::1:0/112"));
+        inside(&go.place, &go.device, number);
+        Some(go)
+    }
+
+    fn set(&self, what: &str) {
+        self.place.sh(&format!("bash -ec \"wg set {} {what}\"", self.device));
+    }
+}
+
+impl Drop for WireguardGo {
+    fn drop(&mut self) {
+        drop(self.process.kill());
+        drop(self.process.wait());
+        drop(std::fs::remove_file(format!("/var/run/wireguard/{}.sock", self.device)));
+    }
+}
+
+fn ping(place: &Netns, to: &str, count: u32) {
+    place.sh(&format!("ping -n -q -i 0.05 -c {count} -w 10 {to}"));
+}
+
+/// Moves a megabyte or more by TCP, and checks that it came.
+fn transfer(from: &Netns, to: &Netns, address: &'static str) {
+    to.sh("iperf3 -s -1 -D; for i in $(seq 100); do ss -Hltn sport = :5201 | grep -q 5201 && break; sleep 0.05; done");
+    from.sh(&format!("timeout 30 iperf3 -n 20M -c {address}"));
+}
+
+#[test]
+fn wireguard_go_and_weft_understand_each_other_in_both_directions() {
+    let Some((one, two)) = two() else { return };
+    let Some(go) = WireguardGo::start(two, 2, secret(1).public()) else { return };
+    let weft = Weft::open(one, 1);
+    assert_eq!(weft.set_peers(&[peer(2, secret(2).public(), address(2))]), Vec::<String>::new());
+    for to in ["10.77.2.1", "fd77::2:1"] {
+        ping(&weft.place, to, 20);
+    }
+    for from in ["10.77.1.1", "fd77::1:1"] {
+        ping(&go.place, from, 20);
+    }
+    transfer(&weft.place, &go.place, "10.77.2.1");
+    transfer(&go.place, &weft.place, "fd77::1:1");
+    let shown = go.place.sh(&format!("wg show {} latest-handshakes", go.device));
+    assert!(!shown.trim().ends_with("\t0"), "wireguard-go saw a handshake: {shown}");
+    let status = weft.status();
+    assert!(status.handshake.is_some() && status.sent.0 > 40 && status.received.0 > 40, "{status:?}");
+
+    // It moves, and says so by sending.
+    go.set("listen-port 51999");
+    ping(&go.place, "10.77.1.1", 3);
+    assert_eq!(weft.status().endpoint, SocketAddr::from(([192, 0, 2, 2], 51999)));
+    ping(&weft.place, "10.77.2.1", 3);
+
+    // It may not use the addresses of another.
+    let before = weft.dropped(Reason::WrongSource);
+    go.place.sh("ip addr add 10.77.3.1/32 dev eth0; ping -n -c 3 -i 0.2 -W 1 -I 10.77.3.1 10.77.1.1 || true");
+    assert!(
+        weft.dropped(Reason::WrongSource) >= before + 3,
+        "{:?}",
+        weft.tunnel.lock().unwrap().monitor().drops()
+    );
+
+    // It gets another key.
+    go.set(&format!("private-key /dev/stdin <<< '{}'", TunnelKey(secret(3).to_bytes())));
+    weft.set_peers(&[peer(2, secret(3).public(), SocketAddr::from(([192, 0, 2, 2], 51999)))]);
+    ping(&weft.place, "10.77.2.1", 3);
+}
+
+#[test]
+fn the_peer_that_starts_anew_is_heard_again_at_once() {
+    let Some((one, two)) = two() else { return };
+    let weft = [(one, 1), (two, 2)].map(|(place, number)| Weft::open(place, number));
+    let set = |weft: &[Weft; 2]| {
+        weft[0].set_peers(&[peer(2, secret(2).public(), address(2))]);
+        weft[1].set_peers(&[peer(1, secret(1).public(), address(1))]);
+    };
+    set(&weft);
+    ping(&weft[0].place, "10.77.2.1", 5);
+    let [first, second] = weft;
+    let Weft { place, tunnel } = second;
+    drop(tunnel);
+    let second = Weft {
+        tunnel: Arc::new(Mutex::new(place.run(|| {
+            let config =
+                TunnelConfig { device: "weft-wg".into(), port: 51820, secret: secret(2), seed: [9; 32] };
+            Tunnel::open(config).unwrap()
+        }))),
+        place,
+    };
+    second.set_peers(&[peer(1, secret(1).public(), address(1))]);
+    // Only the other side speaks, under a session that is gone.
+    let began = Instant::now();
+    ping(&first.place, "10.77.2.1", 1);
+    println!("answered after {:?}", began.elapsed());
+}
+
+#[test]
+fn a_key_is_rotated_under_traffic_without_a_lost_packet() {
+    let Some((one, two)) = two() else { return };
+    let [first, second] = [(one, 1), (two, 2)].map(|(place, number)| Weft::open(place, number));
+    first.set_peers(&[peer(2, secret(2).public(), address(2))]);
+    second.set_peers(&[peer(1, secret(1).public(), address(1))]);
+    ping(&first.place, "10.77.2.1", 5);
+    let pings = [(&first, "10.77.2.1"), (&second, "10.77.1.1")].map(|(from, to)| {
+        from.place.run(move || {
+            let words = ["-n", "-q", "-i", "0.01", "-w", "6", to];
+            Command::new("ping").args(words).stdout(Stdio::piped()).spawn().unwrap()
+        })
+    });
+    for generation in 0..3 {
+        std::thread::sleep(Duration::from_millis(500));
+        let next = secret(20 + generation);
+        second.tunnel.lock().unwrap().set_secret(&next);
+        second.set_peers(&[peer(1, secret(1).public(), address(1))]);
+        // The record takes its time.
+        std::thread::sleep(Duration::from_millis(500));
+        first.set_peers(&[peer(2, next.public(), address(2))]);
+        wait_until("there is a session under the new key", || {
+            let status = first.status();
+            status.key == next.public() && status.handshake.is_some_and(|age| age < Duration::from_secs(1))
+        });
+    }
+    for ping in pings {
+        let output = ping.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(said.contains(" 0% packet loss"), "{said}");
+    }
+    // The keys before are of no use any more.
+    wait_until("the old sessions are gone", || {
+        let before = second.dropped(Reason::BadMac) + second.dropped(Reason::UnknownKey);
+        first.set_peers(&[peer(2, secret(2).public(), address(2))]);
+        first.place.sh("ping -n -c 1 -W 1 10.77.2.1 || true");
+        second.dropped(Reason::BadMac) + second.dropped(Reason::UnknownKey) > before
+    });
+}
+
+#[test]
+fn keys_that_cannot_be_are_refused_by_name() {
+    let Some((one, _two)) = two() else { return };
+    let weft = Weft::open(one, 1);
+    let mut twin = peer(4, secret(3).public(), address(4));
+    twin.prefixes.clear();
+    let mut greedy = peer(5, secret(5).public(), address(5));
+    greedy.prefixes.push("10.77.0.0/16".parse().unwrap());
+    let refused = weft.set_peers(&[
+        peer(2, TunnelKey([0; 32]), address(2)),
+        peer(3, secret(3).public(), address(3)),
+        twin,
+        peer(6, secret(1).public(), address(6)),
+        greedy,
+    ]);
+    let said = refused.join("\n");
+    for what in [
+        "n2 announces a tunnel key of zeros",
+        "n4 announces a tunnel key that another",
+        "n6 announces this node's own",
+        "overlaps 10.77.3.0/24 of n3",
+    ] {
+        assert!(said.contains(what), "{what:?} is missing in {said}");
+    }
+    assert_eq!(refused.len(), 4, "{said}");
+    let config = TunnelConfig { device: "weft-wg2".into(), port: 51820, secret: secret(9), seed: [0; 32] };
+    let error = weft.place.run(move || Tunnel::open(config)).unwrap_err().to_string();
+    assert!(
+        error.contains("UDP port 51820 of WireGuard cannot be used") && error.contains("encryption.port"),
+        "{error}"
+    );
+}
+
+#[test]
+fn what_waits_for_a_session_is_bounded_and_goes_when_it_comes() {
+    let Some((one, two)) = two() else { return };
+    let first = Weft::open(one, 1);
+    first.set_peers(&[peer(2, secret(2).public(), address(2))]);
+    // Nobody is there yet.
+    first.place.sh("ping -n -q -f -c 300 -i 0.002 -W 0.1 10.77.2.1 || true");
+    assert!(first.dropped(Reason::NoSession) >= 200, "{:?}", first.tunnel.lock().unwrap().monitor().drops());
+    let second = Weft::open(two, 2);
+    second.set_peers(&[peer(1, secret(1).public(), address(1))]);
+    wait_until("what waited arrives", || second.status().received.0 >= 30);
+    ping(&first.place, "10.77.2.1", 3);
+}
+
+#[test]
+fn a_flood_of_handshakes_and_of_noise_leaves_half_of_the_traffic_and_more() {
+    let Some((one, two)) = two() else { return };
+    let weft = [(one, 1), (two, 2)].map(|(place, number)| Weft::open(place, number));
+    weft[0].set_peers(&[peer(2, secret(2).public(), address(2))]);
+    weft[1].set_peers(&[peer(1, secret(1).public(), address(1))]);
+    ping(&weft[0].place, "10.77.2.1", 3);
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let stopped = Arc::clone(&stop);
+    let flood = weft[1].place.run(move || {
+        // From another thread of the same namespace: the namespace's own goes on.
+        std::thread::spawn(move || {
+            let socket = std::net::UdpSocket::bind("192.0.2.2:0").unwrap();
+            let (mut sent, mut datagram) = (0_u32, [0_u8; 148]);
+            datagram[0] = 1;
+            while !stopped.load(std::sync::atomic::Ordering::Relaxed) {
+                datagram[8..12].copy_from_slice(&sent.to_le_bytes());
+                drop(socket.send_to(&datagram, "192.0.2.1:51820"));
+                sent += 1;
+                if sent.is_multiple_of(50) {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            }
+            sent
+        })
+    });
+    ping(&weft[1].place, "10.77.1.1", 100);
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    let sent = flood.join().unwrap();
+    let refused = weft[0].dropped(Reason::Flood) + weft[0].dropped(Reason::BadMac);
+    assert!(refused > 100, "{sent} were sent, {refused} refused");
+    assert!(weft[0].dropped(Reason::BadMac) < u64::from(sent) / 4, "most are refused before any arithmetic");
+}

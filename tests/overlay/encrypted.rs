@@ -1,0 +1,149 @@
+//! What must be encrypted is: tcpdump on the underlay sees no byte of a pod in clear, whatever happens to the daemons.
+
+use std::time::Duration;
+
+use weft_tests::lab::{Backend, Background, Families, Lab, LabOptions, wait_until};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+/// What pods say: 16 bytes over and over (`ping -p`).
+const SECRET: &str = "weft-pod-secret!";
+/// Whatever has a pod's address outside a tunnel, and VXLAN.
+const CLEAR: &str = "net 10.32.0.0/12 or net fd00:32::/48 or udp port 8472";
+
+/// What a capture has.
+#[derive(Debug)]
+struct Found {
+    all: usize,
+    matching: usize,
+    secret: bool,
+}
+
+/// tcpdump, writing to a file of the lab.
+struct Capture<'a> {
+    lab: &'a Lab,
+    place: &'a str,
+    path: String,
+    tcpdump: Background,
+}
+
+impl<'a> Capture<'a> {
+    fn start(lab: &'a Lab, place: &'a str, device: &str) -> Self {
+        let path = format!("/tmp/{}-{place}-{device}.pcap", lab.handle().name());
+        let tcpdump =
+            lab.background(place, &["tcpdump", "-Z", "root", "-i", device, "-U", "-s", "0", "-w", &path]);
+        wait_until("tcpdump captures", PATIENCE, || lab.exec(place, &["test", "-s", &path]).status.success());
+        Self { lab, place, path, tcpdump }
+    }
+
+    /// Ends it, and looks for what a filter finds.
+    fn finish(self, filter: &str) -> Found {
+        self.tcpdump.interrupt();
+        let count = |filter: &str| -> usize {
+            let script = format!("tcpdump -nn -r {} '{filter}' 2>/dev/null | wc -l", self.path);
+            self.lab.sh(self.place, &script).trim().parse().expect("wc counts")
+        };
+        let (all, matching) = (count(""), count(filter));
+        let secret = self.lab.exec(self.place, &["grep", "-a", "-q", SECRET, &self.path]).status.success();
+        self.lab.sh(self.place, &format!("rm {}", self.path));
+        Found { all, matching, secret }
+    }
+}
+
+/// Pods that talk to each other until the lab ends.
+fn talk(lab: &Lab, from: &str, to: (&str, &str)) -> Vec<Background> {
+    let pattern: String = SECRET.bytes().map(|byte| format!("{byte:02x}")).collect();
+    let ping = |ip: std::net::IpAddr| {
+        let address = ip.to_string();
+        lab.background(
+            from,
+            &["ping", "-n", "-i", "0.02", "-s", "400", "-p", &pattern, "-w", "120", &address],
+        )
+    };
+    lab.ips(to.0, to.1).into_iter().map(ping).collect()
+}
+
+/// How many packets the table kept from going or coming in clear.
+fn kept_back(lab: &Lab, node: &str) -> u64 {
+    let rules = lab.sh(node, "nft list table inet weft | grep -o 'counter packets [0-9]*' | cut -d' ' -f3");
+    rules.lines().filter_map(|line| line.parse::<u64>().ok()).sum()
+}
+
+#[test]
+fn no_byte_of_a_pod_crosses_in_clear_whatever_happens_to_the_daemons() {
+    let lab = Lab::up(LabOptions::new("enc").nodes(3).started(2).backend(Backend::Wireguard));
+    let pods = Capture::start(&lab, "n1", "weft0");
+    let underlay = ["n1", "n2"].map(|node| Capture::start(&lab, node, "eth0"));
+    let talks = [talk(&lab, "n1/a", ("n2", "a")), talk(&lab, "n2/b", ("n1", "b"))];
+    lab.start("n3");
+    wait_until("the third node has its routes", PATIENCE, || lab.routes_are_right(&["n1", "n2", "n3"]));
+    for node in ["n1", "n2"] {
+        lab.kill(node);
+        std::thread::sleep(Duration::from_millis(300));
+        lab.start(node);
+        wait_until("pods reach each other again", PATIENCE, || lab.ping("n1/a", lab.ip("n2", "a")));
+    }
+    lab.stop("n1");
+    lab.start("n1");
+    lab.sh("n2", "ip link delete weft-wg");
+    wait_until("the device is back", PATIENCE, || lab.ping("n1/a", lab.ip("n2", "a")));
+    lab.sh("n1", "ip route flush proto 117");
+    wait_until("the routes are back", PATIENCE, || lab.ping("n1/a", lab.ip("n2", "a")));
+    lab.ping_all();
+    talks.into_iter().flatten().for_each(|ping| drop(ping.interrupt()));
+    let seen = pods.finish(CLEAR);
+    assert!(seen.matching > 100 && seen.secret, "before the tunnel there is something to see: {seen:?}");
+    for capture in underlay {
+        let found = capture.finish(CLEAR);
+        assert!(found.all > 300, "the capture sees the tunnels: {found:?}");
+        assert!(found.matching == 0 && !found.secret, "pods in clear on the underlay: {found:?}");
+    }
+}
+
+#[test]
+fn keys_rotate_under_traffic_and_nothing_is_lost_or_clear() {
+    let lab = Lab::up(LabOptions::new("encrot").nodes(3).pods(1).backend(Backend::Wireguard));
+    let underlay = Capture::start(&lab, "n1", "eth0");
+    let keys = || lab.sh("n1", "weft -o json peers");
+    let pings = [("n1/a", "n2"), ("n2/a", "n1"), ("n3/a", "n1")]
+        .map(|(from, to)| lab.background_ping(from, lab.ip(to, "a")));
+    for node in ["n1", "n2", "n1"] {
+        let before = keys();
+        lab.run(node, &["weft", "rotate-key"]);
+        std::thread::sleep(Duration::from_millis(1500));
+        assert!(node == "n1" || keys() != before, "the peers of n1 have other keys");
+    }
+    for (sent, lost) in pings.map(weft_tests::lab::Ping::stop) {
+        assert!(sent > 100 && lost.is_empty(), "{lost:?} of {sent} lost");
+    }
+    let found = underlay.finish(CLEAR);
+    assert!(found.all > 300 && found.matching == 0, "{found:?}");
+}
+
+#[test]
+fn a_clear_route_that_someone_left_is_of_no_use() {
+    let lab = Lab::up(
+        LabOptions::new("encleft").nodes(2).pods(1).overlay(Families::V4).backend(Backend::Wireguard),
+    );
+    let underlay = Capture::start(&lab, "n1", "eth0");
+    assert!(lab.ping("n1/a", lab.ip("n2", "a")));
+    let subnet = lab.subnets("n2").into_iter().next().expect("n2 has a subnet");
+    lab.sh("n1", &format!("ip route add {subnet} via 192.0.2.2 dev eth0"));
+    assert!(!lab.ping("n1/a", lab.ip("n2", "a")), "it does not fall back to the clear route");
+    assert!(kept_back(&lab, "n1") > 0, "what was kept back is counted");
+    lab.sh("n1", &format!("ip route delete {subnet} via 192.0.2.2 dev eth0"));
+    assert!(lab.ping("n1/a", lab.ip("n2", "a")));
+    let found = underlay.finish(CLEAR);
+    assert!(found.all > 0 && found.matching == 0, "{found:?}");
+    // A peer that sends in clear is not heard either; its daemon would mend what makes it so.
+    lab.kill("n2");
+    lab.sh(
+        "n2",
+        &format!(
+            "ip route add {} via 192.0.2.1 dev eth0; nft flush table inet weft",
+            lab.subnets("n1").first().expect("n1 has a subnet")
+        ),
+    );
+    let before = kept_back(&lab, "n1");
+    lab.sh("n2", &format!("ping -n -c 5 -i 0.2 -W 1 -I $(ip -4 -o address show weft0 | awk '{{print $4}}' | cut -d/ -f1) {} || true", lab.ip("n1", "a")));
+    assert!(kept_back(&lab, "n1") > before, "clear packets of a peer that must encrypt are counted");
+}
