@@ -113,7 +113,7 @@ bench-vxlan: deps build ## pod to pod against the same VXLAN made by hand; ratio
 # The newest releases of others, built once into the user's cache.
 PEERS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/weft-tests
 $(PEERS)/bin/wireguard:
-	GOBIN=$(PEERS)/bin go install golang.zx2c4.com/wireguard@latest
+	GOBIN=$(PEERS)/bin go install golang.zx2c4.com/wireguard@v0.0.0-20260522210424-ecfc5a8d5446
 $(PEERS)/bin/boringtun-cli:
 	cargo install --root $(PEERS) boringtun-cli@0.7.1
 $(PEERS)/bin/gotatun:
