@@ -95,7 +95,7 @@ sim: ## simulate whole nodes, SIM_SEEDS runs (1000); WEFT_SEED=n SIM_SEEDS=1 rep
 
 CHAOS_SEEDS ?= 10
 CHAOS_STEPS ?= 200
-chaos: deps build ## break everything in a lab, CHAOS_SEEDS runs (10) of CHAOS_STEPS steps (200)
+chaos: deps build ## break everything in a lab, CHAOS_SEEDS runs (10) of CHAOS_STEPS steps (200); CHAOS_BACKEND=wireguard encrypts
 	WEFT_BIN_DIR=$(BIN) CHAOS_SEEDS=$(CHAOS_SEEDS) CHAOS_STEPS=$(CHAOS_STEPS) \
 		cargo test --locked -p weft-tests --test chaos -- --nocapture befell
 

@@ -113,6 +113,8 @@ pub struct TunnelStatus {
     pub endpoint: SocketAddr,
     /// Since the last handshake; none while there is no session.
     pub handshake: Option<Duration>,
+    /// How many packets wait for a session.
+    pub waiting: usize,
     /// Packets and bytes that were sent, within the tunnel.
     pub sent: (u64, u64),
     /// Packets and bytes that were received.
@@ -444,6 +446,7 @@ impl TunnelMonitor {
                 key: peer.key,
                 endpoint: session.endpoint(),
                 handshake: session.age(),
+                waiting: session.waiting(),
                 sent: (count(&peer.traffic.sent), count(&peer.traffic.sent_bytes)),
                 received: (count(&peer.traffic.received), count(&peer.traffic.received_bytes)),
             }

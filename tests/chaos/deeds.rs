@@ -27,7 +27,7 @@ const PLANTS: [&str; 6] = [
 ];
 
 /// Changes something of weft's without deleting it.
-const TWISTS: [&str; 6] = [
+const TWISTS: [&str; 8] = [
     "m=$(bridge fdb show dev weft-vx4 | awk '/dst/{print $1; exit}') && bridge fdb del $m dev weft-vx4 self; \
      bridge fdb add $m dev weft-vx4 dst 192.0.2.251 self permanent",
     "a=$(ip -o neigh show dev weft-vx4 nud permanent | awk '{print $1; exit}') && \
@@ -36,6 +36,8 @@ const TWISTS: [&str; 6] = [
     "nft flush table inet weft",
     "ip link set weft-vx4 address 02:00:00:00:00:03",
     "ip link set weft0 mtu 1290; ip link set weft-vx4 mtu 1290",
+    "nft flush chain inet weft clear_out; ip link set weft-wg mtu 1290",
+    "for r in $(ip -o route show proto 117 | awk '{print $1}'); do ip route replace $r dev weft0 proto 117 metric 2117; done",
 ];
 
 /// What the steps of this module leave to be undone.

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use serde_json::Value;
-use weft_tests::lab::{Lab, LabOptions, Ping, Request};
+use weft_tests::lab::{Backend, Lab, LabOptions, Ping, Request};
 
 use super::deeds::Deeds;
 use super::step::{Kind, Step};
@@ -15,6 +15,18 @@ pub const NODES: usize = 6;
 pub const BEFALLEN: usize = 4;
 /// The most pods of a node.
 const MOST_PODS: usize = 6;
+/// Counts on the underlay what has a pod's address outside a tunnel, and VXLAN.
+const CLEAR: &str = "nft -f - <<'END'
+table bridge clear {
+  chain forward {
+    type filter hook forward priority 0
+    ip saddr 10.32.0.0/12 counter
+    ip daddr 10.32.0.0/12 counter
+    udp dport 8472 counter
+  }
+}
+END";
+
 /// What the disk of a node's state holds, in KiB.
 const DISK_KIB: u32 = 2048;
 
@@ -28,6 +40,8 @@ pub struct World {
     next_pod: usize,
     /// What the steps of several commands have left.
     pub deeds: Deeds,
+    /// All pod traffic must be encrypted.
+    pub encrypted: bool,
 }
 
 fn name(node: usize) -> String {
@@ -40,19 +54,22 @@ impl World {
         // Two tests may have a lab at the same time.
         static LABS: AtomicUsize = AtomicUsize::new(0);
         let label = format!("chaos{}", LABS.fetch_add(1, Ordering::Relaxed));
-        let options = LabOptions::new(&label).nodes(NODES).started(0).pods(1);
+        let encrypted = std::env::var("CHAOS_BACKEND").is_ok_and(|backend| backend == "wireguard");
+        let backend = if encrypted { Backend::Wireguard } else { Backend::Vxlan };
+        let options = LabOptions::new(&label).nodes(NODES).started(0).pods(1).backend(backend);
         // Without an address of its own in the configuration a node takes what the device has. The store has a
         // directory of its own behind a link, so that it goes and comes at once.
         let config = "[underlay]\naddress = []\n[store]\npath = \"/run/weft-lab/shared/store/store.db\"";
         let lab = Lab::up(options.config(config));
         lab.sh("n1", "cd /run/weft-lab/shared && mkdir real && ln -s real store");
+        lab.sh("underlay", CLEAR);
         for node in 1..=NODES {
             let mount = format!("mount -t tmpfs -o size={DISK_KIB}k,mode=0755 weft-state /var/lib/weft");
             lab.sh(name(node).as_str(), &mount);
             lab.start(&name(node));
         }
         let (store_lost, store_locked, moved, foreign, deeds) = Default::default();
-        Self { lab, store_lost, store_locked, moved, foreign, next_pod: 0, deeds }
+        Self { lab, store_lost, store_locked, moved, foreign, next_pod: 0, deeds, encrypted }
     }
 
     /// The names of all nodes.
@@ -125,14 +142,17 @@ impl World {
                 let list = "ip -o address show dev weft0 | awk '{print $4, \"dev weft0\"}'";
                 self.delete(&node, choice, list, "ip address del");
             }
-            Kind::DeleteLink => {
-                self.delete(&node, choice, "ls /sys/class/net | grep -E '^weft(0|-vx[46])$'", "ip link del")
-            }
+            Kind::DeleteLink => self.delete(
+                &node,
+                choice,
+                "ls /sys/class/net | grep -E '^weft(0|-vx[46]|-wg)$'",
+                "ip link del",
+            ),
             Kind::DownLink => {
                 self.delete(
                     &node,
                     choice,
-                    "ls /sys/class/net | grep -E '^weft(0|-vx[46])$'",
+                    "ls /sys/class/net | grep -E '^weft(0|-vx[46]|-wg)$'",
                     "ip link set down dev",
                 );
             }
@@ -287,6 +307,12 @@ impl World {
                 }
             }
         }
+    }
+
+    /// How many packets of pods crossed the underlay in clear, or in VXLAN.
+    pub fn clear_packets(&self) -> u64 {
+        let script = "nft list table bridge clear | grep -o 'packets [0-9]*' | cut -d' ' -f2";
+        self.lab.sh("underlay", script).lines().filter_map(|line| line.parse::<u64>().ok()).sum()
     }
 
     /// What weft says of a node's pods: the container of each.

@@ -461,6 +461,24 @@ impl Node {
             "no other node has this name, key or subnet".into(),
             "every node needs its own name and the cluster's key",
         );
+        if let Some(tunnels) = self.tunnels() {
+            let tunnels = tunnels.status();
+            let sessions = tunnels.iter().filter(|tunnel| tunnel.handshake.is_some()).count();
+            let silent = tunnels.iter().filter(|tunnel| tunnel.handshake.is_none() && tunnel.waiting > 0);
+            check(
+                "tunnels",
+                silent
+                    .map(|tunnel| {
+                        format!("{} does not answer handshakes at {}", tunnel.node, tunnel.endpoint)
+                    })
+                    .collect(),
+                format!(
+                    "sessions with {sessions} of {} peers; the others had nothing to carry",
+                    tunnels.len()
+                ),
+                "check that UDP port encryption.port is open between the nodes",
+            );
+        }
         check(
             "kernel",
             status

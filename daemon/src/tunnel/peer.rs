@@ -165,7 +165,12 @@ impl Session {
         self.ready
     }
 
-    /// Seconds since the last handshake.
+    /// How many packets wait for a session.
+    pub(super) fn waiting(&self) -> usize {
+        if self.ready { 0 } else { self.waiting }
+    }
+
+    /// Since the last handshake.
     pub(super) fn age(&self) -> Option<std::time::Duration> {
         self.tunn.as_ref().and_then(|tunn| tunn.time_since_last_handshake())
     }
