@@ -240,7 +240,7 @@ impl Shared {
             let mut session = peer.session();
             session.tick(batch);
             // Anyone can send such data: it makes this node ask where it would ask anyway, at most so often.
-            if !session.ready() && strangers.contains(&session.endpoint()) {
+            if !session.ready() && session.may_ask() && strangers.contains(&session.endpoint()) {
                 session.initiate(batch);
             }
             session.endpoint()

@@ -266,6 +266,42 @@ fn a_key_is_rotated_under_traffic_without_a_lost_packet() {
     });
 }
 
+/// The resident memory of this process in KiB.
+fn resident() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+#[test]
+fn two_thousand_peers_are_known_at_once_and_cost_little_until_they_speak() {
+    let Some((one, two)) = two() else { return };
+    let [first, second] = [(one, 1), (two, 2)].map(|(place, number)| Weft::open(place, number));
+    second.set_peers(&[peer(1, secret(1).public(), address(1))]);
+    let peers: Vec<TunnelPeer> = (0..2000_u32)
+        .map(|number| {
+            let mut key = [7; 32];
+            key[..4].copy_from_slice(&number.to_be_bytes());
+            let [_, _, high, low] = number.to_be_bytes();
+            TunnelPeer {
+                node: format!("m{number}").parse().unwrap(),
+                prefixes: vec![format!("10.{}.{low}.0/24", 100 + high).parse().unwrap()],
+                ..peer(2, TunnelKey(key), address(200))
+            }
+        })
+        .chain([peer(2, secret(2).public(), address(2))])
+        .collect();
+    let (before, began) = (resident(), Instant::now());
+    assert_eq!(first.set_peers(&peers), Vec::<String>::new());
+    let (known, took) = (resident().saturating_sub(before), began.elapsed());
+    let again = Instant::now();
+    first.set_peers(&peers[1..]);
+    println!("2,001 peers: {known} KiB, {took:?}; one less: {:?}", again.elapsed());
+    // A session of boringtun's takes 11 KB.
+    assert!(known < 11 * 2000 / 2, "{known} KiB for 2,001 silent peers");
+    ping(&first.place, "10.77.2.1", 5);
+}
+
 #[test]
 fn keys_that_cannot_be_are_refused_by_name() {
     let Some((one, _two)) = two() else { return };

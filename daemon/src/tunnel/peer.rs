@@ -5,6 +5,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use boringtun::noise::errors::WireGuardError;
 use boringtun::noise::{Tunn, TunnResult};
@@ -52,6 +53,8 @@ pub(super) struct Session {
     /// There is a session to seal with.
     ready: bool,
     waiting: usize,
+    /// When a session was asked for last, and how often without an answer.
+    asked: Option<(Instant, u32)>,
     padded: Vec<u8>,
 }
 
@@ -93,6 +96,7 @@ impl Peer {
             endpoint,
             ready: false,
             waiting: 0,
+            asked: None,
             padded: Vec::new(),
         };
         Self {
@@ -171,7 +175,7 @@ impl Session {
     }
 
     /// Since the last handshake.
-    pub(super) fn age(&self) -> Option<std::time::Duration> {
+    pub(super) fn age(&self) -> Option<Duration> {
         self.tunn.as_ref().and_then(|tunn| tunn.time_since_last_handshake())
     }
 
@@ -209,6 +213,9 @@ impl Session {
             _ => 0,
         });
         self.ready = is_data;
+        if !is_data && self.asked.is_none() {
+            self.asked = Some((Instant::now(), 0));
+        }
         self.padded = padded;
     }
 
@@ -264,6 +271,7 @@ impl Session {
     /// Sends what waited for a session.
     fn release(&mut self, answers: &mut Batch) {
         self.waiting = 0;
+        self.asked = None;
         let Some(tunn) = &mut self.tunn else { return };
         let mut more = true;
         while more {
@@ -296,6 +304,9 @@ impl Session {
         } else if self.ready && tunn.time_since_last_handshake().is_none() {
             self.ready = false;
         }
+        if self.is_overdue() {
+            self.initiate(batch);
+        }
     }
 
     /// Forgets all session keys.
@@ -303,12 +314,26 @@ impl Session {
         self.tunn = None;
         self.ready = false;
         self.waiting = 0;
+        self.asked = None;
     }
 
-    /// Asks for a session, if none is being asked for.
+    /// Whether packets wait and the answer to the last request is late. WireGuard asks again after five seconds (whitepaper
+    /// s6.1); the first requests of a node that just came, moved or was cut off are often lost, so they are repeated sooner.
+    fn is_overdue(&self) -> bool {
+        !self.ready && self.waiting > 0 && self.may_ask()
+    }
+
+    /// Whether the last request for a session had the time to be answered.
+    pub(super) fn may_ask(&self) -> bool {
+        self.asked.is_none_or(|(at, times)| at.elapsed() >= Duration::from_secs(1 << times.min(2)))
+    }
+
+    /// Asks for a session, whether one is being asked for or not.
     pub(super) fn initiate(&mut self, batch: &mut Batch) {
+        let times = self.asked.map_or(0, |(_, times)| times + 1);
+        self.asked = Some((Instant::now(), times));
         let tunn = self.tunn();
-        batch.push(LEAST_ROOM, |room| match tunn.format_handshake_initiation(room, false) {
+        batch.push(LEAST_ROOM, |room| match tunn.format_handshake_initiation(room, true) {
             TunnResult::WriteToNetwork(datagram) => datagram.len(),
             _ => 0,
         });
