@@ -128,6 +128,8 @@ pub struct EncryptionConfig {
     pub policy: Encryption,
     /// The UDP port of WireGuard.
     pub port: u16,
+    /// How long the node's tunnel key is used before it makes another.
+    pub rotate_after: Duration,
 }
 
 /// What is done about TX checksum offload on the VXLAN devices.

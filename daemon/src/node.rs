@@ -80,6 +80,8 @@ pub struct Node {
     /// Why gossip does not listen on some address.
     unheard: Vec<String>,
     survey: Instant,
+    /// When the tunnel key is replaced.
+    rekey: Instant,
 }
 
 /// The receiving ends of all shells.
@@ -173,6 +175,9 @@ impl Node {
             self.survey = now + SURVEY;
             self.pods.survey();
         }
+        if self.rekey <= now {
+            self.rotate_on_schedule(now);
+        }
         let until = loop {
             match self.control.poll_output(now) {
                 Output::Remember { durable } => self.remember(durable, now),
@@ -196,6 +201,7 @@ impl Node {
         let wakes = [
             Some(until),
             Some(self.survey),
+            Some(self.rekey),
             self.pings.values().map(|ping| ping.deadline).min(),
             self.leaving.as_ref().map(|leaving| leaving.wake(now)),
         ];

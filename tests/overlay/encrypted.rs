@@ -120,6 +120,43 @@ fn keys_rotate_under_traffic_and_nothing_is_lost_or_clear() {
 }
 
 #[test]
+fn keys_rotate_on_schedule_and_nothing_is_lost() {
+    let options = LabOptions::new("encsched").nodes(2).pods(1).backend(Backend::Wireguard);
+    let lab = Lab::up(options.config("[encryption]\nrotate_after = \"2s\""));
+    let key = || lab.weft("n1", &["status"])["tunnels"]["key"].to_string();
+    let ping = lab.background_ping("n1/a", lab.ip("n2", "a"));
+    let mut keys = std::collections::BTreeSet::new();
+    wait_until("the key has changed twice", PATIENCE, || {
+        keys.insert(key());
+        keys.len() >= 3
+    });
+    let (sent, lost) = ping.stop();
+    assert!(sent > 100 && lost.is_empty(), "{lost:?} of {sent} lost");
+}
+
+#[test]
+fn pods_hear_how_much_fits_through_a_narrow_tunnel() {
+    let lab = Lab::up(LabOptions::new("encmtu").nodes(2).pods(1).backend(Backend::Wireguard));
+    lab.sh("n2", "ip link set eth0 mtu 1400");
+    // 60 bytes less for WireGuard over IPv4.
+    let narrow = || lab.run("n1", &["ip", "route"]).contains("mtu 1340");
+    wait_until("n1 knows what fits", PATIENCE, narrow);
+    for ip in lab.ips("n2", "a") {
+        let address = ip.to_string();
+        let header = if ip.is_ipv4() { 28 } else { 48 };
+        let send = |bytes: usize| {
+            let size = (bytes - header).to_string();
+            let words = ["ping", "-n", "-M", "do", "-c", "2", "-i", "0.2", "-W", "1", "-s", &size, &address];
+            let output = lab.exec("n1/a", &words);
+            String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+        };
+        assert!(send(1340).contains(" 0% packet loss"), "what fits arrives: {}", send(1340));
+        let told = send(1400);
+        assert!(told.contains("1340"), "the pod is told what fits: {told}");
+    }
+}
+
+#[test]
 fn a_clear_route_that_someone_left_is_of_no_use() {
     let lab = Lab::up(
         LabOptions::new("encleft").nodes(2).pods(1).overlay(Families::V4).backend(Backend::Wireguard),

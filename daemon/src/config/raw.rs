@@ -159,11 +159,12 @@ impl Default for Overlay {
 struct Encrypt {
     policy: Encryption,
     port: u16,
+    rotate_after: Span,
 }
 
 impl Default for Encrypt {
     fn default() -> Self {
-        Self { policy: Encryption::Never, port: 51820 }
+        Self { policy: Encryption::Never, port: 51820, rotate_after: Span(Duration::from_secs(24 * 3600)) }
     }
 }
 
@@ -389,7 +390,11 @@ impl Raw {
                 },
                 mtu: self.overlay.mtu,
             },
-            encryption: EncryptionConfig { policy: self.encryption.policy, port: self.encryption.port },
+            encryption: EncryptionConfig {
+                policy: self.encryption.policy,
+                port: self.encryption.port,
+                rotate_after: self.encryption.rotate_after.0,
+            },
             masquerade: MasqueradeConfig { enabled: self.masquerade.enabled, except: self.masquerade.except },
             pods: PodsConfig { reserved: self.pods.reserved, hairpin: self.pods.hairpin },
             metrics,

@@ -1,9 +1,9 @@
 //! Rotation of the cluster keys and of the node's own key. Each change is on the disk before it is used.
 
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use tracing::info;
+use tracing::{info, warn};
 use weft_wire::api::{ClusterKeyRequest, ClusterKeys, Reply, ReplyBody};
 use weft_wire::mesh::NodeKey;
 use weft_wire::seal::{ClusterKey, KeyRing};
@@ -11,6 +11,9 @@ use weft_wire::types::TunnelKey;
 
 use super::{Node, worker};
 use crate::state::{self, StateError};
+
+/// After a rotation on schedule that failed.
+const RETRY: Duration = Duration::from_secs(60);
 
 /// Reads the cluster keys: one of 64 hexadecimal digits a line, `#` starts a comment, the first one seals.
 pub(super) fn read_ring(path: &Path) -> Result<KeyRing, String> {
@@ -84,6 +87,22 @@ impl Node {
             }
         }
         KeyRing::new(keys).map(Some).map_err(|error| (1, error.to_string()))
+    }
+
+    /// Replaces the key of the tunnels, where there are any, and says when it is time again.
+    pub(super) fn rotate_on_schedule(&mut self, now: Instant) {
+        let pause = match self.rotate_tunnel_key(now) {
+            Ok(key) => {
+                // Nodes that started together do not rotate together: up to an eighth later.
+                let after = self.control.config.encryption.rotate_after;
+                after + after / 2048 * key.map_or(0, |key| u32::from(key.0[0]))
+            }
+            Err(error) => {
+                warn!(err = %error, "tunnel key not rotated");
+                RETRY
+            }
+        };
+        self.rekey = now + pause;
     }
 
     fn rotate_tunnel_key(&mut self, now: Instant) -> Result<Option<TunnelKey>, StateError> {

@@ -109,6 +109,7 @@ pub fn start(config: Config) -> Result<Node, Fatal> {
     info!(node = %config.node.name, site = %config.node.site, incarnation = memory.incarnation, "weftd started");
     let seed = state::random().map_err(fatal)?;
     let tunnel = tunnel.map(|secret| secret.public());
+    let rekey = now + config.encryption.rotate_after;
     let start = Start { config, memory, boot, key, ring: ring.clone(), tunnel, seed };
     let control = Control::new(start, now);
     let mut node = Node {
@@ -127,6 +128,7 @@ pub fn start(config: Config) -> Result<Node, Fatal> {
         preflight,
         unheard: Vec::new(),
         survey: now,
+        rekey,
     };
     node.pods_changed(now);
     Ok(node)
