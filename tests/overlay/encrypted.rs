@@ -157,6 +157,48 @@ fn pods_hear_how_much_fits_through_a_narrow_tunnel() {
 }
 
 #[test]
+fn what_keeps_tunnels_from_coming_up_is_named_and_they_come_when_it_goes() {
+    let lab = Lab::up(LabOptions::new("encbad").nodes(2).pods(1).backend(Backend::Wireguard));
+    let failed = || lab.weft("n2", &["status"])["reconcile"]["failed"].to_string();
+    let reach = || lab.ping("n1/a", lab.ip("n2", "a"));
+    lab.stop("n2");
+    lab.sh("n2", "mount --bind /dev/null /dev/net/tun");
+    // The lab's own start waits until the daemon is ready, which this one is not.
+    let start = || lab.background("n2", &["weftd", "--config", "/etc/weft/weft.toml"]);
+    let answers = || lab.exec("n2", &["weft", "status"]).status.code() != Some(3);
+    let daemon = start();
+    wait_until("the device is named", PATIENCE, || answers() && failed().contains("/dev/net/tun"));
+    assert!(!reach(), "nothing goes in clear instead");
+    lab.sh("n2", "umount /dev/net/tun");
+    wait_until("the tunnels are there", PATIENCE, || reach() && failed() == "[]");
+
+    drop(daemon.interrupt());
+    let other = lab.background("n2", &["wireguard-go", "-f", "other0"]);
+    let up = "wg set other0 listen-port 51820 && ip link set other0 up";
+    wait_until("another WireGuard runs", PATIENCE, || lab.exec("n2", &["sh", "-c", up]).status.success());
+    wait_until("the port is taken", PATIENCE, || lab.run("n2", &["ss", "-Hlun"]).contains(":51820"));
+    let daemon = start();
+    wait_until("the port is named", PATIENCE, || answers() && failed().contains("UDP port 51820"));
+    drop(other.interrupt());
+    wait_until("the tunnels are there again", PATIENCE, || reach() && failed() == "[]");
+
+    drop(daemon.interrupt());
+    for (spoil, named) in [
+        ("chmod 644 /var/lib/weft/tunnel.key", "tunnel.key"),
+        (
+            "chmod 600 /var/lib/weft/tunnel.key; echo nonsense >/var/lib/weft/tunnel.key",
+            "44 characters of base64",
+        ),
+    ] {
+        lab.sh("n2", spoil);
+        let output = lab.exec("n2", &["timeout", "20", "weftd", "--config", "/etc/weft/weft.toml"]);
+        let said =
+            String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.code() == Some(1) && said.contains(named), "{:?}: {said}", output.status);
+    }
+}
+
+#[test]
 fn a_clear_route_that_someone_left_is_of_no_use() {
     let lab = Lab::up(
         LabOptions::new("encleft").nodes(2).pods(1).overlay(Families::V4).backend(Backend::Wireguard),
