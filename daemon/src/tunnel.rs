@@ -317,13 +317,11 @@ impl Tunnel {
         tunnel.spawn("tunnel-out", outbound::run)?;
         tunnel.spawn("tunnel-timers", Shared::tick)?;
         for v4 in [true, false] {
-            let shared = Arc::clone(&tunnel.shared);
             let udp = move |shared: &Shared| {
                 if let Some(udp) = if v4 { &shared.v4 } else { &shared.v6 } {
                     inbound::run(shared, udp);
                 }
             };
-            drop(shared);
             tunnel.spawn(if v4 { "tunnel-in4" } else { "tunnel-in6" }, udp)?;
         }
         Ok(tunnel)

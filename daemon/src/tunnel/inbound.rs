@@ -110,6 +110,10 @@ impl Inbound<'_> {
                 0
             }
             Opened::Nothing => 0,
+            Opened::Dropped(Reason::UnknownSession) => {
+                self.shared.unknown_session(from);
+                0
+            }
             Opened::Dropped(reason) => {
                 self.shared.counters.drop(reason);
                 0
