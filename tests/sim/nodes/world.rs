@@ -388,6 +388,8 @@ impl World {
                 machine.link = Link::default();
                 machine.disk.full = false;
                 machine.meddling.clear();
+                // A refusal that nothing has met yet is trouble too.
+                (machine.kernel.refusals, machine.kernel.failed_dumps) = (0, 0);
                 machine.find_underlay(now);
                 if off {
                     machine.lose_power();
