@@ -2,7 +2,8 @@
 //! daemon: a TUN device, a UDP socket a family, and a thread for each direction.
 //!
 //! It decides nothing about who is a peer or what goes through it: the control path hands over a whole table, which the
-//! data path reads. Invariants: no lock is taken per packet, but one per run of packets of a peer; what waits is bounded;
+//! data path reads. Invariants: locks are taken once for each read of the device or of a socket, never for each packet of a
+//! super-packet; what waits is bounded;
 //! every packet that is dropped is counted with its reason; an address within a tunnel is of the peer that sealed it.
 
 mod counters;
@@ -143,7 +144,7 @@ pub enum TunnelError {
         source: io::Error,
     },
     /// The system gives no thread.
-    #[error("no thread for the tunnels: {0}")]
+    #[error("no thread for the tunnels: {0}; raise the limit of processes (`ulimit -u`, TasksMax=)")]
     Thread(#[source] io::Error),
 }
 

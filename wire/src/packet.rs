@@ -32,14 +32,6 @@ pub fn version(packet: &[u8]) -> Option<u8> {
     }
 }
 
-/// Returns the source address, where [`version`] is known.
-pub fn source(packet: &[u8]) -> Option<IpAddr> {
-    match version(packet)? {
-        4 => ipv4_at(packet, 12),
-        _ => ipv6_at(packet, 8),
-    }
-}
-
 /// Returns the destination address, where [`version`] is known. Routing headers are not followed.
 pub fn destination(packet: &[u8]) -> Option<IpAddr> {
     match version(packet)? {

@@ -146,6 +146,21 @@ fn sealed(inputs: &Inputs) -> Vec<IpNet> {
     }
 }
 
+/// Returns the peer's endpoint of a usable family that both have, IPv4 first.
+fn common_underlay(inputs: &Inputs, peer: &Peer, usable: impl Fn(bool) -> bool) -> Option<(bool, IpAddr)> {
+    [true, false].into_iter().filter(|v4| usable(*v4)).find_map(|v4| {
+        let endpoint = peer.underlay.iter().copied().find(|address| address.is_ipv4() == v4)?;
+        local(inputs, v4).map(|_| (v4, endpoint))
+    })
+}
+
+fn no_common_underlay(peer: &Peer) -> String {
+    format!(
+        "{} and this node have no underlay family in common; give both an IPv4 or IPv6 address",
+        peer.node
+    )
+}
+
 fn must_encrypt(inputs: &Inputs, peer: &Peer) -> bool {
     let demands = |policy: Encryption| policy.demands(&inputs.site, &peer.site);
     demands(inputs.dataplane.encryption) || demands(peer.encryption)
@@ -169,14 +184,8 @@ fn encrypted_way(
             "pod traffic with {node} must be encrypted, and it announces no tunnel key; set encryption.policy there as here"
         ));
     };
-    let common = [true, false].into_iter().find_map(|v4| {
-        let endpoint = peer.underlay.iter().copied().find(|address| address.is_ipv4() == v4)?;
-        local(inputs, v4).map(|_| (v4, endpoint))
-    });
-    let Some((v4, endpoint)) = common else {
-        return Err(format!(
-            "{node} and this node have no underlay family in common; give both an IPv4 or IPv6 address"
-        ));
+    let Some((v4, endpoint)) = common_underlay(inputs, peer, |_| true) else {
+        return Err(no_common_underlay(peer));
     };
     let endpoint = SocketAddr::new(endpoint, facts.port);
     let entry = peers.entry(facts.key).or_insert_with(|| TunnelPeer {
@@ -231,22 +240,13 @@ fn plan_subnet(inputs: &Inputs, peer: &Peer, subnet: Subnet, plan: &mut Desired)
             ),
         );
     }
-    let common = [true, false].into_iter().find_map(|v4| {
-        let endpoint = peer.underlay.iter().copied().find(|address| address.is_ipv4() == v4)?;
-        let mac = if v4 { peer.vtep_v4 } else { peer.vtep_v6 }?;
-        local(inputs, v4).map(|_| (device_of(v4), endpoint, mac))
-    });
-    let Some(((dev, overhead), endpoint, mac)) = common else {
-        return tell(
-            plan,
-            Transport::Vxlan,
-            None,
-            format!(
-                "{} and this node have no underlay family in common; give both an IPv4 or IPv6 address",
-                peer.node
-            ),
-        );
+    let vtep = |v4: bool| if v4 { peer.vtep_v4 } else { peer.vtep_v6 };
+    let common = common_underlay(inputs, peer, |v4| vtep(v4).is_some());
+    let common = common.and_then(|(v4, endpoint)| Some((v4, endpoint, vtep(v4)?)));
+    let Some((v4, endpoint, mac)) = common else {
+        return tell(plan, Transport::Vxlan, None, no_common_underlay(peer));
     };
+    let (dev, overhead) = device_of(v4);
     let room = peer.mtu.min(inputs.underlay.mtu).saturating_sub(overhead);
     let mtu = (room < plan.pod_mtu).then_some(room);
     // The kernel refuses an IPv6 gateway that it would reach through another device, which the subnet's own address

@@ -14,7 +14,7 @@ use nix::sys::uio::writev;
 use tun_rs::{DeviceBuilder, SyncDevice};
 use weft_wire::packet::VnetHeader;
 
-/// How many packets wait in the device while the daemon is busy or away.
+/// How many packets wait in the device while the daemon is busy; while it is away, they are dropped.
 const QUEUE: u32 = 1000;
 
 /// An open device.
