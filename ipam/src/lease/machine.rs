@@ -150,10 +150,12 @@ impl Leasing {
                 told: None,
             }
         };
+        let slots = Family::ALL.map(slot);
+        let newest = slots.iter().filter_map(|slot| Some(slot.held.as_ref()?.lease.epoch.0)).max();
         Self {
-            slots: Family::ALL.map(slot),
+            slots,
             rng: ChaCha8Rng::from_seed(seed),
-            view: View::default(),
+            view: View::since(newest.unwrap_or(0)),
             in_flight: None,
             events: VecDeque::new(),
             list_now: true,

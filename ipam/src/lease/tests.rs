@@ -512,6 +512,40 @@ fn an_old_snapshot_is_not_believed() {
 }
 
 #[test]
+fn a_restarted_node_does_not_believe_a_list_older_than_its_lease() {
+    let mut world = World::new();
+    // The subnet was leased under this name by a key that was lost with its disk.
+    let before = LeaseConfig { key: key(9), ..config(1, ONE, "boot-0") };
+    let mut gone = Leasing::new(before, Vec::new(), SEED, world.now);
+    world.run(&mut gone);
+    let old = world.map.list("s");
+    gone.release(world.now);
+    world.run(&mut gone);
+    let mut a = node(&world, 1, ONE);
+    let held = acquired(&world.run(&mut a));
+    let mut again = Leasing::new(config(1, ONE, "boot-1b"), held.clone(), SEED, world.now);
+    assert_eq!(again.poll_output(world.now), Output::List);
+    again.handle_snapshot(&old, world.now);
+    assert!(matches!(again.poll_output(world.now), Output::Wait { .. }));
+    assert_eq!(again.held(), held);
+    assert_eq!(world.pass(TTL / 60, &mut [&mut again]), [LeaseEvent::Renewed(held[0])]);
+}
+
+#[test]
+fn a_restored_store_is_believed_after_a_while_although_it_is_older_than_the_lease() {
+    let mut world = World::new();
+    let mut a = node(&world, 1, ONE);
+    let backup = world.map.clone();
+    let held = acquired(&world.run(&mut a));
+    world.map = backup;
+    let mut again = Leasing::new(config(1, ONE, "boot-1b"), held.clone(), SEED, world.now);
+    let events = world.pass(TTL / 20, &mut [&mut again]);
+    let [LeaseEvent::Acquired(lease)] = events[..] else { panic!("{events:?}") };
+    assert_eq!(lease.subnet, held[0].subnet);
+    assert!(lease.epoch > held[0].epoch);
+}
+
+#[test]
 fn the_lease_value_is_the_documented_json() {
     let text = format!(
         r#"{{"subnet":"10.32.4.0/24","node":"n1","site":"default","key":"{}","epoch":17,"ttl_ms":3600000,"renewals":4,"boot":"b"}}"#,

@@ -61,8 +61,16 @@ pub(super) struct View {
 }
 
 impl View {
+    /// Knows nothing yet, but that the store wrote something at `revision`.
+    ///
+    /// An answer from before it says nothing of today. A lease's epoch is such a revision, in the store
+    /// that gave it (`judge`): what a lagging replica had before the lease was made is not held against it.
+    pub(super) fn since(revision: u64) -> Self {
+        Self { revision, ..Self::default() }
+    }
+
     pub(super) fn absorb(&mut self, snapshot: &Snapshot, now: Instant, most_gap: Duration) -> Absorbed {
-        let same_store = self.store_id.as_ref() == Some(&snapshot.store_id);
+        let same_store = self.store_id.as_ref().is_none_or(|known| *known == snapshot.store_id);
         if same_store && snapshot.revision < self.revision && self.stale < MOST_STALE {
             self.stale += 1;
             return Absorbed::Stale;
