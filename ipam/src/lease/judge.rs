@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use weft_wire::types::{Epoch, PublicKey, Subnet};
 
-use super::machine::{Held, Leasing, Proof, Request, Step};
+use super::machine::{Claim, Held, Leasing, Proof, Request, Step};
 use super::view::Observed;
 use super::{HeldLease, LeaseConflict, LeaseEvent, LeaseValue, Output};
 use crate::carve::Family;
@@ -65,16 +65,26 @@ impl Leasing {
         } else if claim.lease.epoch.0 < claim.created {
             Step::Raise(claim)
         } else {
-            return self.settle(index, claim.lease, claim.created, now);
+            return self.settle(index, claim, now);
         };
     }
 
     /// Turns a claim into a lease.
-    pub(super) fn settle(&mut self, index: usize, lease: HeldLease, revision: u64, now: Instant) {
+    ///
+    /// Not if it took so long that others may have seen the entry expire meanwhile: their clocks may be
+    /// faster than this one, but not twice as fast. The subnet is then claimed anew, under a later epoch.
+    pub(super) fn settle(&mut self, index: usize, claim: Claim, now: Instant) {
+        let late = now.saturating_duration_since(claim.asked) > self.config.ttl / 2;
+        if late {
+            self.list_now = true;
+            self.slots[index].step = Step::Rest;
+            return;
+        }
+        let Claim { lease, created, .. } = claim;
         let renew_at = now + self.jittered(self.config.renew_every);
         let renew_at = if lease.key == self.config.key { renew_at } else { now };
         let slot = &mut self.slots[index];
-        slot.held = Some(Held { lease, proof: Proof::Entry(revision), written: true, renewals: 0, renew_at });
+        slot.held = Some(Held { lease, proof: Proof::Entry(created), written: true, renewals: 0, renew_at });
         slot.step = Step::Rest;
         slot.fenced = false;
         slot.told = None;
@@ -298,7 +308,8 @@ impl Leasing {
             let owner = self.owner(value, self.config.key);
             match owner {
                 Owner::ThisRun => {}
-                Owner::OtherRun if !established || seen.expired() => {}
+                Owner::OtherRun if established.is_none_or(|since| seen.revision < since) => {}
+                Owner::OtherRun if seen.expired() => {}
                 Owner::OtherRun => return OwnEntry::Clone(subnet, value.key),
                 Owner::Namesake | Owner::Other => continue,
             }

@@ -51,6 +51,17 @@ pub(super) struct Held {
 pub(super) struct Claim {
     pub(super) lease: HeldLease,
     pub(super) created: u64,
+    /// When the write was asked for: others count from then at the earliest.
+    pub(super) asked: Instant,
+}
+
+/// The one request that waits for its answer.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct InFlight {
+    request: Request,
+    /// What it writes or deletes.
+    key: Option<Key>,
+    asked: Instant,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -72,8 +83,9 @@ pub(super) struct Slot {
     pub(super) step: Step,
     /// A lease was lost in this run and none acquired since.
     pub(super) fenced: bool,
-    /// This run has written a claim: an entry under our name and key but of another run is a clone's.
-    pub(super) established: bool,
+    /// The revision of this run's first write: an entry under our name and key but of another run that
+    /// was written later is a clone's.
+    pub(super) established: Option<u64>,
     /// Where the search for a block starts.
     pub(super) start: u64,
     pub(super) seek_at: Option<Instant>,
@@ -99,7 +111,7 @@ pub struct Leasing {
     pub(super) rng: ChaCha8Rng,
     pub(super) view: View,
     pub(super) slots: [Slot; 2],
-    pub(super) in_flight: Option<(Request, Option<Key>)>,
+    pub(super) in_flight: Option<InFlight>,
     pub(super) events: VecDeque<LeaseEvent>,
     pub(super) list_now: bool,
     pub(super) list_at: Instant,
@@ -144,7 +156,7 @@ impl Leasing {
                 held,
                 step: Step::Rest,
                 fenced: false,
-                established: false,
+                established: None,
                 start,
                 seek_at: None,
                 told: None,
@@ -172,15 +184,14 @@ impl Leasing {
 
     /// Takes the answer to `List`.
     pub fn handle_snapshot(&mut self, snapshot: &Snapshot, now: Instant) {
-        if !matches!(self.in_flight, Some((Request::List, _))) {
+        if self.in_flight.take_if(|sent| matches!(sent.request, Request::List)).is_none() {
             return;
         }
-        self.in_flight = None;
         let absorbed = self.view.absorb(snapshot, now, self.most_gap());
         if absorbed == Absorbed::Replaced {
             // An entry of an earlier run of this node is then no sign of a second one that runs.
             for slot in &mut self.slots {
-                slot.established = false;
+                slot.established = None;
                 slot.held.iter_mut().for_each(|held| held.written = false);
             }
         }
@@ -198,7 +209,7 @@ impl Leasing {
 
     /// Takes the answer to `Put`: the new revision, or what the store holds instead.
     pub fn handle_put(&mut self, key: Key, result: Result<u64, Option<Entry>>, now: Instant) {
-        let Some((request, _)) = self.take_request(key) else { return };
+        let Some(InFlight { request, asked, .. }) = self.take_request(key) else { return };
         let revision = match result {
             Ok(revision) => revision,
             Err(current) => return self.conflict(key, current.as_ref(), now),
@@ -207,18 +218,18 @@ impl Leasing {
         match request {
             Request::Claim(slot, lease) => {
                 self.wrote(lease, 0, revision);
-                self.slots[slot].established = true;
-                self.slots[slot].step = Step::Claimed(Claim { lease, created: revision });
+                self.slots[slot].established.get_or_insert(revision);
+                self.slots[slot].step = Step::Claimed(Claim { lease, created: revision, asked });
                 // Acquired only when a list that includes this write shows nothing that overlaps.
                 self.list_now = true;
             }
             Request::Raise(slot, lease) => {
                 self.wrote(lease, 0, revision);
-                self.settle(slot, lease, revision, now);
+                self.settle(slot, Claim { lease, created: revision, asked }, now);
             }
             Request::Renew(slot, key) => {
                 let renew_at = now + self.jittered(self.config.renew_every);
-                self.slots[slot].established = true;
+                self.slots[slot].established.get_or_insert(revision);
                 let Some(held) = &mut self.slots[slot].held else { return };
                 held.lease.key = key;
                 held.proof = Proof::Entry(revision);
@@ -235,7 +246,7 @@ impl Leasing {
 
     /// Takes the answer to `Delete`: the revision of the deletion, or what the store holds instead.
     pub fn handle_delete(&mut self, key: Key, result: Result<u64, Option<Entry>>, now: Instant) {
-        let Some((request, _)) = self.take_request(key) else { return };
+        let Some(InFlight { request, .. }) = self.take_request(key) else { return };
         let revision = match result {
             Ok(revision) => revision,
             Err(current) => return self.conflict(key, current.as_ref(), now),
@@ -339,7 +350,7 @@ impl Leasing {
                         None
                     }
                 };
-                self.in_flight = Some((request, key));
+                self.in_flight = Some(InFlight { request, key, asked: now });
                 return output;
             }
         }
@@ -386,8 +397,8 @@ impl Leasing {
         self.config.list_every * 2
     }
 
-    fn take_request(&mut self, key: Key) -> Option<(Request, Option<Key>)> {
-        self.in_flight.take_if(|(_, asked)| *asked == Some(key))
+    fn take_request(&mut self, key: Key) -> Option<InFlight> {
+        self.in_flight.take_if(|sent| sent.key == Some(key))
     }
 
     fn answered(&mut self) {

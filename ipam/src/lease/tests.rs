@@ -340,6 +340,43 @@ fn an_epoch_is_never_below_the_revision_that_created_the_lease() {
 }
 
 #[test]
+fn a_claim_answered_after_others_may_have_seen_it_expire_is_no_lease() {
+    let mut world = World::new();
+    let mut a = node(&world, 1, ONE);
+    a.poll_output(world.now);
+    a.handle_snapshot(&world.map.list("s"), world.now);
+    let Output::Put { key, expect, value } = a.poll_output(world.now) else { panic!("no claim") };
+    let written = world.map.put_if(key, expect, value);
+    a.handle_put(key, written.clone(), world.now);
+    assert_eq!(a.poll_output(world.now), Output::List);
+    // The list stays on the road for longer than the entry is sure to live.
+    let list = world.map.list("s");
+    world.now += TTL;
+    a.handle_snapshot(&list, world.now);
+    assert!(a.held().is_empty());
+    let lease = acquired(&world.run(&mut a))[0];
+    assert!(lease.subnet == key && lease.epoch.0 > written.expect("free"), "{lease:?}");
+}
+
+#[test]
+fn what_an_earlier_run_left_is_no_clones_although_this_run_has_written() {
+    let mut world = World::new();
+    let mut gone = node(&world, 1, ONE);
+    world.run(&mut gone);
+    // The range changed, and the state was lost: the old entry is of no use and stays until it expires.
+    let mut a = Leasing::new(config(1, &[("10.32.5.0/24", 24)], "boot-1b"), Vec::new(), SEED, world.now);
+    let lease = acquired(&world.run(&mut a))[0];
+    let thief =
+        LeaseValue { node: "thief".parse().expect("a name"), ..world.value(lease.subnet).expect("stored") };
+    let revision = world.map.list("").entries[&lease.subnet].revision;
+    world.map.put_if(lease.subnet, Expect::Revision(revision), thief.encode()).expect("current");
+    let events = world.pass(TTL / 2, &mut [&mut a]);
+    assert!(matches!(&events[0], LeaseEvent::Lost { subnet, .. } if *subnet == lease.subnet));
+    let conflict = |event: &LeaseEvent| matches!(event, LeaseEvent::Conflict(_));
+    assert!(!events.iter().any(conflict), "{events:?}");
+}
+
+#[test]
 fn an_emptied_store_gets_its_leases_back_with_higher_epochs() {
     let mut world = World::new();
     let (mut a, mut b) = (node(&world, 1, DUAL), node(&world, 2, DUAL));

@@ -19,9 +19,14 @@ const TTL: Duration = Duration::from_secs(60);
 /// How long one walk is, in steps.
 const WALK: u64 = 10_000;
 /// Walks that once failed.
-const ONCE_FAILED: [u64; 1] = [
+const ONCE_FAILED: [u64; 4] = [
     // The first answer after a restart was older than the lease, and showed the entry of a lost key.
     1_592_607_689,
+    // A claim's answer came after others had seen it expire, and was taken for a lease.
+    14_000_051,
+    28_000_029,
+    // What an earlier run had claimed and not got was taken for a clone's.
+    21_000_031,
 ];
 
 #[derive(Debug, Clone)]
@@ -426,6 +431,7 @@ impl Walk {
 }
 
 fn walk(seed: u64, steps: u64) -> BTreeMap<&'static str, u64> {
+    eprintln!("WEFT_SEED={seed} WEFT_STEPS={steps}");
     let mut walk = Walk::new(seed);
     for _ in 0..steps {
         walk.step();
@@ -447,7 +453,6 @@ fn two_live_leases_never_overlap_and_a_fenced_owner_never_overwrites() {
     let steps = length.unwrap_or(100_000);
     let anywhere = || length.map_or(1, |_| u64::from(std::process::id()) ^ 0x5eed_0000);
     let seed = setting("WEFT_SEED").unwrap_or_else(anywhere);
-    eprintln!("WEFT_SEED={seed} WEFT_STEPS={steps}");
     let mut done = 0;
     let mut counts: BTreeMap<&str, u64> = BTreeMap::new();
     // Many walks, so that rare beginnings are met too.
@@ -472,7 +477,6 @@ fn two_live_leases_never_overlap_and_a_fenced_owner_never_overwrites() {
 #[test]
 fn what_once_failed_holds() {
     for seed in ONCE_FAILED {
-        eprintln!("WEFT_SEED={seed} WEFT_STEPS={WALK}");
         assert!(walk(seed, WALK)["crashed"] > 0);
     }
 }
