@@ -126,6 +126,8 @@ pub struct OverlayConfig {
 pub struct EncryptionConfig {
     /// Between which nodes pod traffic must be encrypted.
     pub policy: Encryption,
+    /// Whether the node has tunnels: always where the policy asks for encryption.
+    pub tunnels: bool,
     /// The UDP port of WireGuard.
     pub port: u16,
     /// How long the node's tunnel key is used before it makes another.

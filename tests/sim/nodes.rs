@@ -26,7 +26,7 @@ use std::time::Duration;
 use rand_chacha::ChaCha8Rng;
 use rand_core::{RngCore, SeedableRng};
 use step::{Step, random_run};
-use world::World;
+use world::{Secrecy, World};
 
 /// How many random seeds `make test` runs.
 const SEEDS: u64 = 30;
@@ -35,17 +35,18 @@ const TRIALS: usize = 120;
 
 type Run = Vec<(Duration, Step)>;
 
-/// What a seed stands for: how many machines, and what befalls them.
-fn plan(seed: u64) -> (usize, Run) {
+/// What a seed stands for: how many machines, which of them speak encrypted, and what befalls them.
+fn plan(seed: u64) -> (usize, Secrecy, Run) {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let machines = 3 + rng.next_u64() as usize % 5;
     let steps = 10 + rng.next_u64() as usize % 90;
-    (machines, random_run(&mut rng, machines, steps))
+    let secrecy = [Secrecy::Clear, Secrecy::Sealed, Secrecy::Mixed][(seed % 3) as usize];
+    (machines, secrecy, random_run(&mut rng, machines, steps))
 }
 
-fn try_run(seed: u64, machines: usize, run: &Run) -> Result<(Duration, u64), String> {
+fn try_run(seed: u64, machines: usize, secrecy: Secrecy, run: &Run) -> Result<(Duration, u64), String> {
     let attempt = catch_unwind(AssertUnwindSafe(|| {
-        let mut world = World::new(seed, machines);
+        let mut world = World::new(seed, machines, secrecy);
         world.go_through(run).map(|()| (world.age(), world.digest()))
     }));
     attempt.unwrap_or_else(|panic| {
@@ -55,7 +56,7 @@ fn try_run(seed: u64, machines: usize, run: &Run) -> Result<(Duration, u64), Str
 }
 
 /// Takes steps away as long as the run still fails.
-fn shortest(seed: u64, machines: usize, mut run: Run) -> Run {
+fn shortest(seed: u64, machines: usize, secrecy: Secrecy, mut run: Run) -> Run {
     let mut trials = TRIALS;
     let mut chunk = run.len().div_ceil(2);
     while chunk > 0 && trials > 0 {
@@ -64,7 +65,7 @@ fn shortest(seed: u64, machines: usize, mut run: Run) -> Run {
             let mut shorter = run.clone();
             shorter.drain(start..(start + chunk).min(run.len()));
             trials -= 1;
-            if try_run(seed, machines, &shorter).is_err() {
+            if try_run(seed, machines, secrecy, &shorter).is_err() {
                 run = shorter;
             } else {
                 start += chunk;
@@ -76,16 +77,16 @@ fn shortest(seed: u64, machines: usize, mut run: Run) -> Run {
 }
 
 fn check(seed: u64) -> (Duration, u64) {
-    let (machines, run) = plan(seed);
-    match try_run(seed, machines, &run) {
+    let (machines, secrecy, run) = plan(seed);
+    match try_run(seed, machines, secrecy, &run) {
         Ok(done) => done,
         Err(broken) => {
             println!("WEFT_SEED={seed}: {broken}");
-            let run = shortest(seed, machines, run);
-            let still = try_run(seed, machines, &run).err().unwrap_or_default();
+            let run = shortest(seed, machines, secrecy, run);
+            let still = try_run(seed, machines, secrecy, &run).err().unwrap_or_default();
             let steps: Vec<_> = run.iter().map(|(pause, step)| format!("  {pause:?} {step:?}\n")).collect();
             panic!(
-                "WEFT_SEED={seed}, {machines} machines, the shortest run that fails:\n{}{still}",
+                "WEFT_SEED={seed}, {machines} machines, {secrecy:?}, the shortest run that fails:\n{}{still}",
                 steps.concat()
             );
         }
@@ -109,7 +110,7 @@ fn whatever_befalls_them_nodes_become_one_whole_network() {
 #[test]
 fn what_once_failed_holds() {
     for regression in regressions::ALL {
-        let outcome = try_run(regression.seed, regression.machines, &regression.run());
+        let outcome = try_run(regression.seed, regression.machines, regression.secrecy, &regression.run());
         assert!(outcome.is_ok(), "{}: {outcome:?}", regression.what);
     }
 }

@@ -158,13 +158,19 @@ impl Default for Overlay {
 #[serde(deny_unknown_fields, default)]
 struct Encrypt {
     policy: Encryption,
+    tunnels: bool,
     port: u16,
     rotate_after: Span,
 }
 
 impl Default for Encrypt {
     fn default() -> Self {
-        Self { policy: Encryption::Never, port: 51820, rotate_after: Span(Duration::from_secs(24 * 3600)) }
+        Self {
+            policy: Encryption::Never,
+            tunnels: false,
+            port: 51820,
+            rotate_after: Span(Duration::from_secs(24 * 3600)),
+        }
     }
 }
 
@@ -392,6 +398,7 @@ impl Raw {
             },
             encryption: EncryptionConfig {
                 policy: self.encryption.policy,
+                tunnels: self.encryption.tunnels || self.encryption.policy != Encryption::Never,
                 port: self.encryption.port,
                 rotate_after: self.encryption.rotate_after.0,
             },

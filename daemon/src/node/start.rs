@@ -19,7 +19,7 @@ use crate::kernel::netlink::Conn;
 use crate::kernel::{UnderlaySpec, monitor, preflight};
 use crate::leases::Leases;
 use crate::metrics;
-use crate::plan::model::{Encryption, WIREGUARD};
+use crate::plan::model::WIREGUARD;
 use crate::server;
 use crate::state::{self, StateDir};
 use crate::tunnel::TunnelConfig;
@@ -58,11 +58,7 @@ pub fn start(config: Config) -> Result<Node, Fatal> {
     let kernel = Linux::open().map_err(|error| {
         Fatal(format!("the kernel gives no netlink socket: {error}; weftd needs CAP_NET_ADMIN and nf_tables"))
     })?;
-    // Without a policy there is no device, and no need for one.
-    let tunnel = match config.encryption.policy {
-        Encryption::Never => None,
-        Encryption::CrossSite | Encryption::Always => Some(dir.tunnel_secret().map_err(fatal)?),
-    };
+    let tunnel = config.encryption.tunnels.then(|| dir.tunnel_secret()).transpose().map_err(fatal)?;
     let kernel = match &tunnel {
         None => kernel,
         Some(secret) => kernel.with_tunnels(TunnelConfig {

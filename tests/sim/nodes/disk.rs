@@ -7,6 +7,7 @@ use weft_daemon::state::Memory;
 use weft_ipam::pods::{AttachmentId, PodAddresses};
 use weft_wire::mesh::NodeKey;
 use weft_wire::seal::KeyRing;
+use weft_wire::types::TunnelKey;
 
 /// What the journal holds of an attachment.
 #[derive(Debug, Clone)]
@@ -24,6 +25,8 @@ pub struct Disk {
     synced: Memory,
     /// The node's key; always synced.
     pub key: NodeKey,
+    /// The key of its tunnels; always synced.
+    pub tunnel: TunnelKey,
     /// The cluster keys; always synced.
     pub ring: KeyRing,
     /// The journal of pod addresses, with the boot it is of; every write is synced.
@@ -34,10 +37,10 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// A disk with a key and nothing else.
-    pub fn new(key: NodeKey, ring: KeyRing) -> Self {
+    /// A disk with keys and nothing else.
+    pub fn new(key: NodeKey, tunnel: TunnelKey, ring: KeyRing) -> Self {
         let (memory, synced) = Default::default();
-        Self { memory, synced, key, ring, journal: BTreeMap::new(), journal_boot: 0, full: false }
+        Self { memory, synced, key, tunnel, ring, journal: BTreeMap::new(), journal_boot: 0, full: false }
     }
 
     /// Reads what was remembered.

@@ -1,10 +1,11 @@
 //! What must hold: of one node after everything that it does, of all nodes at every moment, and of all once it is quiet.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 
 use weft_daemon::control::Control;
 use weft_daemon::kernel::memory::MemoryKernel;
-use weft_daemon::plan::model::{VXLAN_V4, metric};
+use weft_daemon::plan::model::{Encryption, VXLAN_V4, WIREGUARD, metric};
 use weft_daemon::reconcile::reconcile;
 use weft_ipam::lease::{HeldLease, LeaseValue};
 use weft_ipam::store::Snapshot;
@@ -112,14 +113,56 @@ fn members(control: &Control, running: &BTreeSet<NodeName>) -> Option<String> {
     (known != others).then(|| format!("thinks that {known:?} live"))
 }
 
+/// Where a daemon demands encryption no route leads to another node but through the device that encrypts.
+pub fn nothing_leaves_in_clear(machine: &Machine) -> Option<String> {
+    let daemon = machine.daemon.as_ref()?;
+    if !daemon.fenced || daemon.config.encryption.policy != Encryption::Always {
+        return None;
+    }
+    let routes = &machine.kernel.actual.state.routes;
+    let ((prefix, _), route) = routes.iter().find(|(_, route)| route.dev != WIREGUARD)?;
+    Some(format!("{} sends to {prefix} in clear, by {}", machine.config.node.name, route.dev))
+}
+
+/// Returns whether packets between two machines must be encrypted.
+fn must_encrypt(one: &Machine, other: &Machine) -> bool {
+    let demands = |machine: &Machine| {
+        machine.daemon.as_ref().is_some_and(|daemon| daemon.config.encryption.policy == Encryption::Always)
+    };
+    demands(one) || demands(other)
+}
+
+/// How the way to an encrypted peer is not as it should be.
+fn sealed_way(machine: &Machine, peer: &Machine) -> Option<String> {
+    let state = &machine.kernel.actual.state;
+    let name = &peer.config.node.name;
+    let Some(tunnels) = &state.tunnel else { return Some("no tunnels run".into()) };
+    if tunnels.key != machine.disk.tunnel {
+        return Some(format!("the tunnels use {}, which is not the node's key", tunnels.key));
+    }
+    let Some(known) = tunnels.peers.get(&peer.disk.tunnel) else {
+        return Some(format!("no tunnel leads to {name} under its key"));
+    };
+    let endpoint = SocketAddr::new(peer.address.ip(), peer.config.encryption.port);
+    let subnets = peer.daemon.as_ref()?.control.subnets();
+    let right = known.endpoint == endpoint
+        && known.prefixes.len() == subnets.len()
+        && subnets.iter().all(|subnet| known.prefixes.contains(&subnet.net()));
+    (!right).then(|| format!("the tunnel to {name} is {known:?}"))
+}
+
 /// The kernel leads to the subnets of the running machines, each by its own tunnel, and to no other.
 fn routes(machine: &Machine, running: &[&Machine]) -> Option<String> {
     let state = &machine.kernel.actual.state;
     let mut wanted = BTreeSet::new();
     for peer in running.iter().filter(|peer| peer.number != machine.number) {
         let name = &peer.config.node.name;
+        let sealed = must_encrypt(machine, peer);
+        if sealed && let Some(wrong) = sealed_way(machine, peer) {
+            return Some(wrong);
+        }
         let mac = MacAddress::derived(name, "v4");
-        if state.fdb.get(&(VXLAN_V4.to_owned(), mac)) != Some(&peer.address.ip()) {
+        if !sealed && state.fdb.get(&(VXLAN_V4.to_owned(), mac)) != Some(&peer.address.ip()) {
             return Some(format!("no forwarding entry leads to {name}"));
         }
         for subnet in peer.daemon.as_ref()?.control.subnets() {
@@ -128,11 +171,29 @@ fn routes(machine: &Machine, running: &[&Machine]) -> Option<String> {
             let Some(route) = state.routes.get(&(prefix, metric(prefix))) else {
                 return Some(format!("no route to {prefix} of {name}"));
             };
-            let via = route.via?;
+            if sealed {
+                if route.dev != WIREGUARD {
+                    return Some(format!("the route to {prefix} of {name} is clear"));
+                }
+                continue;
+            }
+            let Some(via) = route.via else {
+                return Some(format!("the route to {prefix} has no gateway"));
+            };
             if route.dev != VXLAN_V4 || state.neighbours.get(&(VXLAN_V4.to_owned(), via)) != Some(&mac) {
                 return Some(format!("the route to {prefix} does not lead to {name}"));
             }
         }
+    }
+    let partners: BTreeSet<_> = running
+        .iter()
+        .filter(|peer| peer.number != machine.number && must_encrypt(machine, peer))
+        .map(|peer| peer.disk.tunnel)
+        .collect();
+    if let Some(stranger) =
+        state.tunnel.iter().flat_map(|tunnels| tunnels.peers.keys()).find(|key| !partners.contains(key))
+    {
+        return Some(format!("a tunnel leads to {stranger}, the key of no one"));
     }
     let excess = state.routes.keys().find(|key| !wanted.contains(key))?;
     Some(format!("a route to {} of no one", excess.0))

@@ -22,7 +22,7 @@ use weft_ipam::pods::{AttachmentId, PodPool};
 use weft_tests::sim::net;
 use weft_wire::mesh::NodeKey;
 use weft_wire::seal::KeyRing;
-use weft_wire::types::Subnet;
+use weft_wire::types::{Subnet, TunnelKey};
 
 use super::disk::{Disk, Pod};
 use super::laws;
@@ -74,6 +74,10 @@ pub struct Daemon {
     pub last: Option<Inputs>,
     /// The pass that runs, if the kernel's thread has not come to it yet.
     pass: Option<Box<Inputs>>,
+    /// What it was started with.
+    pub config: Config,
+    /// A pass has gone through without a failure: from now on its policy holds.
+    pub fenced: bool,
 }
 
 /// What was put off.
@@ -190,7 +194,7 @@ impl Machine {
             boot: self.boot.to_string(),
             key: self.disk.key.clone(),
             ring: self.disk.ring.clone(),
-            tunnel: None,
+            tunnel: self.config.encryption.tunnels.then_some(self.disk.tunnel),
             seed,
         };
         let local = self.clock.read(now);
@@ -207,6 +211,8 @@ impl Machine {
             survey: now + SURVEY,
             last: None,
             pass: None,
+            config: self.config.clone(),
+            fenced: false,
         });
     }
 
@@ -218,6 +224,8 @@ impl Machine {
             let mut kernel = Meddled::new(&mut self.kernel, Vec::new()).that_stops_after(most);
             reconcile(&mut kernel, &inputs);
         }
+        // What the process itself carried ends with it; the device stays.
+        self.kernel.actual.state.tunnel = None;
         // Requests on their way to the store arrive all the same.
         self.todo.retain(|_, (_, todo)| matches!(todo, Todo::Ask(_)));
     }
@@ -279,6 +287,19 @@ impl Machine {
         let endorsed = next.endorsed_by(daemon.control.mesh.key(), &config.cluster.id, &config.node.name);
         self.disk.key = endorsed.clone();
         daemon.control.use_key(endorsed, local);
+    }
+
+    /// Replaces the key of its tunnels.
+    pub fn rotate_tunnel_key(&mut self, next: TunnelKey, now: Instant) {
+        let local = self.clock.read(now);
+        if self.disk.full {
+            return;
+        }
+        let Some(daemon) = self.daemon.as_mut().filter(|daemon| daemon.config.encryption.tunnels) else {
+            return;
+        };
+        self.disk.tunnel = next;
+        daemon.control.use_tunnel_key(next, local);
     }
 
     /// Replaces the cluster keys.
@@ -408,8 +429,9 @@ impl Machine {
                 self.put_off(now, 30, Todo::PassDone(found, report));
             }
             Todo::PassDone(found, report) => {
-                if report.is_some() {
+                if let Some(report) = &report {
                     daemon.strays.clear();
+                    daemon.fenced |= report.failed.is_empty();
                 }
                 daemon.control.handle_pass(found, report, local);
             }

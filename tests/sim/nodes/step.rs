@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use rand_core::RngCore;
 
+use weft_daemon::plan::model::Encryption;
+
 use super::meddling::Meddling;
 
 /// One mishap or deed. Machines are named by number.
@@ -46,6 +48,9 @@ pub enum Step {
     DeletePod(usize, usize),
     VanishPod(usize, usize),
     RotateNodeKey(usize),
+    RotateTunnelKey(usize),
+    /// A daemon that is started again has another policy.
+    Demand(usize, Encryption),
     /// The next phase of: add a key everywhere, use it everywhere, remove the old one everywhere.
     RotateClusterKey,
     /// Delivered datagrams are delivered again.
@@ -79,7 +84,7 @@ pub fn random_run(rng: &mut dyn RngCore, machines: usize, steps: usize) -> Vec<(
     let step = |rng: &mut dyn RngCore| {
         let (a, b) = (below(rng, machines), below(rng, machines));
         let ms = |rng: &mut dyn RngCore, most| Duration::from_millis(below(rng, most) as u64);
-        match below(rng, 64) {
+        match below(rng, 67) {
             0..=5 => Step::Kill(a),
             6..=15 => Step::Start(a),
             16 | 17 => Step::CutPower(a),
@@ -115,6 +120,8 @@ pub fn random_run(rng: &mut dyn RngCore, machines: usize, steps: usize) -> Vec<(
             60 => Step::RotateClusterKey,
             61 => Step::Replay(1 + below(rng, 30)),
             62 => Step::Forge(1 + below(rng, 30)),
+            63 | 64 => Step::RotateTunnelKey(a),
+            65 => Step::Demand(a, [Encryption::Never, Encryption::Always][b % 2]),
             _ => Step::Forget(a, b),
         }
     };

@@ -10,11 +10,12 @@ use std::time::Duration;
 use rand_core::RngCore;
 use weft_daemon::config::Config;
 use weft_daemon::kernel::UnderlayError;
+use weft_daemon::plan::model::Encryption;
 use weft_ipam::pods::AttachmentId;
 use weft_tests::sim::net::Net;
 use weft_wire::mesh::{Mesh, NodeKey};
 use weft_wire::seal::{ClusterKey, KeyRing};
-use weft_wire::types::NodeName;
+use weft_wire::types::{NodeName, TunnelKey};
 
 use super::disk::Disk;
 use super::laws;
@@ -45,6 +46,18 @@ pub struct World {
     ring: Vec<u8>,
     phase: usize,
     began: std::time::Instant,
+    tunnels: bool,
+}
+
+/// Which pairs of machines speak encrypted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Secrecy {
+    /// None; nobody has tunnels.
+    Clear,
+    /// Those of which one demands it.
+    Mixed,
+    /// All.
+    Sealed,
 }
 
 fn ring(keys: &[u8]) -> KeyRing {
@@ -52,11 +65,18 @@ fn ring(keys: &[u8]) -> KeyRing {
         .expect("there are keys")
 }
 
-fn config(number: usize, dual_stack: bool) -> Config {
+fn config(number: usize, dual_stack: bool, secrecy: Secrecy) -> Config {
+    let policy = match secrecy {
+        Secrecy::Sealed => Encryption::Always,
+        Secrecy::Mixed if number.is_multiple_of(2) => Encryption::Always,
+        Secrecy::Clear | Secrecy::Mixed => Encryption::Never,
+    };
+    let tunnels = secrecy != Secrecy::Clear;
     let v6 = "{ cidr = \"fd00:32::/61\", node_prefix = 64 }";
     let text = format!(
         "[node]\nname = \"n{number}\"\n[cluster]\nid = \"sim\"\ncidrs = [{{ cidr = \"10.32.0.0/24\", node_prefix = 27 }}, {}]\n\
-         [store]\nlease_ttl = \"60s\"\n[gossip]\nseeds = [\"192.0.2.1:{PORT}\", \"192.0.2.2:{PORT}\"]\n",
+         [store]\nlease_ttl = \"60s\"\n[gossip]\nseeds = [\"192.0.2.1:{PORT}\", \"192.0.2.2:{PORT}\"]\n\
+         [encryption]\npolicy = \"{policy}\"\ntunnels = {tunnels}\n",
         if dual_stack { v6 } else { "" }
     );
     Config::parse(&text, Path::new("weft.toml"), "host").expect("the configuration is valid")
@@ -72,6 +92,17 @@ fn key(rng: &mut impl RngCore) -> NodeKey {
     NodeKey::from_secret(secret)
 }
 
+fn tunnel_key(rng: &mut impl RngCore) -> TunnelKey {
+    let mut key = [0; 32];
+    rng.fill_bytes(&mut key);
+    TunnelKey(key)
+}
+
+/// The last byte of the address that a machine starts with.
+fn place_of(number: usize) -> u8 {
+    u8::try_from(number + 1).expect("there are few machines")
+}
+
 /// What a node knows, without what every datagram touches.
 fn knowledge(mesh: &Mesh) -> Vec<String> {
     let member = |member: weft_wire::mesh::MemberView<'_>| {
@@ -85,17 +116,18 @@ fn knowledge(mesh: &Mesh) -> Vec<String> {
 
 impl World {
     /// Machines that are all off.
-    pub fn new(seed: u64, machines: usize) -> Self {
+    pub fn new(seed: u64, machines: usize, secrecy: Secrecy) -> Self {
         let mut net = Net::new(seed);
         let store = Rc::new(RefCell::new(SharedStore::default()));
         let dual_stack = net.rng.next_u32().is_multiple_of(2);
         let mut places = Vec::new();
         for number in 0..machines {
-            let disk = Disk::new(key(&mut net.rng), ring(&[1]));
-            let place = number as u8 + 1;
+            let tunnel = TunnelKey([place_of(number); 32]);
+            let disk = Disk::new(key(&mut net.rng), tunnel, ring(&[1]));
+            let place = place_of(number);
             let machine = Machine::new(
                 number,
-                config(number, dual_stack),
+                config(number, dual_stack, secrecy),
                 address(place),
                 disk,
                 store.clone(),
@@ -108,6 +140,7 @@ impl World {
         net.gather(GATHERED);
         Self {
             began: net.now,
+            tunnels: secrecy != Secrecy::Clear,
             net,
             store,
             revision: 0,
@@ -182,7 +215,8 @@ impl World {
         let leases = self.store.borrow().leases();
         let machines = self.machines();
         let broken = laws::live_leases_never_overlap(&machines, &leases)
-            .or_else(|| laws::no_address_is_used_twice(&machines, &leases));
+            .or_else(|| laws::no_address_is_used_twice(&machines, &leases))
+            .or_else(|| machines.iter().copied().find_map(laws::nothing_leaves_in_clear));
         if let Some(broken) = broken {
             return Err(broken);
         }
@@ -299,6 +333,17 @@ impl World {
                 let next = key(&mut self.net.rng);
                 self.with(a, |machine, now| machine.rotate_key(next, now));
             }
+            Step::RotateTunnelKey(a) => {
+                let next = tunnel_key(&mut self.net.rng);
+                self.with(a, |machine, now| machine.rotate_tunnel_key(next, now));
+            }
+            // Where there are no tunnels a demand would only part the nodes.
+            Step::Demand(a, policy) if self.tunnels => self.with(a, |machine, now| {
+                machine.config.encryption.policy = policy;
+                machine.kill();
+                machine.start(now);
+            }),
+            Step::Demand(..) => {}
             Step::RotateClusterKey => self.rotate_cluster_key(),
             Step::Replay(count) => return self.attack(count, false),
             Step::Forge(count) => return self.attack(count, true),
