@@ -17,7 +17,7 @@ mod table;
 mod tun;
 mod udp;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -45,6 +45,8 @@ use udp::{Batch, Udp};
 const TICK: Duration = Duration::from_millis(250);
 /// So long after a session under new keys the one before is still heard: packets may be under way.
 const OVERLAP: Duration = Duration::from_secs(5);
+/// For so long it is remembered that a key asked for a session: news of a node are everywhere by then.
+const KNOCKED: Duration = Duration::from_secs(10);
 /// Handshakes of all sources together in a second, before cookies are asked for (whitepaper s5.3).
 const HANDSHAKES: u64 = 200;
 
@@ -183,6 +185,8 @@ struct Shared {
     counters: Counters,
     /// Sources of data without a session: their peers are asked for a new one.
     strangers: Mutex<BTreeSet<SocketAddr>>,
+    /// Keys that asked for a session and are no peer's yet, and when: who becomes a peer soon after is asked at once.
+    knocked: Mutex<BTreeMap<TunnelKey, Instant>>,
     stop: AtomicBool,
     failure: Mutex<Option<String>>,
 }
@@ -233,6 +237,24 @@ impl Shared {
         if strangers.len() < 64 {
             strangers.insert(from);
         }
+    }
+
+    /// A handshake came from a key that is no peer's: the news of it may still be on the way.
+    fn knock(&self, key: TunnelKey) {
+        self.counters.drop(Reason::UnknownKey);
+        let now = Instant::now();
+        let mut knocked = self.knocked.lock().unwrap_or_else(PoisonError::into_inner);
+        if knocked.len() >= 64 {
+            knocked.retain(|_, at| now.duration_since(*at) < KNOCKED);
+        }
+        if knocked.len() < 64 {
+            knocked.insert(key, now);
+        }
+    }
+
+    fn has_knocked(&self, key: &TunnelKey) -> bool {
+        let at = self.knocked.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
+        at.is_some_and(|at| at.elapsed() < KNOCKED)
     }
 
     fn look_after(&self, peer: &Peer, strangers: &BTreeSet<SocketAddr>, batch: &mut Batch) {
@@ -310,6 +332,7 @@ impl Tunnel {
             mtu: AtomicUsize::new(0),
             counters: Counters::default(),
             strangers: Mutex::default(),
+            knocked: Mutex::default(),
             stop: AtomicBool::new(false),
             failure: Mutex::default(),
         });
@@ -353,7 +376,7 @@ impl Tunnel {
     }
 
     /// Replaces the peers. Who keeps key and pre-shared key keeps the session; who has another key is asked for a session
-    /// at once, and keeps the one it has until then. Returns what was left out and why, a sentence each.
+    /// at once, and keeps the one it has until then; so is who asked for one while it was not known. Returns what was left out and why, a sentence each.
     pub fn set_peers(&mut self, wanted: &[TunnelPeer]) -> Vec<String> {
         let before = self.shared.table();
         let identities = self.shared.identities();
@@ -362,7 +385,7 @@ impl Tunnel {
             before.peers.values().map(|peer| (&peer.node, peer)).collect();
         let mut refused = Vec::new();
         let mut entries: Vec<(Arc<Peer>, Vec<IpNet>)> = Vec::with_capacity(wanted.len());
-        let (mut keys, mut rekeyed) = (BTreeSet::new(), Vec::new());
+        let (mut keys, mut asked) = (BTreeSet::new(), Vec::new());
         for peer in wanted {
             if let Some(why) = unusable(peer, &own.public, &mut keys) {
                 refused.push(why);
@@ -379,8 +402,9 @@ impl Tunnel {
                         known.map(|known| known.for_sending()).filter(|peer| peer.session().ready());
                     let index = self.fresh_index(&before);
                     let entry = Arc::new(Peer::new(peer, index, own.secret.clone(), earlier));
-                    if known.is_some_and(|known| known.key != peer.key) {
-                        rekeyed.push(Arc::clone(&entry));
+                    if known.is_some_and(|known| known.key != peer.key) || self.shared.has_knocked(&peer.key)
+                    {
+                        asked.push(Arc::clone(&entry));
                     }
                     entry
                 }
@@ -390,8 +414,8 @@ impl Tunnel {
         let (table, overlaps) = Table::new(entries);
         refused.extend(overlaps);
         *self.shared.table.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(table);
-        // The peer knows its new key, and this node has just learned of it: so it is this node that asks.
-        for peer in rekeyed {
+        // The peer knows its key, and this node has just learned of it: so it is this node that asks.
+        for peer in asked {
             let mut batch = Batch::default();
             let endpoint = {
                 let mut session = peer.session();

@@ -2,54 +2,11 @@
 
 use std::time::Duration;
 
-use weft_tests::lab::{Backend, Background, Families, Lab, LabOptions, wait_until};
+use weft_tests::lab::{Backend, Background, CLEAR, Capture, Families, Lab, LabOptions, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 /// What pods say: 16 bytes over and over (`ping -p`).
 const SECRET: &str = "weft-pod-secret!";
-/// Whatever has a pod's address outside a tunnel, and VXLAN.
-const CLEAR: &str = "net 10.32.0.0/12 or net fd00:32::/48 or udp port 8472";
-
-/// What a capture has.
-#[derive(Debug)]
-struct Found {
-    matching: usize,
-    secret: bool,
-}
-
-/// tcpdump, writing to a file of the lab.
-struct Capture<'a> {
-    lab: &'a Lab,
-    place: &'a str,
-    path: String,
-    tcpdump: Background,
-}
-
-impl<'a> Capture<'a> {
-    fn start(lab: &'a Lab, place: &'a str, device: &str) -> Self {
-        let path = format!("/tmp/{}-{place}-{device}.pcap", lab.handle().name());
-        // Written as they come, or the last second of packets would be lost with the interrupt.
-        let words = ["tcpdump", "-Z", "root", "-i", device, "-U", "--immediate-mode", "-s", "0", "-w", &path];
-        let tcpdump = lab.background(place, &words);
-        wait_until("tcpdump captures", PATIENCE, || lab.exec(place, &["test", "-s", &path]).status.success());
-        Self { lab, place, path, tcpdump }
-    }
-
-    /// Ends it once it has so many packets, and looks for what a filter finds.
-    fn finish(self, at_least: usize, filter: &str) -> Found {
-        let Self { lab, place, path, tcpdump } = self;
-        let count = |filter: &str| -> usize {
-            let script = format!("tcpdump -nn -r {path} '{filter}' 2>/dev/null | wc -l");
-            lab.sh(place, &script).trim().parse().expect("wc counts")
-        };
-        wait_until("the capture has its packets", PATIENCE, || count("") >= at_least);
-        tcpdump.interrupt();
-        let matching = count(filter);
-        let secret = lab.exec(place, &["grep", "-a", "-q", SECRET, &path]).status.success();
-        lab.sh(place, &format!("rm {path}"));
-        Found { matching, secret }
-    }
-}
 
 /// Pods that talk to each other until the lab ends.
 fn talk(lab: &Lab, from: &str, to: (&str, &str)) -> Vec<Background> {
@@ -107,10 +64,10 @@ fn no_byte_of_a_pod_crosses_in_clear_whatever_happens_to_the_daemons() {
     wait_until("the routes are back", PATIENCE, || lab.ping("n1/a", lab.ip("n2", "a")));
     lab.ping_all();
     talks.into_iter().flatten().for_each(|ping| drop(ping.interrupt()));
-    let seen = pods.finish(100, CLEAR);
+    let seen = pods.finish(100, CLEAR, SECRET);
     assert!(seen.matching > 100 && seen.secret, "before the tunnel there is something to see: {seen:?}");
     for capture in underlay {
-        let found = capture.finish(300, CLEAR);
+        let found = capture.finish(300, CLEAR, SECRET);
         assert!(found.matching == 0 && !found.secret, "pods in clear on the underlay: {found:?}");
     }
 }
@@ -133,7 +90,7 @@ fn keys_rotate_under_traffic_and_nothing_is_lost_or_clear() {
     for (sent, lost) in pings.map(weft_tests::lab::Ping::stop) {
         assert!(sent > 20 && lost.is_empty(), "{lost:?} of {sent} lost");
     }
-    let found = underlay.finish(100, CLEAR);
+    let found = underlay.finish(100, CLEAR, SECRET);
     assert!(found.matching == 0, "{found:?}");
 }
 
@@ -228,7 +185,7 @@ fn a_clear_route_that_someone_left_is_of_no_use() {
     assert!(kept_back(&lab, "n1") > 0, "what was kept back is counted");
     lab.sh("n1", &format!("ip route delete {subnet} via 192.0.2.2 dev eth0"));
     assert!(lab.ping("n1/a", lab.ip("n2", "a")));
-    let found = underlay.finish(1, CLEAR);
+    let found = underlay.finish(1, CLEAR, SECRET);
     assert!(found.matching == 0, "{found:?}");
     // A peer that sends in clear is not heard either; its daemon would mend what makes it so.
     lab.kill("n2");

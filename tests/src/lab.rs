@@ -8,6 +8,7 @@
 //! Invariant: no interface of the lab has a path to the machine's own network. The underlay is a bridge inside the
 //! keeper's network namespace and has no uplink.
 
+mod capture;
 mod enter;
 mod harness;
 mod home;
@@ -21,6 +22,7 @@ mod tools;
 mod underlay;
 mod witness;
 
+pub use capture::{CLEAR, Capture, Found};
 pub use enter::Place;
 pub use harness::{Background, Lab, LabOptions, Ping, executable, skip, wait_until};
 pub use home::{Handle, Presence};

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use weft_wire::packet::{VnetHeader, split};
 
 use super::counters::Counters;
-use super::inbound::{Addressed, addressed, owns, receiver, recipient};
+use super::inbound::{Addressed, Recipient, addressed, owns, receiver, recipient};
 use super::peer::{Opened, Peer};
 use super::table::Table;
 use super::udp::Batch;
@@ -67,7 +67,10 @@ impl End {
             receiver(datagram).and_then(|receiver| self.table.by_receiver(receiver)).cloned()
         } else {
             match addressed(&self.identities, address(from), datagram, &mut [0; 64]) {
-                Addressed::To(identity, packet) => recipient(&self.table, identity, packet).ok(),
+                Addressed::To(identity, packet) => match recipient(&self.table, identity, packet) {
+                    Recipient::Peer(peer) => Some(peer),
+                    Recipient::Stranger(_) | Recipient::None(_) => None,
+                },
                 Addressed::Cookie(_) | Addressed::Nobody(_) => None,
             }
         };

@@ -167,8 +167,9 @@ impl Inbound<'_> {
             Addressed::Nobody(reason) => return drop(reason),
         };
         let peer = match peer {
-            Ok(peer) => peer,
-            Err(reason) => return drop(reason),
+            Recipient::Peer(peer) => peer,
+            Recipient::None(reason) => return drop(reason),
+            Recipient::Stranger(key) => return shared.knock(key),
         };
         if let Opened::Dropped(reason) =
             peer.session().open(from, datagram, &mut self.plain, &mut self.answers)
@@ -207,19 +208,31 @@ pub(super) fn addressed<'a>(
     found
 }
 
-/// Finds the peer whose session a handshake is about.
-pub(super) fn recipient(table: &Table, identity: &Identity, packet: Packet<'_>) -> Result<Arc<Peer>, Reason> {
-    let by_receiver = |receiver| table.by_receiver(receiver).cloned().ok_or(Reason::UnknownSession);
+/// Whose session a handshake is about.
+pub(super) enum Recipient {
+    Peer(Arc<Peer>),
+    /// Nobody's that is known yet.
+    Stranger(TunnelKey),
+    None(Reason),
+}
+
+pub(super) fn recipient(table: &Table, identity: &Identity, packet: Packet<'_>) -> Recipient {
+    let by_receiver = |receiver| {
+        let peer = table.by_receiver(receiver).cloned();
+        peer.map_or(Recipient::None(Reason::UnknownSession), Recipient::Peer)
+    };
     match packet {
         Packet::HandshakeInit(init) => {
-            let half = parse_handshake_anon(&identity.secret, &identity.public, &init)
-                .map_err(|_| Reason::Forged)?;
-            let peer = table.peers.get(&TunnelKey(half.peer_static_public)).ok_or(Reason::UnknownKey)?;
-            peer.under(identity).ok_or(Reason::UnknownKey)
+            let Ok(half) = parse_handshake_anon(&identity.secret, &identity.public, &init) else {
+                return Recipient::None(Reason::Forged);
+            };
+            let key = TunnelKey(half.peer_static_public);
+            let peer = table.peers.get(&key).and_then(|peer| peer.under(identity));
+            peer.map_or(Recipient::Stranger(key), Recipient::Peer)
         }
         Packet::HandshakeResponse(response) => by_receiver(response.receiver_idx),
         Packet::PacketCookieReply(reply) => by_receiver(reply.receiver_idx),
-        Packet::PacketData(_) => Err(Reason::Malformed),
+        Packet::PacketData(_) => Recipient::None(Reason::Malformed),
     }
 }
 
