@@ -51,14 +51,17 @@ impl Table {
                     prefix,
                     peer: Arc::clone(&peer),
                 };
-                let place = table.ranges.partition_point(|other| other.last < range.first);
-                match table.ranges.get(place).filter(|other| other.first <= range.last) {
-                    Some(other) if !Arc::ptr_eq(&other.peer, &peer) => refused.push(format!(
+                let start = table.ranges.partition_point(|other| other.last < range.first);
+                let met = table.ranges[start..].partition_point(|other| other.first <= range.last);
+                let met = start..start + met;
+                match table.ranges[met.clone()].iter().find(|other| !Arc::ptr_eq(&other.peer, &peer)) {
+                    Some(other) => refused.push(format!(
                         "{} announces {prefix}, which overlaps {} of {}; {} keeps it here",
                         peer.node, other.prefix, other.peer.node, other.peer.node
                     )),
-                    Some(_) => {}
-                    None => table.ranges.insert(place, range),
+                    // Of two prefixes one contains the other, or they have nothing in common.
+                    None if met.len() == 1 && table.ranges[start].prefix.contains(&prefix) => {}
+                    None => drop(table.ranges.splice(met, [range])),
                 }
             }
             table.indices.insert(peer.index, Arc::clone(&peer));
@@ -78,5 +81,71 @@ impl Table {
     /// Returns the peer that a receiver index was given to.
     pub(super) fn by_receiver(&self, receiver: u32) -> Option<&Arc<Peer>> {
         self.indices.get(&(receiver >> 8))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use boringtun::x25519::StaticSecret;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::tunnel::{TunnelPeer, TunnelSecret};
+
+    fn entry(number: u8, prefixes: &[IpNet]) -> (Arc<Peer>, Vec<IpNet>) {
+        let wanted = TunnelPeer {
+            node: format!("n{number}").parse().expect("a name"),
+            key: TunnelSecret::from_bytes([number; 32]).public(),
+            endpoint: ([192, 0, 2, number], 51820).into(),
+            prefixes: prefixes.to_vec(),
+            preshared: None,
+        };
+        let peer = Peer::new(&wanted, u32::from(number), StaticSecret::from([99; 32]), None);
+        (Arc::new(peer), prefixes.to_vec())
+    }
+
+    /// Few addresses, so that prefixes meet.
+    fn arb_prefix() -> impl Strategy<Value = IpNet> {
+        let v4 = (0_u8..4, any::<u8>(), 8_u8..=32).prop_map(|(third, last, length)| {
+            IpNet::new([10, 0, third, last].into(), length).expect("a length of the family").trunc()
+        });
+        let v6 = (0_u16..4, any::<u16>(), 16_u8..=128).prop_map(|(fourth, last, length)| {
+            let address = std::net::Ipv6Addr::new(0xfd00, 0, 0, fourth, 0, 0, 0, last);
+            IpNet::new(address.into(), length).expect("a length of the family").trunc()
+        });
+        prop_oneof![v4, v6]
+    }
+
+    proptest! {
+        /// As a list that is gone through from the first prefix to the last would say.
+        #[test]
+        fn an_address_is_of_the_peer_whose_prefix_it_is_in(
+            wanted in prop::collection::vec(prop::collection::vec(arb_prefix(), 0..4), 0..6),
+            asked in prop::collection::vec(arb_prefix(), 1..20),
+        ) {
+            let entries = wanted.iter().zip(1..).map(|(prefixes, number)| entry(number, prefixes)).collect();
+            let (table, refused) = Table::new(entries);
+            let mut list: Vec<(IpNet, usize)> = Vec::new();
+            let mut left_out = 0;
+            for (number, prefixes) in wanted.iter().enumerate() {
+                for prefix in prefixes {
+                    let met: Vec<usize> = list
+                        .iter()
+                        .filter(|(other, _)| other.contains(prefix) || prefix.contains(other))
+                        .map(|(_, owner)| *owner)
+                        .collect();
+                    match met.iter().any(|owner| *owner != number) {
+                        true => left_out += 1,
+                        false => list.push((*prefix, number)),
+                    }
+                }
+            }
+            prop_assert_eq!(refused.len(), left_out);
+            for address in asked.iter().flat_map(|prefix| [prefix.network(), prefix.broadcast()]) {
+                let expected = list.iter().find(|(prefix, _)| prefix.contains(&address));
+                let expected = expected.map(|(_, number)| format!("n{}", number + 1));
+                prop_assert_eq!(table.owner(address).map(|peer| peer.node.to_string()), expected);
+            }
+        }
     }
 }
