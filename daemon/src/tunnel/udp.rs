@@ -135,6 +135,8 @@ impl Udp {
                 Ok(()) => return 0,
                 // No offload on the way out (EIO), or a kernel without it (EINVAL).
                 Err(Errno::EIO | Errno::EINVAL) => self.segments.store(false, Ordering::Relaxed),
+                // The path takes less than a datagram of the run: the kernel fragments single ones, and no runs.
+                Err(Errno::EMSGSIZE) => {}
                 Err(_) => return run.count,
             }
         }
