@@ -479,6 +479,16 @@ impl Node {
                 "check that UDP port encryption.port is open between the nodes",
             );
         }
+        let routes = || self.control.pass.report.iter().flat_map(|report| &report.routes);
+        check(
+            "routes",
+            routes()
+                .filter(|route| route.dev.is_empty())
+                .map(|route| format!("no way to {} of {}: {}", route.prefix, route.node, route.reason))
+                .collect(),
+            format!("{} subnets of peers have a way", routes().count()),
+            "the sentence says on which node to change what; pods of other nodes are reached all the same",
+        );
         check(
             "kernel",
             status
