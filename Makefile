@@ -14,7 +14,7 @@ NEEDS_LAB := cc:gcc ip:iproute2 unshare:util-linux nsenter:util-linux ping:iputi
 NEEDS_TEST := c++:g++ iperf3:iperf3 tcpdump:tcpdump wg:wireguard-tools wireguard-go:wireguard-go containerd:containerd ctr:containerd runc:runc busybox:busybox-static
 
 .DEFAULT_GOAL := help
-.PHONY: help deps deps-lab installed build lab lab-down test lint bench bench-cni fuzz fuzz-build fuzz-short sim chaos mutants bench-control bench-scale bench-vxlan bench-wireguard bench-node
+.PHONY: help deps deps-lab installed build lab lab-down test lint bench peers interop bench-cni fuzz fuzz-build fuzz-short sim chaos mutants bench-control bench-scale bench-vxlan bench-wireguard bench-node
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -61,7 +61,7 @@ lab: deps-lab build ## bring up three nodes with two pods each, and show peers, 
 lab-down: ## take the lab down
 	@$(BIN)/weft-lab --name $(LAB) down
 
-test: deps build fuzz-short ## install what the tests need and run all of them
+test: deps build peers fuzz-short ## install what the tests need and run all of them
 	WEFT_BIN_DIR=$(BIN) cargo test --locked --no-fail-fast --workspace $(TEST_ARGS) </dev/null
 
 # What libFuzzer needs to see which way an input took; no nightly compiler. The targets are those of `cargo fuzz`.
@@ -118,6 +118,16 @@ $(PEERS)/bin/boringtun-cli:
 	cargo install --root $(PEERS) boringtun-cli@0.7.1
 $(PEERS)/bin/gotatun:
 	cargo install --root $(PEERS) gotatun-cli@0.10.2
+
+# Whom the tunnels are tried with: a minute or three, once. Where it cannot be had, the tests that need it say SKIP, and fail
+# under CI.
+peers:
+	@$(MAKE) --no-print-directory $(addprefix $(PEERS)/bin/,boringtun-cli gotatun) \
+		|| echo "peers: not built, see above; the tests that need them are skipped"
+
+TUNNEL_SECONDS ?= 260
+interop: deps peers ## tunnels under traffic for TUNNEL_SECONDS (260) with three other implementations: sessions are renewed in time
+	WEFT_TUNNEL_SECONDS=$(TUNNEL_SECONDS) cargo test --locked -p weft-daemon --test tunnel sessions_last -- --nocapture --test-threads 3
 
 bench-wireguard: deps build $(addprefix $(PEERS)/bin/,wireguard boringtun-cli gotatun) ## pod to pod, encrypted in user space, against wireguard-go, boringtun-cli and gotatun; ratios last (root)
 	WEFT_BIN_DIR=$(BIN) cargo bench --locked -p weft-tests --bench wireguard </dev/null

@@ -132,6 +132,8 @@ pub struct EncryptionConfig {
     pub port: u16,
     /// How long the node's tunnel key is used before it makes another.
     pub rotate_after: Duration,
+    /// Whether handshakes need a secret made from a cluster key as well.
+    pub preshared: bool,
 }
 
 /// What is done about TX checksum offload on the VXLAN devices.

@@ -306,6 +306,13 @@ impl Control {
         self.use_next_key(now);
     }
 
+    /// Replaces the cluster keys. They must be on the disk.
+    pub fn use_ring(&mut self, ring: KeyRing, now: Instant) {
+        self.mesh.set_ring(ring, now);
+        self.announce(now);
+        self.wake(now);
+    }
+
     /// Speaks WireGuard with another key from now on. It must be on the disk, and the kernel's shell must have the secret.
     pub fn use_tunnel_key(&mut self, key: TunnelKey, now: Instant) {
         self.tunnel = Some(key);

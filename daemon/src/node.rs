@@ -16,7 +16,6 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio::time::sleep_until;
 use tracing::{info, warn};
-use weft_wire::seal::KeyRing;
 
 use crate::control::{Control, Output, StoreAnswer};
 use crate::gossip::{Received, Sockets};
@@ -74,7 +73,6 @@ pub struct Node {
     next_token: u64,
     leaving: Option<calls::Leaving>,
     inbox: Inbox,
-    ring: KeyRing,
     /// What was wrong with the machine at the start.
     preflight: Vec<String>,
     /// Why gossip does not listen on some address.

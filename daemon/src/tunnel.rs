@@ -31,6 +31,7 @@ use boringtun::x25519::{PublicKey, StaticSecret};
 use ipnet::IpNet;
 use rand_chacha::ChaCha20Rng;
 use rand_core::{RngCore, SeedableRng};
+use weft_wire::preshared::PresharedKey;
 use weft_wire::types::{NodeName, TunnelKey};
 
 use counters::Counters;
@@ -43,8 +44,6 @@ use udp::{Batch, Udp};
 
 /// Between two looks at the timers of sessions.
 const TICK: Duration = Duration::from_millis(250);
-/// So long after a session under new keys the one before is still heard: packets may be under way.
-const OVERLAP: Duration = Duration::from_secs(5);
 /// For so long it is remembered that a key asked for a session: news of a node are everywhere by then.
 const KNOCKED: Duration = Duration::from_secs(10);
 /// Handshakes of all sources together in a second, before cookies are asked for (whitepaper s5.3).
@@ -102,7 +101,7 @@ pub struct TunnelPeer {
     /// What is routed to it, and what its packets may come from.
     pub prefixes: Vec<IpNet>,
     /// Mixed into every handshake (whitepaper s5.2).
-    pub preshared: Option<[u8; 32]>,
+    pub preshared: Option<PresharedKey>,
 }
 
 /// How a peer's tunnel is.
@@ -257,13 +256,13 @@ impl Shared {
         at.is_some_and(|at| at.elapsed() < KNOCKED)
     }
 
-    fn look_after(&self, peer: &Peer, strangers: &BTreeSet<SocketAddr>, batch: &mut Batch) {
+    /// Does what is due for a peer, and asks it for a session where `asks` says so of its endpoint.
+    fn look_after(&self, peer: &Peer, asks: impl FnOnce(SocketAddr) -> bool, batch: &mut Batch) {
         batch.clear();
         let endpoint = {
             let mut session = peer.session();
             session.tick(batch);
-            // Anyone can send such data: it makes this node ask where it would ask anyway, at most so often.
-            if !session.ready() && session.may_ask() && strangers.contains(&session.endpoint()) {
+            if !session.ready() && session.may_ask() && asks(session.endpoint()) {
                 session.initiate(batch);
             }
             session.endpoint()
@@ -284,12 +283,13 @@ impl Shared {
             let strangers =
                 std::mem::take(&mut *self.strangers.lock().unwrap_or_else(PoisonError::into_inner));
             for peer in self.table().peers.values() {
-                self.look_after(peer, &strangers, &mut batch);
+                // Anyone can send such data: it makes this node ask where it would ask anyway, at most so often.
+                self.look_after(peer, |endpoint| strangers.contains(&endpoint), &mut batch);
                 let Some(previous) = peer.previous() else { continue };
-                self.look_after(&previous, &BTreeSet::new(), &mut batch);
-                if peer.session().age().is_some_and(|age| age >= OVERLAP) || !previous.session().ready() {
-                    peer.forget_previous();
-                }
+                // A peer that does not answer under the new keys may not have heard of them.
+                let waits = peer.session().waiting() > 0;
+                self.look_after(&previous, |_| waits, &mut batch);
+                peer.forget_previous_if_over();
             }
         }
     }
@@ -375,8 +375,9 @@ impl Tunnel {
         self.shared.mtu.store(mtu, Ordering::Relaxed);
     }
 
-    /// Replaces the peers. Who keeps key and pre-shared key keeps the session; who has another key is asked for a session
-    /// at once, and keeps the one it has until then; so is who asked for one while it was not known. Returns what was left out and why, a sentence each.
+    /// Replaces the peers. Who keeps key and pre-shared key keeps the session; who has others is asked for a session at once,
+    /// and keeps the one it has until then; so is who asked for one while it was not known. Returns what was left out and
+    /// why, a sentence each.
     pub fn set_peers(&mut self, wanted: &[TunnelPeer]) -> Vec<String> {
         let before = self.shared.table();
         let identities = self.shared.identities();
@@ -385,7 +386,7 @@ impl Tunnel {
             before.peers.values().map(|peer| (&peer.node, peer)).collect();
         let mut refused = Vec::new();
         let mut entries: Vec<(Arc<Peer>, Vec<IpNet>)> = Vec::with_capacity(wanted.len());
-        let (mut keys, mut asked) = (BTreeSet::new(), Vec::new());
+        let (mut keys, mut asked, mut fresh) = (BTreeSet::new(), Vec::new(), Vec::new());
         for peer in wanted {
             if let Some(why) = unusable(peer, &own.public, &mut keys) {
                 refused.push(why);
@@ -398,14 +399,15 @@ impl Tunnel {
                     Arc::clone(known)
                 }
                 None => {
-                    let earlier =
-                        known.map(|known| known.for_sending()).filter(|peer| peer.session().ready());
+                    let earlier = known.map(|known| known.for_sending());
                     let index = self.fresh_index(&before);
                     let entry = Arc::new(Peer::new(peer, index, own.secret.clone(), earlier));
-                    if known.is_some_and(|known| known.key != peer.key) || self.shared.has_knocked(&peer.key)
+                    if known.is_some_and(|known| known.gives_way(peer, &own.secret))
+                        || self.shared.has_knocked(&peer.key)
                     {
                         asked.push(Arc::clone(&entry));
                     }
+                    fresh.push(Arc::clone(&entry));
                     entry
                 }
             };
@@ -414,7 +416,8 @@ impl Tunnel {
         let (table, overlaps) = Table::new(entries);
         refused.extend(overlaps);
         *self.shared.table.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(table);
-        // The peer knows its key, and this node has just learned of it: so it is this node that asks.
+        // One generation is kept.
+        fresh.iter().filter_map(|peer| peer.previous()).for_each(|previous| previous.forget_previous());
         for peer in asked {
             let mut batch = Batch::default();
             let endpoint = {

@@ -157,6 +157,7 @@ fn inputs(kernel: &mut Linux, peers: u32) -> Inputs {
             tx_checksum: true,
             hairpin: true,
             encryption: Encryption::Never,
+            preshared: None,
             tunnel: None,
         },
         underlay: kernel

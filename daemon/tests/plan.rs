@@ -16,6 +16,7 @@ use weft_daemon::plan::model::{
     Actual, Dataplane, Encryption, HostVeth, Inputs, LinkKind, METRICS, Op, Peer, Underlay, VethState, metric,
 };
 use weft_wire::mesh::TunnelFacts;
+use weft_wire::seal::{ClusterKey, KeyRing};
 use weft_wire::types::{MacAddress, TunnelKey};
 
 /// A kernel that knows the underlay of these inputs and holds `actual`.
@@ -53,10 +54,20 @@ fn peer(number: u8, v4: bool, v6: bool, mtu: u32) -> Peer {
         site: format!("s{}", number % 2).parse().unwrap(),
         encryption: [Encryption::Never, Encryption::CrossSite, Encryption::Never, Encryption::Always]
             [usize::from(number % 4)],
-        tunnel: (!number.is_multiple_of(5))
-            .then_some(TunnelFacts { key: TunnelKey([number % 60; 32]), port: 51820 }),
+        tunnel: (!number.is_multiple_of(5)).then(|| TunnelFacts {
+            key: TunnelKey([number % 60; 32]),
+            port: 51820,
+            preshared: [&[][..], &[1], &[2, 1], &[3]][usize::from(number / 60)]
+                .iter()
+                .map(|key| ClusterKey::from_bytes([*key; 32]).id())
+                .collect(),
+        }),
         node,
     }
+}
+
+fn ring(keys: &[u8]) -> KeyRing {
+    KeyRing::new(keys.iter().map(|key| ClusterKey::from_bytes([*key; 32])).collect()).unwrap()
 }
 
 prop_compose! {
@@ -64,6 +75,7 @@ prop_compose! {
         numbers in prop::collection::btree_set(0_u8..200, 0..20),
         encryption in prop::sample::select(vec![Encryption::Never, Encryption::CrossSite, Encryption::Always]),
         tunnel in proptest::option::of(Just(TunnelKey([250; 32]))),
+        preshared in proptest::option::of(prop::sample::select(vec![ring(&[1]), ring(&[1, 2]), ring(&[3])])),
         families in prop::collection::vec((any::<bool>(), any::<bool>()), 20),
         mtus in prop::collection::vec(prop::sample::select(vec![1280_u32, 1400, 1500, 9000]), 20),
         direct in any::<bool>(),
@@ -93,6 +105,7 @@ prop_compose! {
                 hairpin: true,
                 encryption,
                 tunnel,
+                preshared,
             },
             underlay: Underlay { device: "eth0".into(), index: 2, mtu: 1500, addresses, strict_sources: false },
             subnets: if leased {
@@ -186,8 +199,14 @@ proptest! {
                 prop_assert_eq!(encrypted, demanded && planned.route.is_some());
                 if encrypted {
                     let tunnels = plan.state.tunnel.as_ref().expect("an encrypted route has a tunnel");
-                    let entry = &tunnels.peers[&peer.tunnel.expect("an encrypted peer has a key").key];
+                    let facts = peer.tunnel.as_ref().expect("an encrypted peer has a key");
+                    let entry = &tunnels.peers[&facts.key];
                     prop_assert!(entry.node == peer.node && entry.prefixes.contains(&planned.prefix));
+                    // Both use a secret from a key that both have, or neither uses one.
+                    let used = entry.preshared.as_ref().map(|secret| secret.from);
+                    prop_assert_eq!(used.is_some(), inputs.dataplane.preshared.is_some());
+                    prop_assert_eq!(used.is_some(), !facts.preshared.is_empty());
+                    prop_assert!(used.is_none_or(|id| facts.preshared.contains(&id)));
                 }
                 let sealed = &plan.nft.as_ref().expect("a node with subnets has a table").sealed;
                 let guarded = sealed.iter().any(|net| net.contains(&planned.prefix));

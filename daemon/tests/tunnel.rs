@@ -3,6 +3,13 @@
 
 mod netns;
 
+#[path = "tunnel/interop.rs"]
+mod interop;
+#[path = "tunnel/keys.rs"]
+mod keys;
+#[path = "tunnel/paths.rs"]
+mod paths;
+
 use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -71,9 +78,12 @@ impl Weft {
         self.tunnel.lock().unwrap().monitor().status().into_iter().next().expect("there is a peer")
     }
 
+    fn drops(&self) -> Vec<(Reason, u64)> {
+        self.tunnel.lock().unwrap().monitor().drops()
+    }
+
     fn dropped(&self, reason: Reason) -> u64 {
-        let drops = self.tunnel.lock().unwrap().monitor().drops();
-        drops.into_iter().find(|(found, _)| *found == reason).unwrap().1
+        self.drops().into_iter().find(|(found, _)| *found == reason).unwrap().1
     }
 }
 
@@ -97,105 +107,45 @@ fn peer(number: u8, key: TunnelKey, endpoint: SocketAddr) -> TunnelPeer {
     }
 }
 
-/// wireguard-go in a namespace; it ends with this value.
-struct WireguardGo {
-    place: Netns,
-    device: String,
-    process: Child,
-}
-
-impl WireguardGo {
-    fn start(place: Netns, number: u8, peer: TunnelKey) -> Option<Self> {
-        if Command::new("wireguard-go").arg("--version").stdout(Stdio::null()).status().is_err() {
-            let reason = "wireguard-go is not installed; `make deps` installs it";
-            assert!(std::env::var_os("CI").is_none(), "{reason}");
-            println!("SKIP: {reason}");
-            return None;
-        }
-        // The name is also that of a socket outside the namespace.
-        let device = format!("wgo{}", place.tid);
-        let name = device.clone();
-        let process = place.run(move || {
-            Command::new("wireguard-go")
-                .args(["-f", &name])
-                .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .spawn()
-                .unwrap()
-        });
-        let socket = format!("/var/run/wireguard/{device}.sock");
-        wait_until("wireguard-go listens", || std::path::Path::new(&socket).exists());
-        let go = Self { place, device, process };
-        go.set(&format!(
-            "private-key /dev/stdin listen-port 51820 <<< '{}'",
-            TunnelKey(secret(number).to_bytes())
-        ));
-        go.set(&format!("peer {peer} endpoint 192.0.2.1:51820 allowed-ips 10.77.1.0/24,fd77::1:0/112"));
-        inside(&go.place, &go.device, number);
-        Some(go)
-    }
-
-    fn set(&self, what: &str) {
-        self.place.sh(&format!("bash -ec \"wg set {} {what}\"", self.device));
-    }
-}
-
-impl Drop for WireguardGo {
-    fn drop(&mut self) {
-        drop(self.process.kill());
-        drop(self.process.wait());
-        drop(std::fs::remove_file(format!("/var/run/wireguard/{}.sock", self.device)));
-    }
-}
-
 fn ping(place: &Netns, to: &str, count: u32) {
     place.sh(&format!("ping -n -q -i 0.05 -c {count} -w 10 {to}"));
 }
 
-/// Moves a megabyte or more by TCP, and checks that it came.
-fn transfer(from: &Netns, to: &Netns, address: &'static str) {
-    to.sh("iperf3 -s -1 -D; for i in $(seq 100); do ss -Hltn sport = :5201 | grep -q 5201 && break; sleep 0.05; done");
-    from.sh(&format!("timeout 30 iperf3 -n 20M -c {address}"));
+/// Pings a hundred times a second until it is told to end.
+struct Pings(Option<Child>);
+
+impl Pings {
+    fn start(from: &Netns, to: &'static str) -> Self {
+        Self(from.run(move || {
+            let words = ["-n", "-i", "0.01", to];
+            Command::new("ping").args(words).stdout(Stdio::piped()).spawn().ok()
+        }))
+    }
+
+    fn nothing_was_lost(mut self) {
+        let ping = self.0.take().expect("ping was started");
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(ping.id()).unwrap());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
+        let output = ping.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let after = |line: &str, word: &str| -> Option<usize> {
+            line.split_once(word)?.1.split([' ', ',']).next()?.parse().ok()
+        };
+        let came: Vec<usize> = said.lines().filter_map(|line| after(line, "icmp_seq=")).collect();
+        let sent = said.lines().find_map(|line| line.split_once(" packets transmitted")?.0.parse().ok());
+        // Only the very last may be under way: ping was told to end and does not wait for it.
+        assert!(came.len() >= 100 && came.iter().copied().eq(1..=came.len()), "{said}");
+        assert!(sent.is_some_and(|sent: usize| sent <= came.len() + 1), "{said}");
+    }
 }
 
-#[test]
-fn wireguard_go_and_weft_understand_each_other_in_both_directions() {
-    let Some((one, two)) = two() else { return };
-    let Some(go) = WireguardGo::start(two, 2, secret(1).public()) else { return };
-    let weft = Weft::open(one, 1);
-    assert_eq!(weft.set_peers(&[peer(2, secret(2).public(), address(2))]), Vec::<String>::new());
-    for to in ["10.77.2.1", "fd77::2:1"] {
-        ping(&weft.place, to, 20);
+impl Drop for Pings {
+    fn drop(&mut self) {
+        if let Some(ping) = &mut self.0 {
+            drop(ping.kill());
+            drop(ping.wait());
+        }
     }
-    for from in ["10.77.1.1", "fd77::1:1"] {
-        ping(&go.place, from, 20);
-    }
-    transfer(&weft.place, &go.place, "10.77.2.1");
-    transfer(&go.place, &weft.place, "fd77::1:1");
-    let shown = go.place.sh(&format!("wg show {} latest-handshakes", go.device));
-    assert!(!shown.trim().ends_with("\t0"), "wireguard-go saw a handshake: {shown}");
-    let status = weft.status();
-    assert!(status.handshake.is_some() && status.sent.0 > 40 && status.received.0 > 40, "{status:?}");
-
-    // It moves, and says so by sending.
-    go.set("listen-port 51999");
-    ping(&go.place, "10.77.1.1", 3);
-    assert_eq!(weft.status().endpoint, SocketAddr::from(([192, 0, 2, 2], 51999)));
-    ping(&weft.place, "10.77.2.1", 3);
-
-    // It may not use the addresses of another.
-    let before = weft.dropped(Reason::WrongSource);
-    go.place.sh("ip addr add 10.77.3.1/32 dev eth0; ping -n -c 3 -i 0.2 -W 1 -I 10.77.3.1 10.77.1.1 || true");
-    assert!(
-        weft.dropped(Reason::WrongSource) >= before + 3,
-        "{:?}",
-        weft.tunnel.lock().unwrap().monitor().drops()
-    );
-
-    // It gets another key.
-    go.set(&format!("private-key /dev/stdin <<< '{}'", TunnelKey(secret(3).to_bytes())));
-    weft.set_peers(&[peer(2, secret(3).public(), SocketAddr::from(([192, 0, 2, 2], 51999)))]);
-    ping(&weft.place, "10.77.2.1", 3);
 }
 
 #[test]
@@ -224,55 +174,6 @@ fn the_peer_that_starts_anew_is_heard_again_at_once() {
     let began = Instant::now();
     ping(&first.place, "10.77.2.1", 1);
     println!("answered after {:?}", began.elapsed());
-}
-
-/// Waits until some more packets have come by the tunnel, as the kernel counts them.
-fn carries_on(weft: &Weft) {
-    let count = || -> u64 {
-        weft.place.sh("cat /proc/thread-self/net/dev | awk '/weft-wg/{print $3}'").trim().parse().unwrap()
-    };
-    let before = count();
-    wait_until("packets come by the tunnel", || count() >= before + 40);
-}
-
-#[test]
-fn a_key_is_rotated_under_traffic_without_a_lost_packet() {
-    let Some((one, two)) = two() else { return };
-    let [first, second] = [(one, 1), (two, 2)].map(|(place, number)| Weft::open(place, number));
-    first.set_peers(&[peer(2, secret(2).public(), address(2))]);
-    second.set_peers(&[peer(1, secret(1).public(), address(1))]);
-    ping(&first.place, "10.77.2.1", 5);
-    let pings = [(&first, "10.77.2.1"), (&second, "10.77.1.1")].map(|(from, to)| {
-        from.place.run(move || {
-            let words = ["-n", "-q", "-i", "0.01", "-w", "6", to];
-            Command::new("ping").args(words).stdout(Stdio::piped()).spawn().unwrap()
-        })
-    });
-    for generation in 0..3 {
-        carries_on(&first);
-        let next = secret(20 + generation);
-        second.tunnel.lock().unwrap().set_secret(&next);
-        second.set_peers(&[peer(1, secret(1).public(), address(1))]);
-        // The record takes its time.
-        carries_on(&first);
-        first.set_peers(&[peer(2, next.public(), address(2))]);
-        wait_until("there is a session under the new key", || {
-            let status = first.status();
-            status.key == next.public() && status.handshake.is_some_and(|age| age < Duration::from_secs(1))
-        });
-    }
-    for ping in pings {
-        let output = ping.wait_with_output().unwrap();
-        let said = String::from_utf8_lossy(&output.stdout).into_owned();
-        assert!(said.contains(" 0% packet loss"), "{said}");
-    }
-    // The keys before are of no use any more.
-    wait_until("the old sessions are gone", || {
-        let before = second.dropped(Reason::BadMac) + second.dropped(Reason::UnknownKey);
-        first.set_peers(&[peer(2, secret(2).public(), address(2))]);
-        first.place.sh("ping -n -c 1 -W 1 10.77.2.1 || true");
-        second.dropped(Reason::BadMac) + second.dropped(Reason::UnknownKey) > before
-    });
 }
 
 /// The resident memory of this process in KiB.

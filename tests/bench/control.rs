@@ -268,6 +268,7 @@ fn inputs(kernel: &mut Linux) -> Inputs {
             tx_checksum: true,
             hairpin: true,
             encryption: Encryption::Never,
+            preshared: None,
             tunnel: None,
         },
         underlay: kernel.underlay(&spec).unwrap(),

@@ -1,7 +1,8 @@
 //! What must be encrypted is: tcpdump on the underlay sees no byte of a pod in clear, whatever happens to the daemons.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use weft_tests::lab::{Backend, Background, CLEAR, Capture, Families, Lab, LabOptions, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -199,4 +200,146 @@ fn a_clear_route_that_someone_left_is_of_no_use() {
     let before = kept_back(&lab, "n1");
     lab.sh("n2", &format!("ping -n -c 5 -i 0.2 -W 1 -I $(ip -4 -o address show weft0 | awk '{{print $4}}' | cut -d/ -f1) {} || true", lab.ip("n1", "a")));
     assert!(kept_back(&lab, "n1") > before, "clear packets of a peer that must encrypt are counted");
+}
+
+/// The ids of a node's cluster keys, the sealing one first.
+fn ring(lab: &Lab, node: &str) -> Vec<String> {
+    let list = lab.weft(node, &["cluster-key", "list"])["ids"].as_array().cloned().unwrap_or_default();
+    list.iter().filter_map(|id| Some(id.as_str()?.to_owned())).collect()
+}
+
+/// Whether all tunnels of all nodes use a secret from this cluster key, by sessions made since.
+fn all_follow(lab: &Lab, nodes: &[&str], id: &str, since: Instant) -> bool {
+    let age = u64::try_from(since.elapsed().as_millis()).expect("a test is short");
+    nodes.iter().all(|node| {
+        let routes = lab.weft(node, &["routes"])["routes"].as_array().cloned().unwrap_or_default();
+        let peers = lab.weft(node, &["peers"])["peers"].as_array().cloned().unwrap_or_default();
+        let young = |peer: &Value| peer["tunnel"]["handshake_ms"].as_u64().is_some_and(|ms| ms < age);
+        !routes.is_empty()
+            && routes.iter().all(|route| route["reason"].as_str().is_some_and(|reason| reason.contains(id)))
+            && peers.iter().all(young)
+    })
+}
+
+#[test]
+fn the_cluster_key_rotates_and_the_tunnels_follow_and_nothing_is_lost() {
+    let nodes = ["n1", "n2", "n3"];
+    let lab = Lab::up(LabOptions::new("encring").nodes(3).pods(1).backend(Backend::Wireguard));
+    lab.ping_all();
+    let pings = [("n1/a", "n2"), ("n2/a", "n3"), ("n3/a", "n1")].map(|(from, to)| {
+        let address = lab.ip(to, "a").to_string();
+        (from, lab.background(from, &["ping", "-n", "-D", "-i", "0.05", &address]))
+    });
+    let old = ring(&lab, "n1").remove(0);
+    assert!(all_follow(&lab, &nodes, &old, Instant::now() - Duration::from_secs(60)));
+    for _ in 0..2 {
+        let old = ring(&lab, "n1").remove(0);
+        let secret = lab.run("n1", &["weft", "cluster-key", "generate"]).trim().to_owned();
+        for node in nodes {
+            lab.run(node, &["weft", "cluster-key", "add", &secret]);
+        }
+        let new = ring(&lab, "n1").pop().expect("the new key is listed");
+        let since = Instant::now();
+        for node in nodes {
+            lab.run(node, &["weft", "cluster-key", "use", &new]);
+            carries_on(&lab, node);
+        }
+        wait_until("the tunnels use the new key", PATIENCE, || all_follow(&lab, &nodes, &new, since));
+        for node in nodes {
+            lab.run(node, &["weft", "cluster-key", "remove", &old]);
+            carries_on(&lab, node);
+        }
+        assert!(all_follow(&lab, &nodes, &new, since));
+    }
+    for (from, ping) in pings {
+        let said = ping.interrupt();
+        let answered = said.lines().filter(|line| line.contains("bytes from")).count();
+        let sent = said.lines().find_map(|line| line.split_once(" packets transmitted")?.0.parse().ok());
+        // The last one may be on its way.
+        assert!(answered > 60 && sent.is_some_and(|sent: usize| sent <= answered + 1), "{from}: {said}");
+    }
+}
+
+#[test]
+fn who_does_not_share_the_cluster_key_gets_no_session() {
+    let options =
+        LabOptions::new("encpsk").nodes(3).pods(1).overlay(Families::V4).backend(Backend::Wireguard);
+    let lab = Lab::up(options.started(2).node_config("n3", "[encryption]\npreshared = false"));
+    let ping = lab.background_ping("n1/a", lab.ip("n2", "a"));
+    lab.start("n3");
+    // Who uses no secret has no tunnel with who does: both say so, and those that agree go on.
+    for (node, other) in [("n1", "n3"), ("n3", "n1")] {
+        wait_until("the odd one is named", PATIENCE, || {
+            let said = lab.weft(node, &["routes"])["routes"].to_string();
+            said.contains("encryption.preshared") && said.contains(other)
+        });
+        let doctor = lab.exec(node, &["weft", "doctor"]);
+        let said = String::from_utf8_lossy(&doctor.stdout).into_owned();
+        assert!(doctor.status.code() == Some(1) && said.contains("encryption.preshared"), "{said}");
+    }
+    assert!(!lab.ping("n1/a", lab.ip("n3", "a")) && !lab.ping("n3/a", lab.ip("n1", "a")));
+    let (sent, lost) = ping.stop();
+    assert!(sent > 10 && lost.is_empty(), "{lost:?} of {sent} lost");
+
+    // A stolen tunnel key alone opens nothing: another WireGuard speaks with all that n2 has but the cluster key.
+    let key = lab.weft("n1", &["status"])["tunnels"]["key"].as_str().expect("n1 has a key").to_owned();
+    lab.kill("n2");
+    let _thief = lab.background("n2", &["wireguard-go", "-f", "thief0"]);
+    let set_up = format!(
+        "wg set thief0 private-key /var/lib/weft/tunnel.key listen-port 51820 \
+         peer {key} endpoint 192.0.2.1:51820 allowed-ips 10.32.0.0/12 && ip link set thief0 up"
+    );
+    wait_until("the thief is set up", PATIENCE, || lab.exec("n2", &["sh", "-c", &set_up]).status.success());
+    let subnet = lab.subnets("n1").into_iter().next().expect("n1 has a subnet");
+    // No rule of n2 keeps it from sending.
+    lab.sh("n2", &format!("ip route replace {subnet} dev thief0 metric 1; nft flush table inet weft"));
+    let underlay = Capture::start(&lab, "n2", "eth0");
+    let source = lab.sh("n2", "ip -4 -o address show weft0 | awk '{print $4}' | cut -d/ -f1");
+    let address = lab.ip("n1", "a").to_string();
+    let words = ["ping", "-n", "-c", "30", "-i", "0.2", "-W", "1", "-I", source.trim(), &address];
+    let said = String::from_utf8_lossy(&lab.exec("n2", &words).stdout).into_owned();
+    assert!(said.contains(" 0 received"), "{said}");
+    // A request has 148 bytes and its answer 92: n1 knows the key, and what it says opens nothing.
+    let asked_and_answered =
+        underlay.finish(2, "src 192.0.2.1 and udp src port 51820 and udp[4:2] == 100", SECRET);
+    assert!(
+        asked_and_answered.matching > 0,
+        "n1 did not answer, so this shows nothing: {asked_and_answered:?}"
+    );
+    let handshakes = lab.sh("n2", "wg show thief0 latest-handshakes");
+    assert!(handshakes.trim().ends_with("\t0"), "it has a session: {handshakes}");
+}
+
+#[test]
+fn a_node_that_was_cut_off_and_missed_rotations_comes_back_by_itself() {
+    let lab = Lab::up(LabOptions::new("enccut").nodes(3).pods(1).backend(Backend::Wireguard));
+    lab.ping_all();
+    let others = lab.background_ping("n1/a", lab.ip("n3", "a"));
+    // One rotation, then more than a record has room to vouch for; on the one that is cut off, and on the others.
+    for times in [1, 5] {
+        lab.cut("n1", "n2");
+        lab.cut("n3", "n2");
+        assert!(!lab.ping("n1/a", lab.ip("n2", "a")));
+        let before = ["n1", "n2"].map(|node| lab.weft(node, &["status"])["tunnels"]["key"].to_string());
+        for _ in 0..times {
+            for node in ["n1", "n2"] {
+                lab.run(node, &["weft", "rotate-key"]);
+            }
+        }
+        let after = ["n1", "n2"].map(|node| lab.weft(node, &["status"])["tunnels"]["key"].to_string());
+        assert!(before[0] != after[0] && before[1] != after[1]);
+        assert!(!lab.ping("n2/a", lab.ip("n1", "a")));
+        lab.heal("n1", "n2");
+        lab.heal("n3", "n2");
+        for (from, to) in [("n1/a", "n2"), ("n2/a", "n1"), ("n3/a", "n2")] {
+            wait_until("pods reach each other again", PATIENCE, || lab.ping(from, lab.ip(to, "a")));
+        }
+        wait_until("they know each other's key of today", PATIENCE, || {
+            let known = |observer, node| key_of(&lab, observer, node).map(|key| format!("\"{key}\""));
+            known("n1", "n2") == Some(after[1].clone()) && known("n2", "n1") == Some(after[0].clone())
+        });
+        lab.ping_all();
+    }
+    let (sent, lost) = others.stop();
+    assert!(sent > 20 && lost.is_empty(), "{lost:?} of {sent} lost");
 }

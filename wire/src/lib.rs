@@ -10,6 +10,7 @@ pub mod cni;
 pub mod frame;
 pub mod mesh;
 pub mod packet;
+pub mod preshared;
 pub mod record;
 pub mod seal;
 pub mod types;

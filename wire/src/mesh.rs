@@ -226,6 +226,11 @@ impl Mesh {
         self.settle();
     }
 
+    /// Returns the cluster keys.
+    pub fn ring(&self) -> &KeyRing {
+        &self.config.ring
+    }
+
     /// Replaces the cluster keys: the first seals from now on, every one opens.
     pub fn set_ring(&mut self, ring: KeyRing, now: Instant) {
         self.advance(now);

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use crate::mesh::proto;
+use crate::seal::{KeyId, MAX_KEYS};
 use crate::types::{Epoch, MacAddress, NodeName, PublicKey, SiteName, Subnet, TunnelKey, from_hex, to_hex};
 
 #[cfg(fuzzing)]
@@ -61,12 +62,16 @@ pub struct Facts {
 }
 
 /// How to speak WireGuard with a node.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TunnelFacts {
     /// Its public key.
     pub key: TunnelKey,
     /// Its UDP port, at each of its tunnel endpoints; not 0.
     pub port: u16,
+    /// The cluster keys that it makes pre-shared keys from, the sealing one first; none where it uses no such keys. At most
+    /// [`MAX_KEYS`].
+    #[serde(default)]
+    pub preshared: Vec<KeyId>,
 }
 
 /// A pod subnet and the fencing epoch of the lease on it.
@@ -405,8 +410,14 @@ fn to_proto(record: &NodeRecord) -> proto::Record {
         vxlan_port: facts.vxlan_port.into(),
         mtu: facts.mtu.into(),
         capabilities: facts.capabilities.0,
-        tunnel_key: facts.tunnel.map(|tunnel| tunnel.key.0.to_vec()).unwrap_or_default(),
-        tunnel_port: facts.tunnel.map_or(0, |tunnel| tunnel.port.into()),
+        tunnel_key: facts.tunnel.as_ref().map(|tunnel| tunnel.key.0.to_vec()).unwrap_or_default(),
+        tunnel_port: facts.tunnel.as_ref().map_or(0, |tunnel| tunnel.port.into()),
+        tunnel_preshared: facts
+            .tunnel
+            .iter()
+            .flat_map(|tunnel| &tunnel.preshared)
+            .flat_map(|id| id.0)
+            .collect(),
         endorsements: record
             .endorsements
             .iter()
@@ -441,7 +452,7 @@ fn from_proto(record: proto::Record) -> Result<NodeRecord, RecordError> {
         vxlan_port: record.vxlan_port.try_into().map_err(|_| Field("vxlan_port"))?,
         mtu: record.mtu.try_into().map_err(|_| Field("mtu"))?,
         capabilities: Capabilities(record.capabilities),
-        tunnel: tunnel_from_proto(&record.tunnel_key, record.tunnel_port)?,
+        tunnel: tunnel_from_proto(&record.tunnel_key, record.tunnel_port, &record.tunnel_preshared)?,
     };
     let endorsements = record.endorsements.into_iter().map(|endorsement| {
         let signature = endorsement.signature.try_into().map_err(|_| Field("endorsements"))?;
@@ -458,13 +469,17 @@ fn from_proto(record: proto::Record) -> Result<NodeRecord, RecordError> {
     })
 }
 
-fn tunnel_from_proto(key: &[u8], port: u32) -> Result<Option<TunnelFacts>, RecordError> {
-    if key.is_empty() && port == 0 {
+fn tunnel_from_proto(key: &[u8], port: u32, preshared: &[u8]) -> Result<Option<TunnelFacts>, RecordError> {
+    if key.is_empty() && port == 0 && preshared.is_empty() {
         return Ok(None);
     }
     let key = key.try_into().map(TunnelKey).map_err(|_| RecordError::Field("tunnel_key"))?;
     let port = u16::try_from(port).ok().filter(|port| *port > 0).ok_or(RecordError::Field("tunnel_port"))?;
-    Ok(Some(TunnelFacts { key, port }))
+    let (ids, []) = preshared.as_chunks() else { return Err(RecordError::Field("tunnel_preshared")) };
+    if ids.len() > MAX_KEYS {
+        return Err(RecordError::Field("tunnel_preshared"));
+    }
+    Ok(Some(TunnelFacts { key, port, preshared: ids.iter().copied().map(KeyId).collect() }))
 }
 
 fn parse_all<T>(list: &[Vec<u8>], parse: fn(&[u8]) -> Option<T>) -> Option<Vec<T>> {

@@ -13,6 +13,7 @@ use std::str::FromStr;
 use blake2::{Blake2s256, Digest};
 use chacha20poly1305::aead::{AeadInPlace, KeyInit};
 use chacha20poly1305::{Tag, XChaCha20Poly1305, XNonce};
+use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use crate::types::{KeyError, from_hex, to_hex};
@@ -49,6 +50,10 @@ impl ClusterKey {
         KeyId([hash[0], hash[1], hash[2], hash[3]])
     }
 
+    pub(crate) fn secret(&self) -> &[u8; 32] {
+        &self.0
+    }
+
     /// Writes the secret as 64 hexadecimal digits, for the key file.
     pub fn to_secret_text(&self) -> String {
         to_hex(&*self.0)
@@ -70,7 +75,7 @@ impl fmt::Debug for ClusterKey {
 }
 
 /// The first four bytes of a hash of a cluster key.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct KeyId(pub [u8; 4]);
 
 impl fmt::Display for KeyId {

@@ -161,6 +161,7 @@ struct Encrypt {
     tunnels: bool,
     port: u16,
     rotate_after: Span,
+    preshared: bool,
 }
 
 impl Default for Encrypt {
@@ -170,6 +171,7 @@ impl Default for Encrypt {
             tunnels: false,
             port: 51820,
             rotate_after: Span(Duration::from_secs(24 * 3600)),
+            preshared: true,
         }
     }
 }
@@ -401,6 +403,7 @@ impl Raw {
                 tunnels: self.encryption.tunnels || self.encryption.policy != Encryption::Never,
                 port: self.encryption.port,
                 rotate_after: self.encryption.rotate_after.0,
+                preshared: self.encryption.preshared,
             },
             masquerade: MasqueradeConfig { enabled: self.masquerade.enabled, except: self.masquerade.except },
             pods: PodsConfig { reserved: self.pods.reserved, hairpin: self.pods.hairpin },

@@ -65,6 +65,7 @@ impl Control {
             hairpin: self.config.pods.hairpin,
             encryption: self.config.encryption.policy,
             tunnel: self.tunnel,
+            preshared: self.config.encryption.preshared.then(|| self.mesh.ring().clone()),
         }
     }
 
@@ -207,7 +208,15 @@ impl Control {
             vxlan_port: self.config.overlay.port,
             mtu: u16::try_from(underlay.mtu).unwrap_or(u16::MAX),
             capabilities,
-            tunnel: self.tunnel.map(|key| TunnelFacts { key, port: self.config.encryption.port }),
+            tunnel: self.tunnel.map(|key| TunnelFacts {
+                key,
+                port: self.config.encryption.port,
+                preshared: if self.config.encryption.preshared {
+                    self.mesh.ring().ids().collect()
+                } else {
+                    Vec::new()
+                },
+            }),
         };
         self.mesh.announce(facts, now);
     }
@@ -237,7 +246,7 @@ fn planned(record: &NodeRecord) -> RememberedPeer {
             mtu: u32::from(facts.mtu),
             site: record.site.clone(),
             encryption: demanded(facts.capabilities),
-            tunnel: facts.tunnel,
+            tunnel: facts.tunnel.clone(),
         },
         gossip: facts.gossip.clone(),
     }

@@ -62,7 +62,7 @@ impl Tunnels {
                 key: *key,
                 endpoint: peer.endpoint,
                 prefixes: peer.prefixes.clone(),
-                preshared: None,
+                preshared: peer.preshared.clone(),
             })
             .collect();
         let (tunnel, carried) = self.open()?;

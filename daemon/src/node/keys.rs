@@ -51,15 +51,15 @@ impl Node {
                     return Reply::refusal(1, error.to_string());
                 }
                 info!(action = request.action, keys = ?ring.ids().collect::<Vec<_>>(), "cluster keys changed");
-                self.control.mesh.set_ring(ring.clone(), now);
-                self.ring = ring;
+                self.control.use_ring(ring, now);
             }
         }
-        ReplyBody::ClusterKeys(ClusterKeys { ids: self.ring.ids().map(|id| id.to_string()).collect() }).into()
+        let ids = self.control.mesh.ring().ids().map(|id| id.to_string()).collect();
+        ReplyBody::ClusterKeys(ClusterKeys { ids }).into()
     }
 
     fn changed_ring(&self, request: &ClusterKeyRequest) -> Result<Option<KeyRing>, (u32, String)> {
-        let mut keys: Vec<ClusterKey> = self.ring.keys().cloned().collect();
+        let mut keys: Vec<ClusterKey> = self.control.mesh.ring().keys().cloned().collect();
         let place = keys.iter().position(|key| key.id().to_string() == request.key);
         let unknown =
             || (2, format!("no key {:?} in the ring; `weft cluster-key list` shows the ids", request.key));

@@ -106,7 +106,7 @@ pub fn start(config: Config) -> Result<Node, Fatal> {
     let seed = state::random().map_err(fatal)?;
     let tunnel = tunnel.map(|secret| secret.public());
     let rekey = now + config.encryption.rotate_after;
-    let start = Start { config, memory, boot, key, ring: ring.clone(), tunnel, seed };
+    let start = Start { config, memory, boot, key, ring, tunnel, seed };
     let control = Control::new(start, now);
     let mut node = Node {
         control,
@@ -120,7 +120,6 @@ pub fn start(config: Config) -> Result<Node, Fatal> {
         next_token: 1,
         leaving: None,
         inbox,
-        ring,
         preflight,
         unheard: Vec::new(),
         survey: now,

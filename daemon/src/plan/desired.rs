@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
-use weft_wire::types::{MacAddress, Subnet};
+use weft_wire::mesh::TunnelFacts;
+use weft_wire::preshared::PresharedKey;
+use weft_wire::types::{MacAddress, Subnet, TunnelKey};
 
 use super::model::{
     BRIDGE, Desired, Encryption, Inputs, Link, LinkKind, Peer, PlannedRoute, Route, Transport, TunnelPeer,
@@ -174,12 +176,12 @@ fn encrypted_way(
     plan: &mut Desired,
 ) -> Result<(Route, String), String> {
     let node = &peer.node;
-    let Some(Tunnels { peers, .. }) = &mut plan.state.tunnel else {
+    let Some(Tunnels { peers, key, .. }) = &mut plan.state.tunnel else {
         return Err(format!(
             "{node} exchanges no clear pod traffic, and this node has no tunnels; set encryption.policy here as there"
         ));
     };
-    let Some(facts) = peer.tunnel else {
+    let Some(facts) = &peer.tunnel else {
         return Err(format!(
             "pod traffic with {node} must be encrypted, and it announces no tunnel key; set encryption.policy there as here"
         ));
@@ -188,10 +190,13 @@ fn encrypted_way(
         return Err(no_common_underlay(peer));
     };
     let endpoint = SocketAddr::new(endpoint, facts.port);
+    let preshared = preshared(inputs, peer, *key, facts)?;
+    let how = preshared.as_ref().map(|key| format!(", with a secret from cluster key {}", key.from));
     let entry = peers.entry(facts.key).or_insert_with(|| TunnelPeer {
         node: node.clone(),
         endpoint,
         prefixes: Vec::new(),
+        preshared,
     });
     if entry.node != *node {
         return Err(format!(
@@ -203,7 +208,29 @@ fn encrypted_way(
     let room = peer.mtu.min(inputs.underlay.mtu).saturating_sub(wireguard_overhead(v4));
     let mtu = (room < plan.pod_mtu).then_some(room);
     let way = Route { dev: WIREGUARD.into(), via: None, source: source(inputs, subnet), mtu };
-    Ok((way, format!("encrypted to {endpoint}")))
+    Ok((way, format!("encrypted to {endpoint}{}", how.unwrap_or_default())))
+}
+
+/// Returns the secret that handshakes with a peer need beside the two keys, if any; an error is why there can be no session.
+fn preshared(
+    inputs: &Inputs,
+    peer: &Peer,
+    own: TunnelKey,
+    facts: &TunnelFacts,
+) -> Result<Option<PresharedKey>, String> {
+    let node = &peer.node;
+    match (&inputs.dataplane.preshared, &facts.preshared[..]) {
+        (None, []) => Ok(None),
+        (None, _) => Err(format!(
+            "{node} wants a secret from the cluster key in handshakes, and this node uses none; set encryption.preshared here as there"
+        )),
+        (Some(_), []) => Err(format!(
+            "this node wants a secret from the cluster key in handshakes, and {node} uses none; set encryption.preshared there as here"
+        )),
+        (Some(ring), theirs) => PresharedKey::of_pair(ring, theirs, own, facts.key).map(Some).ok_or_else(|| {
+            format!("{node} and this node have no cluster key in common; `weft cluster-key list` on both shows what they have, `add` adds one")
+        }),
+    }
 }
 
 fn plan_subnet(inputs: &Inputs, peer: &Peer, subnet: Subnet, plan: &mut Desired) {

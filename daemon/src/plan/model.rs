@@ -7,6 +7,8 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use weft_wire::mesh::TunnelFacts;
+use weft_wire::preshared::PresharedKey;
+use weft_wire::seal::KeyRing;
 use weft_wire::types::{MacAddress, NodeName, SiteName, Subnet, TunnelKey};
 
 use super::table::Table as NftTable;
@@ -94,6 +96,8 @@ pub struct Dataplane {
     pub hairpin: bool,
     /// Between which nodes pod traffic must be encrypted.
     pub encryption: Encryption,
+    /// The cluster keys, where handshakes need a secret made from one.
+    pub preshared: Option<KeyRing>,
     /// The key of the node's tunnels. With one, the WireGuard device is there and the MTU of pods leaves room for it.
     pub tunnel: Option<TunnelKey>,
 }
@@ -303,6 +307,8 @@ pub struct TunnelPeer {
     pub endpoint: SocketAddr,
     /// What is routed to it, and what its packets may come from.
     pub prefixes: Vec<IpNet>,
+    /// Mixed into handshakes with it.
+    pub preshared: Option<PresharedKey>,
 }
 
 /// A device of weft's.

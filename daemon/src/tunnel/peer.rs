@@ -10,12 +10,17 @@ use std::time::{Duration, Instant};
 use boringtun::noise::errors::WireGuardError;
 use boringtun::noise::{Tunn, TunnResult};
 use boringtun::x25519::{PublicKey, StaticSecret};
+use weft_wire::preshared::PresharedKey;
 use weft_wire::types::{NodeName, TunnelKey};
 
 use super::counters::{Counters, Reason, Traffic};
 use super::udp::Batch;
 use super::{Identity, TunnelPeer};
 
+/// So long after a session under new keys the one before is still heard: packets may be under way.
+const OVERLAP: Duration = Duration::from_secs(5);
+/// So long a peer that may not have heard of this node's new key is answered under the one before, if none comes after it.
+const UNHEARD: Duration = Duration::from_secs(600);
 /// So many packets wait for a session; boringtun would keep four times as many.
 const WAITING: usize = 64;
 /// What WireGuard adds to a packet: header, counter and tag (whitepaper s5.4.6).
@@ -35,8 +40,8 @@ pub(super) struct Peer {
     pub(super) index: u32,
     pub(super) traffic: Traffic,
     session: Mutex<Session>,
-    /// The same node under the keys before, until there is a session under these.
-    previous: Mutex<Option<Arc<Peer>>>,
+    /// The same node under the keys before, and since when these are no longer in force.
+    previous: Mutex<Option<(Arc<Peer>, Instant)>>,
 }
 
 /// The state that both directions share.
@@ -44,7 +49,7 @@ pub(super) struct Session {
     tunn: Option<Box<Tunn>>,
     own: StaticSecret,
     peer: PublicKey,
-    preshared: Option<[u8; 32]>,
+    preshared: Option<PresharedKey>,
     index: u32,
     /// Where the record says that the peer is.
     announced: SocketAddr,
@@ -105,18 +110,25 @@ impl Peer {
             index,
             traffic: Traffic::default(),
             session: Mutex::new(session),
-            previous: Mutex::new(previous),
+            previous: Mutex::new(previous.map(|previous| (previous, Instant::now()))),
         }
     }
 
     /// Whether the session can go on: its keys are the same.
     pub(super) fn keeps(&self, wanted: &TunnelPeer, own: &StaticSecret) -> bool {
         let session = self.session();
-        let same_own = session.own.as_bytes() == own.as_bytes();
         self.node == wanted.node
             && self.key == wanted.key
-            && same_own
+            && session.own.as_bytes() == own.as_bytes()
             && session.preshared == wanted.preshared
+    }
+
+    /// Whether this node is to ask for a session under other keys: the peer's are what changed, so it knows of them, or it is
+    /// the secret of the pair and there is a session to follow. Of a key of this node's own the peer has yet to hear.
+    pub(super) fn gives_way(&self, wanted: &TunnelPeer, own: &StaticSecret) -> bool {
+        let session = self.session();
+        session.own.as_bytes() == own.as_bytes()
+            && (self.key != wanted.key || (session.preshared != wanted.preshared && session.ready))
     }
 
     /// Returns the peer whose sessions belong to an identity of this node.
@@ -127,14 +139,25 @@ impl Peer {
 
     /// Returns the same node under the keys before.
     pub(super) fn previous(&self) -> Option<Arc<Peer>> {
-        self.previous.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        let previous = self.previous.lock().unwrap_or_else(PoisonError::into_inner);
+        previous.as_ref().map(|(previous, _)| Arc::clone(previous))
     }
 
     /// Ends what there is under the keys before.
     pub(super) fn forget_previous(&self) {
         let previous = self.previous.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(previous) = previous {
+        if let Some((previous, _)) = previous {
             previous.session().end();
+        }
+    }
+
+    /// Ends what there is under the keys before, once the peer has shown that it knows these, or was given the time to.
+    pub(super) fn forget_previous_if_over(&self) {
+        let previous = self.previous.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some((previous, since)) = previous else { return };
+        let confirmed = self.session().age().is_some_and(|age| age >= OVERLAP);
+        if confirmed || (since.elapsed() >= UNHEARD && !previous.session().ready()) {
+            self.forget_previous();
         }
     }
 
@@ -181,7 +204,8 @@ impl Session {
 
     fn tunn(&mut self) -> &mut Tunn {
         self.tunn.get_or_insert_with(|| {
-            Box::new(Tunn::new(self.own.clone(), self.peer, self.preshared, None, self.index, None))
+            let preshared = self.preshared.as_ref().map(|key| *key.secret());
+            Box::new(Tunn::new(self.own.clone(), self.peer, preshared, None, self.index, None))
         })
     }
 

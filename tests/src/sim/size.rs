@@ -305,6 +305,7 @@ pub fn reconciler_work(nodes: usize) -> [Work; 3] {
             tx_checksum: true,
             hairpin: false,
             encryption: Encryption::Never,
+            preshared: None,
             tunnel: None,
         },
         underlay: underlay.clone(),

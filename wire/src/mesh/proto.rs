@@ -56,6 +56,8 @@ pub struct Record {
     pub tunnel_key: Vec<u8>,
     #[prost(uint32, tag = "17")]
     pub tunnel_port: u32,
+    #[prost(bytes = "vec", tag = "18")]
+    pub tunnel_preshared: Vec<u8>,
 }
 
 #[derive(Clone, PartialEq, Message)]

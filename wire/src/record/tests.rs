@@ -37,9 +37,13 @@ prop_compose! {
         vxlan_port in any::<u16>(),
         mtu in any::<u16>(),
         capabilities in any::<u64>().prop_map(Capabilities),
-        tunnel in proptest::option::of((any::<[u8; 32]>(), 1..=u16::MAX)),
+        tunnel in proptest::option::of((any::<[u8; 32]>(), 1..=u16::MAX, vec(any::<[u8; 4]>(), 0..=MAX_KEYS))),
     ) -> Facts {
-        let tunnel = tunnel.map(|(key, port)| TunnelFacts { key: TunnelKey(key), port });
+        let tunnel = tunnel.map(|(key, port, preshared)| TunnelFacts {
+            key: TunnelKey(key),
+            port,
+            preshared: preshared.into_iter().map(KeyId).collect(),
+        });
         Facts { subnets, gossip, underlay, vtep_v4, vtep_v6, vni, vxlan_port, mtu, capabilities, tunnel }
     }
 }
