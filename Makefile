@@ -121,7 +121,7 @@ $(PEERS)/bin/gotatun:
 
 # Whom the tunnels are tried with: a minute or three, once. Where it cannot be had, the tests that need it say SKIP, and fail
 # under CI.
-peers:
+peers: ## build boringtun-cli and gotatun for the tests, into the user's cache (a minute or three, once)
 	@$(MAKE) --no-print-directory $(addprefix $(PEERS)/bin/,boringtun-cli gotatun) \
 		|| echo "peers: not built, see above; the tests that need them are skipped"
 

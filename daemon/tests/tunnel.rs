@@ -3,6 +3,8 @@
 
 mod netns;
 
+#[path = "tunnel/flood.rs"]
+mod flood;
 #[path = "tunnel/interop.rs"]
 mod interop;
 #[path = "tunnel/keys.rs"]
