@@ -26,7 +26,7 @@ use weft_ipam::store::{Change, Key, PutError, Snapshot, StoreError};
 use weft_wire::mesh::{Authority, LeaseTable, Mesh, MeshConfig, MeshEvent, NodeKey, Timing};
 use weft_wire::record::Each;
 use weft_wire::seal::KeyRing;
-use weft_wire::types::{PublicKey, Subnet, TunnelKey, to_hex};
+use weft_wire::types::{NodeName, PublicKey, Subnet, TunnelKey, to_hex};
 
 use crate::config::{Config, StoreKind};
 use crate::plan::model::{Inputs, Underlay};
@@ -142,6 +142,8 @@ pub struct Problems {
     pub memory: Option<String>,
     /// Why the underlay was not there at the last look.
     pub underlay: Option<String>,
+    /// Who announces this node's own tunnel key, as the last pass saw it.
+    pub tunnel_twin: Option<NodeName>,
 }
 
 /// What a control plane starts from.

@@ -80,6 +80,8 @@ pub struct Node {
     survey: Instant,
     /// When the tunnel key is replaced.
     rekey: Instant,
+    /// When it was replaced last because another node has it.
+    untwinned: Option<Instant>,
 }
 
 /// The receiving ends of all shells.
@@ -173,7 +175,7 @@ impl Node {
             self.survey = now + SURVEY;
             self.pods.survey();
         }
-        if self.rekey <= now {
+        if self.rekey <= now || self.has_twin(now) {
             self.rotate_on_schedule(now);
         }
         let until = loop {

@@ -13,7 +13,8 @@ use weft_daemon::kernel::{Kernel, purge};
 use weft_daemon::plan::desired::desired;
 use weft_daemon::plan::diff::diff;
 use weft_daemon::plan::model::{
-    Actual, Dataplane, Encryption, HostVeth, Inputs, LinkKind, METRICS, Op, Peer, Underlay, VethState, metric,
+    Actual, Dataplane, Encryption, HostVeth, Inputs, LinkKind, METRICS, Op, Peer, Transport, Underlay,
+    VethState, metric,
 };
 use weft_wire::mesh::TunnelFacts;
 use weft_wire::seal::{ClusterKey, KeyRing};
@@ -213,6 +214,29 @@ proptest! {
                 prop_assert!(guarded || !demanded, "{} may pass in clear", planned.prefix);
             }
         }
+    }
+
+    #[test]
+    fn a_tunnel_key_that_cannot_be_has_no_tunnel_and_disturbs_no_other(inputs in any_inputs(), zeros in any::<bool>()) {
+        let own = TunnelKey([250; 32]);
+        let mut inputs = Inputs { dataplane: Dataplane { tunnel: Some(own), ..inputs.dataplane.clone() }, ..inputs };
+        let before = desired(&inputs);
+        let Some(bad) = inputs.peers.iter_mut().rev().find(|peer| peer.tunnel.is_some()) else { return Ok(()) };
+        let node = bad.node.clone();
+        if let Some(facts) = &mut bad.tunnel {
+            facts.key = if zeros { TunnelKey([0; 32]) } else { own };
+        }
+        let after = desired(&inputs);
+        for (was, is) in before.routes.iter().zip(&after.routes) {
+            if is.node != node {
+                // One that shared the key of before is better off.
+                prop_assert!(is == was || was.route.is_none());
+            } else if was.transport == Transport::WireGuard && was.route.is_some() {
+                prop_assert!(is.route.is_none() && is.reason.contains("tunnel key"), "{}", is.reason);
+            }
+        }
+        let tunnels = after.state.tunnel.iter().flat_map(|tunnels| &tunnels.peers);
+        prop_assert!(tunnels.into_iter().all(|(key, _)| *key != own && key.0 != [0; 32]));
     }
 
     #[test]

@@ -1,14 +1,19 @@
-//! What a daemon takes: memory and processor time at rest with three and with a thousand peers, and how soon it is ready.
+//! What a daemon takes: memory and processor time at rest with three and with a thousand peers, with two thousand that it
+//! speaks WireGuard with and fifty of them active, and how soon it is ready.
 //!
 //! `make bench-node`. The thousand are real meshes with records of their own in one process (`--peers`), on one node of a
-//! lab; the daemon that is measured has a route, a neighbour and a forwarding entry for each.
+//! lab; the daemon that is measured has a route, a neighbour and a forwarding entry for each, or a tunnel.
+
+#[path = "node/answering.rs"]
+mod answering;
 
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use answering::Answering;
 use weft_tests::figures::Figures;
-use weft_tests::lab::{Lab, LabOptions, Store, wait_until};
+use weft_tests::lab::{Backend, Families, Lab, LabOptions, Store, wait_until};
 use weft_tests::sim::meshes::name;
 use weft_tests::sim::records::SharedRecords;
 use weft_wire::mesh::{
@@ -20,11 +25,14 @@ use weft_wire::types::{Epoch, MacAddress};
 /// How long a daemon is watched at rest.
 const REST: Duration = Duration::from_secs(30);
 const MANY: usize = 999;
+/// Peers with tunnels, and how many of them have sessions.
+const TUNNELS: usize = 2000;
+const ACTIVE: usize = 50;
 const FIRST_PORT: u16 = 20_000;
 const STARTS: usize = 10;
 
 /// Runs meshes over real sockets for so long; all gossip at one address.
-fn run_peers(count: usize, lab: &str, address: &str, key: &str, length: Duration) {
+fn run_peers(count: usize, lab: &str, address: &str, key: &str, length: Duration, tunnels: bool) {
     let began = Instant::now();
     let place = |peer: usize| -> SocketAddr {
         let port = FIRST_PORT + u16::try_from(peer).expect("peers fit the ports");
@@ -52,7 +60,7 @@ fn run_peers(count: usize, lab: &str, address: &str, key: &str, length: Duration
         };
         let mut mesh = Mesh::new(config, secret, began);
         mesh.set_authority(Authority::Claims, began);
-        let subnet = format!("10.{}.{}.0/24", 36 + peer / 256, peer % 256).parse().expect("a subnet");
+        let subnet = subnet(peer).parse().expect("a subnet");
         let facts = Facts {
             subnets: vec![LeasedSubnet { subnet, epoch: Epoch(1) }],
             gossip: vec![place(peer)],
@@ -62,11 +70,13 @@ fn run_peers(count: usize, lab: &str, address: &str, key: &str, length: Duration
             vxlan_port: 8472,
             mtu: 1500,
             capabilities: Capabilities::VXLAN,
+            tunnel: tunnels.then(|| answering::facts(peer, &ring)),
             ..Facts::default()
         };
         mesh.announce(facts, began);
         peers.push((socket, mesh, began));
     }
+    let mut answering: Vec<Answering> = Vec::new();
     let mut buffer = [0; 2048];
     while began.elapsed() < length {
         for (socket, mesh, wake) in &mut peers {
@@ -89,8 +99,22 @@ fn run_peers(count: usize, lab: &str, address: &str, key: &str, length: Duration
                 }
             }
         }
+        let met = || peers[0].1.members().find(|member| member.node.as_str() == "n1");
+        if tunnels
+            && answering.is_empty()
+            && let Some(facts) = met().and_then(|member| member.record.facts.tunnel.clone())
+        {
+            let one = |peer| Answering::new(peer, place(peer).ip(), &facts, &ring);
+            answering.extend((0..ACTIVE).map(one));
+        }
+        answering.iter_mut().for_each(Answering::answer);
         std::thread::sleep(Duration::from_millis(2));
     }
+}
+
+/// The subnet of one of many peers.
+fn subnet(peer: usize) -> String {
+    format!("10.{}.{}.0/24", 36 + peer / 256, peer % 256)
 }
 
 /// A line of the daemon's `/proc` status in MiB.
@@ -135,31 +159,56 @@ fn starts(lab: &Lab) {
 fn main() {
     let words: Vec<String> = std::env::args().collect();
     if let Some(place) = words.iter().position(|word| word == "--peers") {
-        let [count, lab, address, key, seconds] = &words[place + 1..][..5] else { return };
+        let [count, lab, address, key, seconds, tunnels] = &words[place + 1..][..6] else { return };
         let number = |word: &String| word.parse().expect("a number");
-        return run_peers(number(count), lab, address, key, Duration::from_secs(number(seconds) as u64));
+        let length = Duration::from_secs(number(seconds) as u64);
+        return run_peers(number(count), lab, address, key, length, tunnels == "tunnels");
     }
     let lab = Lab::up(LabOptions::new("bench-node").nodes(4).pods(1));
     starts(&lab);
     report(&lab, 3);
     drop(lab);
 
+    crowd(MANY, Store::Static, Backend::Vxlan);
+    crowd(TUNNELS, Store::Static, Backend::Wireguard);
+}
+
+/// One daemon with so many peers.
+fn crowd(count: usize, store: Store, backend: Backend) {
+    let tunnels = backend == Backend::Wireguard;
     let seeds = format!("[gossip]\nseeds = [\"192.0.2.2:{FIRST_PORT}\"]\n");
-    let lab = Lab::up(
-        LabOptions::new("bench-node").nodes(2).started(1).pods(1).store(Store::Static).config(&seeds),
-    );
+    let options = LabOptions::new("bench-node").nodes(2).started(1).pods(1).store(store).backend(backend);
+    let lab = Lab::up(options.overlay(Families::V4).config(&seeds));
     let program = std::env::current_exe().expect("the program knows where it is");
+    let program = program.to_str().expect("a path of text");
     let key = lab.sh("n2", "cat /etc/weft/cluster.key");
     let name = lab.state().options.name;
-    let count = MANY.to_string();
-    let run =
-        [program.to_str().expect("a path of text"), "--peers", &count, &name, "192.0.2.2", key.trim(), "300"];
-    let peers = lab.background("n2", &run);
+    let kind = if tunnels { "tunnels" } else { "none" };
+    let peers = lab.background(
+        "n2",
+        &[program, "--peers", &count.to_string(), &name, "192.0.2.2", key.trim(), "600", kind],
+    );
     let routes = || lab.weft_routes("n1").len();
-    wait_until("n1 has a route to everyone", Duration::from_secs(240), || {
+    let took = wait_until("n1 has a route to everyone", Duration::from_secs(400), || {
         std::thread::sleep(Duration::from_secs(1));
-        routes() == MANY
+        routes() == count
     });
-    report(&lab, MANY);
+    println!("{count} peers: known after {:.0} s", took.as_secs_f64());
+    report(&lab, count);
+    if tunnels {
+        // A packet a second each way with every active peer.
+        let addresses: Vec<_> = (0..ACTIVE).map(|peer| subnet(peer).replace(".0/24", ".9")).collect();
+        let script = format!("for to in {}; do ping -n -q -i 1 $to & done; wait", addresses.join(" "));
+        let pings = lab.background("n1/a", &["sh", "-c", &script]);
+        let sessions = || {
+            let peers = lab.weft("n1", &["peers"])["peers"].as_array().cloned().unwrap_or_default();
+            peers.iter().filter(|peer| peer["tunnel"]["handshake_ms"].is_u64()).count()
+        };
+        wait_until("the active peers have sessions", Duration::from_secs(60), || sessions() == ACTIVE);
+        print!("{ACTIVE} of them active, ");
+        report(&lab, count);
+        assert_eq!(sessions(), ACTIVE, "they all last");
+        drop(pings);
+    }
     drop(peers);
 }

@@ -28,6 +28,10 @@ impl Control {
     pub(super) fn inputs(&mut self, now: Instant) -> Inputs {
         let peers = self.planned_peers(now);
         self.remember_peers(&peers);
+        let twin = |peer: &&RememberedPeer| {
+            peer.peer.tunnel.as_ref().is_some_and(|theirs| Some(theirs.key) == self.tunnel)
+        };
+        self.problems.tunnel_twin = peers.values().find(twin).map(|peer| peer.peer.node.clone());
         let unknown = || model::Underlay {
             device: String::new(),
             index: 0,

@@ -12,7 +12,7 @@ use weft_wire::types::TunnelKey;
 use super::{Node, worker};
 use crate::state::{self, StateError};
 
-/// After a rotation on schedule that failed.
+/// After a rotation on schedule that failed, and between two because of a twin.
 const RETRY: Duration = Duration::from_secs(60);
 
 /// Reads the cluster keys: one of 64 hexadecimal digits a line, `#` starts a comment, the first one seals.
@@ -103,6 +103,18 @@ impl Node {
             }
         };
         self.rekey = now + pause;
+    }
+
+    /// Returns whether to replace the tunnel key because another node has it, as the clone of a disk does: whoever of the two
+    /// speaks would take the other's sessions. Both do so, and not over and over should someone copy what is announced.
+    pub(super) fn has_twin(&mut self, now: Instant) -> bool {
+        let Some(twin) = &self.control.problems.tunnel_twin else { return false };
+        let again = self.untwinned.is_none_or(|at| now.duration_since(at) >= RETRY);
+        if again {
+            warn!(peer = %twin, "another node has this node's tunnel key, which is replaced");
+            self.untwinned = Some(now);
+        }
+        again
     }
 
     fn rotate_tunnel_key(&mut self, now: Instant) -> Result<Option<TunnelKey>, StateError> {

@@ -124,6 +124,7 @@ pub fn start(config: Config) -> Result<Node, Fatal> {
         unheard: Vec::new(),
         survey: now,
         rekey,
+        untwinned: None,
     };
     node.pods_changed(now);
     Ok(node)

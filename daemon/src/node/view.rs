@@ -19,6 +19,9 @@ use crate::tunnel::{TunnelMonitor, TunnelStatus};
 /// How long a problem that has not shown again is still told.
 const MEMORY: Duration = Duration::from_secs(60);
 
+/// The least that IPv6 takes (RFC 8200 s5).
+const IPV6_MTU: u32 = 1280;
+
 fn shown(tunnel: &TunnelStatus) -> Tunnel {
     Tunnel {
         key: tunnel.key.to_string(),
@@ -98,6 +101,21 @@ impl Node {
         }
     }
 
+    /// Returns what is wrong with the MTU of pods, where they have IPv6 (RFC 8200 s5).
+    fn too_small_for_ipv6(&self) -> Option<String> {
+        let mtu = self.control.pass.report.as_ref()?.pod_mtu;
+        let underlay = self.control.underlay.as_ref().ok()?;
+        let ipv6 = self.control.subnets().iter().any(|subnet| !subnet.is_ipv4());
+        (ipv6 && mtu < IPV6_MTU).then(|| {
+            format!(
+                "pods have an MTU of {mtu}, and IPv6 needs {IPV6_MTU}: raise that of {} from {} to {}, or IPv6 does not work here",
+                underlay.device,
+                underlay.mtu,
+                underlay.mtu + IPV6_MTU - mtu
+            )
+        })
+    }
+
     fn tunnels(&self) -> Option<&TunnelMonitor> {
         self.control.pass.report.as_ref()?.tunnels.as_ref()
     }
@@ -154,6 +172,7 @@ impl Node {
                 warnings.push(format!("no routes to {}: {why}", member.node));
             }
         }
+        warnings.extend(self.too_small_for_ipv6());
         warnings.extend(self.control.pass.report.iter().flat_map(|report| report.warnings.iter().cloned()));
         warnings
     }
@@ -525,9 +544,9 @@ impl Node {
             .collect();
         check(
             "mtu",
-            smaller,
+            smaller.into_iter().chain(self.too_small_for_ipv6()).collect(),
             format!("underlay {own}, pods {}", status.pod_mtu),
-            "set underlay.mtu to the smallest of the cluster on every node",
+            "set underlay.mtu to the smallest of the cluster on every node, and see that it leaves IPv6 its 1,280",
         );
         let full: Vec<_> = self
             .control

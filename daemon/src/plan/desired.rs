@@ -189,6 +189,14 @@ fn encrypted_way(
     let Some((v4, endpoint)) = common_underlay(inputs, peer, |_| true) else {
         return Err(no_common_underlay(peer));
     };
+    if facts.key.0 == [0; 32] {
+        return Err(format!(
+            "{node} announces a tunnel key of zeros; restart its daemon with a key of its own"
+        ));
+    }
+    if facts.key == *key {
+        return Err(format!("{node} announces this node's own tunnel key; run `weft rotate-key` on it"));
+    }
     let endpoint = SocketAddr::new(endpoint, facts.port);
     let preshared = preshared(inputs, peer, *key, facts)?;
     let how = preshared.as_ref().map(|key| format!(", with a secret from cluster key {}", key.from));
@@ -200,7 +208,7 @@ fn encrypted_way(
     });
     if entry.node != *node {
         return Err(format!(
-            "{node} announces the tunnel key of {}; remove the copied key file on one of them",
+            "{node} announces the tunnel key of {}; run `weft rotate-key` on one of them",
             entry.node
         ));
     }
