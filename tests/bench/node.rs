@@ -1,7 +1,7 @@
 //! What a daemon takes: memory and processor time at rest with three and with a thousand peers, with two thousand that it
 //! speaks WireGuard with and fifty of them active, and how soon it is ready.
 //!
-//! `make bench-node`. The thousand are real meshes with records of their own in one process (`--peers`), on one node of a
+//! `make bench-node`; `BENCH_NODE=tunnels` (or `few`, `many`) runs one part. The thousand are real meshes with records of their own in one process (`--peers`), on one node of a
 //! lab; the daemon that is measured has a route, a neighbour and a forwarding entry for each, or a tunnel.
 
 #[path = "node/answering.rs"]
@@ -164,20 +164,27 @@ fn main() {
         let length = Duration::from_secs(number(seconds) as u64);
         return run_peers(number(count), lab, address, key, length, tunnels == "tunnels");
     }
-    let lab = Lab::up(LabOptions::new("bench-node").nodes(4).pods(1));
-    starts(&lab);
-    report(&lab, 3);
-    drop(lab);
-
-    crowd(MANY, Store::Static, Backend::Vxlan);
-    crowd(TUNNELS, Store::Static, Backend::Wireguard);
+    let only = std::env::var("BENCH_NODE").ok();
+    let wanted = |part: &str| only.as_deref().is_none_or(|only| only == part);
+    if wanted("few") {
+        let lab = Lab::up(LabOptions::new("bench-node").nodes(4).pods(1));
+        starts(&lab);
+        report(&lab, 3);
+    }
+    if wanted("many") {
+        crowd(MANY, Backend::Vxlan);
+    }
+    if wanted("tunnels") {
+        crowd(TUNNELS, Backend::Wireguard);
+    }
 }
 
 /// One daemon with so many peers.
-fn crowd(count: usize, store: Store, backend: Backend) {
+fn crowd(count: usize, backend: Backend) {
     let tunnels = backend == Backend::Wireguard;
     let seeds = format!("[gossip]\nseeds = [\"192.0.2.2:{FIRST_PORT}\"]\n");
-    let options = LabOptions::new("bench-node").nodes(2).started(1).pods(1).store(store).backend(backend);
+    let options =
+        LabOptions::new("bench-node").nodes(2).started(1).pods(1).store(Store::Static).backend(backend);
     let lab = Lab::up(options.overlay(Families::V4).config(&seeds));
     let program = std::env::current_exe().expect("the program knows where it is");
     let program = program.to_str().expect("a path of text");

@@ -125,10 +125,11 @@ impl Peer {
 
     /// Whether this node is to ask for a session under other keys: the peer's are what changed, so it knows of them, or it is
     /// the secret of the pair and there is a session to follow. Of a key of this node's own the peer has yet to hear.
-    pub(super) fn gives_way(&self, wanted: &TunnelPeer, own: &StaticSecret) -> bool {
+    pub(super) fn gives_way(self: &Arc<Self>, wanted: &TunnelPeer, own: &StaticSecret) -> bool {
+        let in_use = self.for_sending().session().ready;
         let session = self.session();
         session.own.as_bytes() == own.as_bytes()
-            && (self.key != wanted.key || (session.preshared != wanted.preshared && session.ready))
+            && (self.key != wanted.key || (session.preshared != wanted.preshared && in_use))
     }
 
     /// Returns the peer whose sessions belong to an identity of this node.
