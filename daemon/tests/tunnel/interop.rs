@@ -255,11 +255,11 @@ fn lasts(kind: Kind) {
         let counted = weft.place.sh("awk '/^Udp: [0-9]/ {print $2}' /proc/thread-self/net/snmp");
         counted.trim().parse().unwrap()
     };
-    let (drops, received, before) = (weft.drops(), weft.status().received, arrived());
+    let (losses, received, before) = (weft.losses(), weft.status().received, arrived());
     wait_until("keepalives come", || arrived() >= before + 2);
     assert_eq!(
-        (weft.drops(), weft.status().received),
-        (drops, received),
+        (weft.losses(), weft.status().received),
+        (losses, received),
         "they are no packets, and none was refused"
     );
     let (began, mut renewed, mut last) = (Instant::now(), 0, Duration::ZERO);
