@@ -169,6 +169,20 @@ impl Session {
         self.ready
     }
 
+    /// Takes where a daemon before this one heard the peer last.
+    pub(super) fn heard_at(&mut self, endpoint: SocketAddr) {
+        self.endpoint = endpoint;
+    }
+
+    /// Lets the peer know that there is a session: an empty packet under it, if there is one.
+    pub(super) fn confirm(&mut self, batch: &mut Batch) {
+        let Some(tunn) = self.tunn.as_mut().filter(|_| self.ready) else { return };
+        batch.push(LEAST_ROOM, |room| match tunn.encapsulate(&[], room) {
+            TunnResult::WriteToNetwork(datagram) => datagram.len(),
+            _ => 0,
+        });
+    }
+
     /// How many packets wait for a session.
     pub(super) fn waiting(&self) -> usize {
         if self.ready { 0 } else { self.waiting }
