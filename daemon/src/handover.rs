@@ -241,6 +241,18 @@ pub enum Tunnels {
     Offered(TunnelsOffered),
 }
 
+impl Heritage {
+    /// Carries on with what runs in this process. The lock must be held: another daemon that lives would do the same.
+    pub fn resume(&mut self) {
+        if let Tunnels::Running(tunnel) = &mut self.tunnels
+            && let Err(error) = tunnel.resume()
+        {
+            warn!(err = %error, "tunnels do not go on, they are opened anew");
+            self.tunnels = Tunnels::None;
+        }
+    }
+}
+
 /// Asks the daemon that runs on a state directory to hand over; nothing where none offers it.
 ///
 /// Blocks until that daemon has come to rest.
@@ -300,13 +312,7 @@ pub fn hand_over(mut heritage: Heritage, told_to_stop: &AtomicBool) -> Result<()
             Ok(())
         }
         Err(error) => {
-            warn!(err = %error, "the later daemon did not take over, this one goes on");
-            if let Tunnels::Running(tunnel) = &mut heritage.tunnels
-                && let Err(error) = tunnel.resume()
-            {
-                warn!(err = %error, "tunnels do not go on, they are opened anew");
-                heritage.tunnels = Tunnels::None;
-            }
+            warn!(err = %error, "the later daemon did not take over");
             Err(heritage)
         }
     }
@@ -362,4 +368,72 @@ fn offer(heritage: &mut Heritage, talk: &Talk) -> io::Result<()> {
         fds.extend([v4, v6].into_iter().flatten());
     }
     talk.say(&Message::Offer(offer), &fds)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair() -> (Talk, Talk) {
+        let (one, other) = UnixStream::pair().unwrap();
+        (Talk::new(one).unwrap(), Talk::new(other).unwrap())
+    }
+
+    #[test]
+    fn descriptors_go_along_with_what_is_said() {
+        let (earlier, later) = pair();
+        let (mut inner, outer) = UnixStream::pair().unwrap();
+        earlier.say(&Message::Offer(Offer::default()), &[outer.as_fd()]).unwrap();
+        drop(outer);
+        let (message, fds) = later.hear().unwrap();
+        assert!(matches!(message, Message::Offer(_)));
+        let [fd] = <[OwnedFd; 1]>::try_from(fds).unwrap();
+        UnixStream::from(fd).write_all(b"through").unwrap();
+        let mut text = String::new();
+        inner.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "through");
+    }
+
+    #[test]
+    fn many_sessions_are_told_in_parts_and_another_version_is_refused() {
+        let (earlier, later) = pair();
+        let session = |index| Kept {
+            node: format!("node-{index}").parse().unwrap(),
+            index,
+            endpoint: "[2001:db8::1]:51820".parse().unwrap(),
+            ready: index % 2 == 0,
+        };
+        let all: Vec<Kept> = (0..2_500).map(session).collect();
+        let teller = std::thread::spawn(move || {
+            assert!(matches!(earlier.hear().unwrap().0, Message::Take));
+            earlier.say_sessions(&all).unwrap();
+            earlier.greeted().unwrap_err();
+        });
+        let kept = later.take().unwrap();
+        assert_eq!(kept.len(), 2_500);
+        assert!(kept.iter().zip(0..).all(|(kept, index)| kept.index == index));
+        later.say(&Message::Hello { version: VERSION + 1 }, &[]).unwrap();
+        assert!(matches!(later.hear().unwrap().0, Message::Refused(why) if why.contains("version")));
+        teller.join().unwrap();
+    }
+
+    #[test]
+    fn a_message_that_is_too_long_is_refused_and_an_end_is_told() {
+        let (one, other) = pair();
+        (&one.0).write_all(&u32::MAX.to_le_bytes()).unwrap();
+        assert_eq!(other.hear().unwrap_err().kind(), io::ErrorKind::InvalidData);
+        drop(one);
+        assert_eq!(other.hear().unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn where_no_daemon_offers_it_nothing_is_taken_over() {
+        let path = std::env::temp_dir().join(format!("weft-handover-{}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        assert!(take_over(&path).unwrap().is_none());
+        // What a daemon leaves that was killed.
+        drop(UnixListener::bind(path.join(SOCKET)).unwrap());
+        assert!(take_over(&path).unwrap().is_none());
+        std::fs::remove_dir_all(&path).unwrap();
+    }
 }

@@ -254,4 +254,36 @@ mod tests {
         assert_eq!(stream.read(&mut [0; 8]).await.expect("closed"), 0);
         fs::remove_file(&path).expect("cleaned");
     }
+
+    #[tokio::test]
+    async fn who_comes_while_the_door_is_closed_waits_and_who_is_in_is_answered() {
+        let path = scratch("door");
+        let (calls, mut inbox) = mpsc::channel(4);
+        let (door, listener) = (Door::new(true), listen(&path, None).expect("bound"));
+        serve(listener.try_clone().expect("a descriptor"), door.clone(), calls).expect("served");
+        let ask = async |stream: &mut UnixStream| {
+            let request = Request { body: Some(RequestBody::Status(Empty {})) };
+            stream.write_all(&frame::encode(&request)).await.expect("sent");
+        };
+        let mut early = UnixStream::connect(&path).await.expect("connected");
+        ask(&mut early).await;
+        let call = inbox.recv().await.expect("a call");
+        door.set(false);
+        let mut late = UnixStream::connect(&path).await.expect("the kernel queues it");
+        ask(&mut late).await;
+        let quiet = timeout(Duration::from_millis(50), door.quiet()).await;
+        assert!(quiet.is_err(), "somebody waits for an answer");
+        call.reply.send(Reply::done("early")).expect("waited for");
+        read_reply(&mut early).await;
+        timeout(IDLE, door.quiet()).await.expect("nobody is in");
+        assert!(inbox.try_recv().is_err(), "the late one was not let in");
+        // What another daemon does with the same socket.
+        let (calls, mut inbox) = mpsc::channel(4);
+        let inherited = listen(&path, Some(listener)).expect("taken");
+        serve(inherited, Door::new(true), calls).expect("served");
+        let call = inbox.recv().await.expect("a call");
+        call.reply.send(Reply::done("late")).expect("waited for");
+        read_reply(&mut late).await;
+        fs::remove_file(&path).expect("cleaned");
+    }
 }

@@ -166,6 +166,12 @@ impl Kernel for Linux {
             }
         }
         self.apply_batch(&ops[run..], &mut answers);
+        // Tunnels that another daemon carries still are opened by the first pass that has any, or there are none.
+        if let Some(tunnels) = &mut self.tunnels
+            && !ops.iter().any(|op| matches!(op, Op::SetTunnel(_)))
+        {
+            tunnels.forgo();
+        }
         answers
     }
 

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use weft_wire::types::NodeName;
 
 use super::KernelError;
-use crate::handover::Tunnels as Inherited;
+use crate::handover::{Talk, Tunnels as Inherited};
 use crate::plan::model;
 use crate::tunnel::{Tunnel, TunnelConfig, TunnelMonitor, TunnelPeer, TunnelSecret};
 
@@ -32,6 +32,14 @@ impl Tunnels {
 
     pub(super) fn inherit(&mut self, inherited: Inherited, active: BTreeSet<NodeName>) {
         (self.inherited, self.active) = (inherited, active);
+    }
+
+    /// Goes without what another daemon offered, and has that one let go of the device.
+    pub(super) fn forgo(&mut self) {
+        if let Inherited::Offered(offered) = &self.inherited {
+            offered.talk.iter().for_each(Talk::finish);
+            self.inherited = Inherited::None;
+        }
     }
 
     /// Gives the tunnels away as they run.

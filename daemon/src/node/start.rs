@@ -58,14 +58,19 @@ fn open_state(path: &Path, origin: Origin) -> Result<(StateDir, Heritage, bool),
             let dir = StateDir::open(path).map_err(fatal)?;
             Ok((dir, heritage.unwrap_or_default(), true))
         }
-        Origin::Back(heritage) => {
+        Origin::Back(mut heritage) => {
             let began = Instant::now();
             loop {
                 match StateDir::open(path) {
                     Err(state::StateError::Locked { .. }) if began.elapsed() < LOCK => {
                         std::thread::sleep(Duration::from_millis(20));
                     }
-                    outcome => return Ok((outcome.map_err(fatal)?, heritage, true)),
+                    outcome => {
+                        let dir = outcome.map_err(fatal)?;
+                        info!("this daemon goes on");
+                        heritage.resume();
+                        return Ok((dir, heritage, true));
+                    }
                 }
             }
         }
