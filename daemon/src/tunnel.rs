@@ -756,11 +756,17 @@ impl TunnelMonitor {
         self.0.table().peers.values().map(status).collect()
     }
 
-    /// Returns the peers that there is a session with, by name.
+    /// Returns the peers that there is a session with, or that are being asked for one, by name.
     pub fn active(&self) -> BTreeSet<NodeName> {
         let table = self.0.table();
-        let active = table.peers.values().filter(|peer| peer.session().ready());
-        active.map(|peer| peer.node.clone()).collect()
+        let active = table.peers.values().filter(|peer| {
+            let session = peer.session();
+            session.ready() || session.is_asked()
+        });
+        let mut names: BTreeSet<NodeName> = active.map(|peer| peer.node.clone()).collect();
+        names.extend(self.0.eager().iter().map(|(node, _)| node.clone()));
+        names.extend(self.0.elder().iter().flat_map(|elder| elder.ready().cloned().collect::<Vec<_>>()));
+        names
     }
 
     /// Whether the daemon before this one still keeps sessions.

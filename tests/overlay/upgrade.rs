@@ -3,12 +3,10 @@
 use std::time::Duration;
 
 use serde_json::Value;
-use weft_tests::lab::{Backend, Background, Lab, LabOptions, Ping, Request, wait_until};
+use weft_tests::lab::{Backend, Background, CLEAR, Lab, LabOptions, Ping, Request, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const CONFIG: &str = "/etc/weft/weft.toml";
-/// Whatever has a pod's address outside a tunnel, and VXLAN.
-const CLEAR: &str = "net 10.32.0.0/12 or net fd00:32::/48 or udp port 8472";
 
 /// The daemons of a node, by the kernel's word: processes of that name in its network.
 fn daemons(lab: &Lab, node: &str) -> Vec<String> {
@@ -293,6 +291,8 @@ fn a_daemon_that_is_stopped_in_the_middle_is_not_followed_by_the_one_before() {
     wait_until("no daemon is left", PATIENCE, || daemons(&lab, "n1").is_empty());
     assert!(later.log().contains("stopped"), "{}", later.log());
     lab.start("n1");
+    // The other node hears of the new session a round trip later.
+    wait_until("pods reach each other", PATIENCE, || lab.ping("n2/a", lab.ip("n1", "a")));
     lab.ping_all();
 }
 

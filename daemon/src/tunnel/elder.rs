@@ -98,6 +98,11 @@ impl Elder {
         }
     }
 
+    /// Returns for whom it can seal.
+    pub(super) fn ready(&self) -> impl Iterator<Item = &NodeName> {
+        self.ready.iter()
+    }
+
     /// Whether it can seal for this node.
     pub(super) fn seals_for(&self, node: &NodeName) -> bool {
         self.ready.contains(node)

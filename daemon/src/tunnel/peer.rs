@@ -337,6 +337,11 @@ impl Session {
         !self.ready && self.waiting > 0 && self.may_ask()
     }
 
+    /// Whether a session is being asked for.
+    pub(super) fn is_asked(&self) -> bool {
+        self.asked.is_some()
+    }
+
     /// Whether the last request for a session had the time to be answered.
     pub(super) fn may_ask(&self) -> bool {
         self.asked.is_none_or(|(at, times)| at.elapsed() >= Duration::from_secs(1 << times.min(2)))
