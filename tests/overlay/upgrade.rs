@@ -25,7 +25,8 @@ struct Later<'a> {
 
 impl<'a> Later<'a> {
     fn start(lab: &'a Lab, node: &'a str, config: &str) -> Self {
-        let log = format!("/tmp/{}-{node}.log", lab.handle().name());
+        // A directory of the node's own, gone with the lab.
+        let log = "/run/weft/later.log".to_owned();
         let script = format!("exec weftd --config {config} --take-over >{log} 2>&1");
         lab.sh(node, &format!("rm -f {log}"));
         Self { lab, node, process: lab.background(node, &["sh", "-c", &script]), log }
@@ -104,7 +105,7 @@ fn nothing_lost_but(last: u64, pings: Vec<(String, Ping)>) {
 
 /// tcpdump on a node's underlay, counting what a filter finds.
 fn capture<'a>(lab: &'a Lab, node: &'a str, filter: &str) -> (Background, String) {
-    let path = format!("/tmp/{}-{node}.pcap", lab.handle().name());
+    let path = "/run/weft/underlay.pcap".to_owned();
     let words = ["tcpdump", "-Z", "root", "-i", "eth0", "-U", "-w", &path, filter];
     let tcpdump = lab.background(node, &words);
     wait_until("tcpdump captures", PATIENCE, || lab.exec(node, &["test", "-s", &path]).status.success());
@@ -224,8 +225,8 @@ fn a_daemon_that_cannot_start_leaves_the_one_that_runs_as_it_is() {
     let said = String::from_utf8_lossy(&second.stderr).into_owned();
     assert!(second.status.code() == Some(1) && said.contains("another weftd already runs"), "{said}");
     let pings = pings(&lab);
-    lab.sh("n1", &format!("sed 's|^socket = .*||; s|^\\[node\\]|[node]\\nsocket = \"/proc/none/weft.sock\"|' {CONFIG} >/tmp/bad.toml"));
-    let third = lab.exec("n1", &["weftd", "--config", "/tmp/bad.toml", "--take-over"]);
+    lab.sh("n1", &format!("sed 's|^socket = .*||; s|^\\[node\\]|[node]\\nsocket = \"/proc/none/weft.sock\"|' {CONFIG} >/run/weft/bad.toml"));
+    let third = lab.exec("n1", &["weftd", "--config", "/run/weft/bad.toml", "--take-over"]);
     let said = String::from_utf8_lossy(&third.stderr).into_owned();
     assert!(third.status.code() == Some(1) && said.contains("/proc/none/weft.sock"), "{said}");
     lab.tell(Request::PodAdd { node: "n1".into(), pod: "x".into() });
