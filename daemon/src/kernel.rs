@@ -22,7 +22,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::plan::model::{Actual, Desired, Op, Underlay};
-use crate::tunnel::{TunnelMonitor, TunnelSecret};
+use crate::tunnel::{Tunnel, TunnelMonitor, TunnelSecret};
 
 /// A kernel, real or in memory.
 pub trait Kernel: fmt::Debug + Send {
@@ -37,6 +37,11 @@ pub trait Kernel: fmt::Debug + Send {
 
     /// Returns a look at the tunnels that weftd carries itself, while there are any.
     fn tunnels(&self) -> Option<TunnelMonitor> {
+        None
+    }
+
+    /// Gives the tunnels away that weftd carries itself, running as they are: for a daemon that takes over.
+    fn surrender(&mut self) -> Option<Tunnel> {
         None
     }
 

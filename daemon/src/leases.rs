@@ -2,6 +2,8 @@
 //!
 //! It decides nothing. Invariant: every request is answered exactly once.
 
+use std::sync::Arc;
+
 use tokio::sync::mpsc;
 use weft_ipam::store::Store;
 
@@ -12,6 +14,8 @@ use crate::control::{StoreAnswer, StoreRequest};
 pub struct Leases {
     store: Box<dyn Store>,
     answers: mpsc::Sender<StoreAnswer>,
+    /// One count is kept here, and one by each request under way.
+    asked: Arc<()>,
 }
 
 impl Leases {
@@ -26,12 +30,17 @@ impl Leases {
                 }
             }
         });
-        Self { store, answers }
+        Self { store, answers, asked: Arc::new(()) }
     }
 
     /// Names the kind of store.
     pub fn kind(&self) -> &'static str {
         self.store.kind()
+    }
+
+    /// Whether no request is under way.
+    pub fn is_idle(&self) -> bool {
+        Arc::strong_count(&self.asked) == 1
     }
 
     /// Starts a request.
@@ -53,10 +62,11 @@ impl Leases {
     }
 
     fn perform(&self, request: impl Future<Output = StoreAnswer> + Send + 'static) {
-        let answers = self.answers.clone();
+        let (answers, asked) = (self.answers.clone(), Arc::clone(&self.asked));
         tokio::spawn(async move {
             // A closed channel means that the loop has ended and no one waits for the answer.
             let _ = answers.send(request.await).await;
+            drop(asked);
         });
     }
 }

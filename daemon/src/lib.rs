@@ -6,6 +6,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod gossip;
+pub mod handover;
 pub mod journal;
 pub mod kernel;
 pub mod leases;

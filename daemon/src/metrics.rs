@@ -5,7 +5,7 @@
 
 use std::fmt::Write;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener as StdListener};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,28 +22,42 @@ use tokio::time::timeout;
 use tracing::{debug, warn};
 use weft_wire::api::{Count, Empty, ReplyBody, Request, RequestBody, Status};
 
-use crate::server::Call;
+use crate::server::{Call, Door};
 
 const CONNECTIONS: usize = 16;
 const REQUEST_MAX: usize = 4096;
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Starts to serve; an address that cannot be listened on is told in the log, and nothing else stops.
-pub fn serve(address: SocketAddr, calls: mpsc::Sender<Call>) {
-    tokio::spawn(async move {
-        match TcpListener::bind(address).await {
-            Ok(listener) => accept(listener, calls).await,
-            Err(error) => {
-                warn!(%address, err = %error, "metrics not served; set metrics.listen to a free address, or \"off\"");
-            }
-        }
-    });
+/// Makes the socket, or takes the one that an earlier daemon handed over if it is at the same address. An address that cannot
+/// be listened on is told in the log, and nothing else stops.
+pub fn listen(address: SocketAddr, inherited: Option<StdListener>) -> Option<StdListener> {
+    let same = |listener: &StdListener| listener.local_addr().is_ok_and(|held| held == address);
+    if let Some(listener) = inherited.filter(same) {
+        return Some(listener);
+    }
+    let listener = StdListener::bind(address);
+    listener
+        .inspect_err(|error| {
+            warn!(%address, err = %error, "metrics not served; set metrics.listen to a free address, or \"off\"");
+        })
+        .ok()
 }
 
-async fn accept(listener: TcpListener, calls: mpsc::Sender<Call>) {
+/// Serves a socket until the loop goes away.
+///
+/// # Errors
+/// Where the runtime does not take it.
+pub fn serve(listener: StdListener, door: Door, calls: mpsc::Sender<Call>) -> io::Result<()> {
+    listener.set_nonblocking(true)?;
+    tokio::spawn(accept(TcpListener::from_std(listener)?, door, calls));
+    Ok(())
+}
+
+async fn accept(listener: TcpListener, door: Door, calls: mpsc::Sender<Call>) {
     let slots = Arc::new(Semaphore::new(CONNECTIONS));
     while let Ok(slot) = slots.clone().acquire_owned().await {
-        match listener.accept().await {
+        let Some((accepted, let_in)) = door.admit(listener.accept()).await else { continue };
+        match accepted {
             Ok((stream, _)) => {
                 let calls = calls.clone();
                 tokio::spawn(async move {
@@ -51,7 +65,7 @@ async fn accept(listener: TcpListener, calls: mpsc::Sender<Call>) {
                         Ok(Ok(())) => {}
                         outcome => debug!(?outcome, "scrape not answered"),
                     }
-                    drop(slot);
+                    drop((slot, let_in));
                 });
             }
             // Out of descriptors, as a rule: some come back when other connections end.
@@ -184,7 +198,7 @@ mod tests {
         });
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("bound");
-        tokio::spawn(accept(listener, calls));
+        tokio::spawn(accept(listener, Door::new(true), calls));
         let reply = get(address, "GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n").await;
         assert!(reply.starts_with("HTTP/1.1 200 OK"), "{reply}");
         for line in ["weft_pods 7", "weft_ready 1", "weft_peers{state=\"alive\"} 0", "# EOF"] {

@@ -4,6 +4,7 @@
 //! Invariants: nothing in here blocks for long; stopping leaves the data plane as it is.
 
 mod calls;
+mod handover;
 mod keys;
 pub mod pods;
 mod start;
@@ -11,23 +12,30 @@ mod view;
 mod worker;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::TcpListener;
+use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use tokio::time::sleep_until;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
+use weft_wire::types::NodeName;
 
 use crate::control::{Control, Output, StoreAnswer};
 use crate::gossip::{Received, Sockets};
+use crate::handover::{Heritage, Talk};
 use crate::leases::Leases;
 use crate::plan::model::{HostVeth, Inputs};
-use crate::server::Call;
+use crate::server::{Call, Door};
 use crate::state::StateDir;
+use crate::tunnel::TunnelMonitor;
 
-pub use start::start;
+pub use start::{Origin, start};
 
 /// Between two looks for pods that vanished without a DEL.
 const SURVEY: Duration = Duration::from_secs(30);
+/// Between two looks whom there are tunnels with.
+const LOOK: Duration = Duration::from_secs(2);
 /// How long a leaving node waits for its store and its peers.
 const LEAVE: Duration = Duration::from_secs(5);
 
@@ -48,6 +56,10 @@ enum Event {
     Pod(pods::Done),
     /// A person or the shim asks.
     Call(Call),
+    /// Another daemon wants to take over.
+    TakeOver(Talk),
+    /// Nobody is in any more, since the door was closed for another daemon.
+    Quiet,
     /// A deadline passed.
     Tick,
     /// SIGTERM or SIGINT.
@@ -58,6 +70,15 @@ enum Event {
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Fatal(pub String);
+
+/// How a daemon ended.
+#[derive(Debug)]
+pub enum Ended {
+    /// By a signal, or because the node has left.
+    Stopped,
+    /// For another daemon, to which this is to be handed over.
+    HandOver(Heritage),
+}
 
 /// One node.
 #[derive(Debug)]
@@ -82,6 +103,18 @@ pub struct Node {
     rekey: Instant,
     /// When it was replaced last because another node has it.
     untwinned: Option<Instant>,
+    /// When to look next whom there are tunnels with, and whom there were when that was written last.
+    look: Instant,
+    active: BTreeSet<NodeName>,
+    /// Where callers wait while nobody is let in.
+    door: Door,
+    /// Until when nobody is let in unless the node is ready.
+    opening: Option<Instant>,
+    local: UnixListener,
+    metrics: Option<TcpListener>,
+    handing: Option<handover::Handing>,
+    /// A daemon that was taken over from and has nothing left to do, until it is told so.
+    predecessor: Option<Talk>,
 }
 
 /// The receiving ends of all shells.
@@ -94,42 +127,51 @@ struct Inbox {
     kernel_changed: mpsc::Receiver<()>,
     pods: mpsc::Receiver<pods::Done>,
     calls: mpsc::Receiver<Call>,
+    take_overs: mpsc::Receiver<Talk>,
     stop: mpsc::Receiver<()>,
 }
 
 impl Node {
-    /// Runs until a signal, or until the node has left the cluster.
+    /// Runs until a signal, until the node has left the cluster, or until another daemon can take over.
     ///
     /// # Errors
     /// A [`Fatal`] that a person must resolve.
-    pub async fn run(mut self) -> Result<(), Fatal> {
+    pub async fn run(mut self) -> Result<Ended, Fatal> {
         loop {
+            if self.rests(Instant::now()) {
+                return Ok(self.surrender().await);
+            }
             let until = self.settle(Instant::now())?;
             match self.next_event(until).await {
                 Event::Stop => {
                     if self.control.unremembered() {
                         self.remember(true, Instant::now());
                     }
+                    self.note_active_peers();
+                    self.end_tunnels().await;
                     info!("stopped, the data plane stays");
-                    return Ok(());
+                    return Ok(Ended::Stopped);
                 }
                 event => self.handle(event, Instant::now()),
             }
             if self.left(Instant::now()) {
                 info!("left the cluster");
-                return Ok(());
+                return Ok(Ended::Stopped);
             }
         }
     }
 
     async fn next_event(&mut self, until: Instant) -> Event {
         let inbox = &mut self.inbox;
+        let closed = self.handing.as_ref().is_some_and(|handing| handing.closed && !handing.quiet);
         tokio::select! {
             Some(()) = inbox.stop.recv() => Event::Stop,
             Some(call) = inbox.calls.recv() => Event::Call(call),
             Some(done) = inbox.pods.recv() => Event::Pod(done),
             Some(done) = inbox.kernel.recv() => Event::Kernel(done),
             Some(answer) = inbox.store.recv() => Event::Store(answer),
+            Some(talk) = inbox.take_overs.recv() => Event::TakeOver(talk),
+            () = self.door.quiet(), if closed => Event::Quiet,
             Some(()) = inbox.kernel_changed.recv() => Event::KernelChanged,
             Some(received) = inbox.probes.recv() => Event::Probe(received),
             Some(received) = inbox.datagrams.recv() => Event::Datagram(received),
@@ -154,6 +196,8 @@ impl Node {
                 drop(self.probe_sockets.set_addresses(&gateways));
             }
             Event::Kernel(worker::Done::Purged(left)) => self.take_purged(&left),
+            // Only who ends asks for it, and takes the answer.
+            Event::Kernel(worker::Done::Surrendered(_)) => {}
             Event::KernelChanged => self.control.handle_kernel_change(now),
             Event::Pod(done) => {
                 if self.pods.handle_done(done) {
@@ -161,6 +205,12 @@ impl Node {
                 }
             }
             Event::Call(call) => self.handle_call(call, now),
+            Event::TakeOver(talk) => self.handle_take_over(talk, now),
+            Event::Quiet => {
+                if let Some(handing) = &mut self.handing {
+                    handing.quiet = true;
+                }
+            }
             Event::Tick => {
                 self.control.handle_timeout(now);
                 self.expire_pings(now);
@@ -177,6 +227,10 @@ impl Node {
         }
         if self.rekey <= now || self.has_twin(now) {
             self.rotate_on_schedule(now);
+        }
+        if self.look <= now {
+            self.look = now + LOOK;
+            self.note_active_peers();
         }
         let until = loop {
             match self.control.poll_output(now) {
@@ -198,8 +252,12 @@ impl Node {
                 Output::Wait { until } => break until,
             }
         };
+        self.open_door(now);
         let wakes = [
             Some(until),
+            Some(self.look),
+            self.opening,
+            self.rest_wake(now),
             Some(self.survey),
             Some(self.rekey),
             self.pings.values().map(|ping| ping.deadline).min(),
@@ -225,6 +283,18 @@ impl Node {
         let memory = &self.control.memory;
         let outcome = if durable { self.dir.set_memory(memory) } else { self.dir.set_memory_of_boot(memory) };
         self.control.handle_remembered(outcome.map_err(|error| error.to_string()), now);
+    }
+
+    /// Writes down whom there are tunnels with, for a daemon that starts without these sessions.
+    fn note_active_peers(&mut self) {
+        let tunnels = self.control.pass.report.as_ref().and_then(|report| report.tunnels.as_ref());
+        let Some(active) = tunnels.map(TunnelMonitor::active).filter(|active| *active != self.active) else {
+            return;
+        };
+        match self.dir.set_active_peers(&active) {
+            Ok(()) => self.active = active,
+            Err(error) => debug!(err = %error, "active peers not written"),
+        }
     }
 
     /// After the set of pods changed.

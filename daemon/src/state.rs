@@ -4,7 +4,7 @@
 //! starts without its store or its peers go on with what the kernel already carries. Files are replaced
 //! whole (write, sync, rename), so a crash leaves the old one or the new one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
@@ -19,6 +19,9 @@ use zeroize::Zeroizing;
 
 use crate::plan::model::Peer;
 use crate::tunnel::TunnelSecret;
+
+/// Whom the daemon has tunnels with, a name a line.
+const ACTIVE: &str = "tunnels.active";
 
 /// The directory of one daemon's state, locked for as long as this value lives.
 #[derive(Debug)]
@@ -206,9 +209,21 @@ impl StateDir {
         write_and_rename(&self.file("memory.json"), &bytes, false)
     }
 
+    /// Reads whom the last daemon had tunnels with when it looked last; nobody where that cannot be read.
+    pub fn active_peers(&self) -> BTreeSet<NodeName> {
+        let text = fs::read_to_string(self.file(ACTIVE)).unwrap_or_default();
+        text.lines().filter_map(|line| line.parse().ok()).collect()
+    }
+
+    /// Replaces that, without waiting for the disk: after a power cut no session is of use.
+    pub fn set_active_peers(&self, peers: &BTreeSet<NodeName>) -> Result<(), StateError> {
+        let text: String = peers.iter().map(|peer| format!("{peer}\n")).collect();
+        write_and_rename(&self.file(ACTIVE), text.as_bytes(), false)
+    }
+
     /// Removes every file but the lock: what `weft leave` does last.
     pub fn forget(&self) -> Result<(), StateError> {
-        for name in ["memory.json", "pods.db", "pods.db-wal", "pods.db-shm"] {
+        for name in ["memory.json", ACTIVE, "pods.db", "pods.db-wal", "pods.db-shm"] {
             let path = self.file(name);
             match fs::remove_file(&path) {
                 Err(source) if source.kind() != io::ErrorKind::NotFound => {

@@ -7,6 +7,7 @@
 //! every packet that is dropped is counted with its reason; an address within a tunnel is of the peer that sealed it.
 
 mod counters;
+mod elder;
 mod flood;
 #[cfg(fuzzing)]
 pub mod fuzz;
@@ -17,10 +18,11 @@ mod table;
 mod tun;
 mod udp;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::fmt;
-use std::io;
+use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
@@ -29,6 +31,7 @@ use std::time::{Duration, Instant};
 use boringtun::noise::rate_limiter::RateLimiter;
 use boringtun::x25519::{PublicKey, StaticSecret};
 use ipnet::IpNet;
+use nix::poll::PollFlags;
 use rand_chacha::ChaCha20Rng;
 use rand_core::{RngCore, SeedableRng};
 use weft_wire::preshared::PresharedKey;
@@ -36,14 +39,21 @@ use weft_wire::types::{NodeName, TunnelKey};
 
 use counters::Counters;
 pub use counters::Reason;
+use elder::Elder;
 use flood::Flood;
 use peer::Peer;
 use table::Table;
 use tun::Tun;
 use udp::{Batch, Udp};
 
+use crate::handover::{Kept, Talk};
+
 /// Between two looks at the timers of sessions.
 const TICK: Duration = Duration::from_millis(250);
+/// The same while a daemon before this one is waited for, or more sessions are to be asked for.
+const SHORT_TICK: Duration = Duration::from_millis(20);
+/// So many sessions are asked for at once by a daemon that starts.
+const ASK_AT_ONCE: usize = 32;
 /// For so long it is remembered that a key asked for a session: news of a node are everywhere by then.
 const KNOCKED: Duration = Duration::from_secs(10);
 /// Handshakes of all sources together in a second, before cookies are asked for (whitepaper s5.3).
@@ -149,6 +159,34 @@ pub enum TunnelError {
     Thread(#[source] io::Error),
 }
 
+/// Tunnels that another daemon still carries, as [`Tunnel::adopt`] takes them.
+#[derive(Debug)]
+pub struct TunnelsOffered {
+    /// The TUN device.
+    pub device: OwnedFd,
+    /// To the other daemon, which keeps its sessions for a while.
+    pub channel: OwnedFd,
+    /// The device takes and gives super-packets of UDP.
+    pub super_udp: bool,
+    /// The socket for IPv4.
+    pub v4: Option<OwnedFd>,
+    /// The socket for IPv6.
+    pub v6: Option<OwnedFd>,
+    /// To ask the other daemon by, and to dismiss it.
+    pub talk: Option<Talk>,
+}
+
+impl TunnelsOffered {
+    /// Whether the sockets are at this port.
+    pub fn are_at(&self, port: u16) -> bool {
+        let at = |fd: &OwnedFd| {
+            let socket = fd.try_clone().map(std::net::UdpSocket::from);
+            socket.and_then(|socket| socket.local_addr()).is_ok_and(|address| address.port() == port)
+        };
+        self.v4.iter().chain(&self.v6).all(at)
+    }
+}
+
 /// A key of the node's.
 struct Identity {
     secret: StaticSecret,
@@ -186,7 +224,15 @@ struct Shared {
     strangers: Mutex<BTreeSet<SocketAddr>>,
     /// Keys that asked for a session and are no peer's yet, and when: who becomes a peer soon after is asked at once.
     knocked: Mutex<BTreeMap<TunnelKey, Instant>>,
+    /// Peers to ask for a session without waiting for traffic, and where they were heard last.
+    eager: Mutex<VecDeque<(NodeName, Option<SocketAddr>)>>,
+    /// The daemon before this one, while it is needed.
+    elder: RwLock<Option<Arc<Elder>>>,
+    /// This is the daemon before: it begins no handshake.
+    lingering: AtomicBool,
     stop: AtomicBool,
+    /// Readable while the threads are to stop.
+    wake: PipeReader,
     failure: Mutex<Option<String>>,
 }
 
@@ -203,6 +249,27 @@ impl Shared {
 
     fn identities(&self) -> Arc<Vec<Identity>> {
         Arc::clone(&self.identities.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn elder(&self) -> Option<Arc<Elder>> {
+        self.elder.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn lose_elder(&self) -> Option<Arc<Elder>> {
+        self.elder.write().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn lingers(&self) -> bool {
+        self.lingering.load(Ordering::Relaxed)
+    }
+
+    /// What to wait for besides packets.
+    fn wake(&self) -> (BorrowedFd<'_>, PollFlags) {
+        (self.wake.as_fd(), PollFlags::POLLIN)
+    }
+
+    fn eager(&self) -> std::sync::MutexGuard<'_, VecDeque<(NodeName, Option<SocketAddr>)>> {
+        self.eager.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn stopped(&self) -> bool {
@@ -270,12 +337,83 @@ impl Shared {
         self.send(endpoint, batch);
     }
 
+    /// Asks some of the peers that were active when the last daemon ended for a session.
+    fn ask_eagerly(&self, batch: &mut Batch) {
+        let table = self.table();
+        if table.peers.is_empty() {
+            return;
+        }
+        let mut some: HashMap<NodeName, Option<SocketAddr>> = {
+            let mut eager = self.eager();
+            let count = eager.len().min(ASK_AT_ONCE);
+            eager.drain(..count).collect()
+        };
+        if some.is_empty() {
+            return;
+        }
+        for peer in table.peers.values() {
+            let Some(heard_at) = some.remove(&peer.node) else { continue };
+            batch.clear();
+            let endpoint = {
+                let mut session = peer.session();
+                if !session.ready() && session.may_ask() {
+                    heard_at.into_iter().for_each(|endpoint| session.heard_at(endpoint));
+                    session.initiate(batch);
+                }
+                session.endpoint()
+            };
+            self.send(endpoint, batch);
+        }
+    }
+
+    /// Sees to it that sessions of this daemon take the place of those of the one before, which then goes.
+    fn relieve_elder(&self, batch: &mut Batch) {
+        let Some(elder) = self.elder() else { return };
+        let behind = elder.take_behind();
+        let mut missing = !behind.is_empty();
+        for peer in self.table().peers.values() {
+            let seals = elder.seals_for(&peer.node);
+            let is_behind = behind.contains(&peer.node);
+            if !seals && !is_behind {
+                continue;
+            }
+            batch.clear();
+            let endpoint = {
+                let mut session = peer.session();
+                if session.ready() {
+                    // It has heard of no session that it could use: the confirmation was lost, or is under way.
+                    if is_behind {
+                        session.confirm(batch);
+                    }
+                } else {
+                    missing = true;
+                    if session.may_ask() {
+                        session.initiate(batch);
+                    }
+                }
+                session.endpoint()
+            };
+            self.send(endpoint, batch);
+        }
+        if elder.is_done(missing) {
+            drop(self.lose_elder());
+            // Whoever passes something on just now has done so first.
+            while Arc::strong_count(&elder) > 1 {
+                thread::yield_now();
+            }
+            elder.dismiss();
+        }
+    }
+
     /// Looks after sessions until the tunnels stop.
     fn tick(&self) {
         let mut batch = Batch::default();
         let mut second = Instant::now();
         while !self.stopped() {
-            thread::park_timeout(TICK);
+            self.ask_eagerly(&mut batch);
+            self.relieve_elder(&mut batch);
+            let hurried = self.elder().is_some() || !self.eager().is_empty();
+            thread::park_timeout(if hurried { SHORT_TICK } else { TICK });
             if second.elapsed() >= Duration::from_secs(1) {
                 self.identities().iter().for_each(|identity| identity.limiter.reset_count());
                 second = Instant::now();
@@ -300,6 +438,12 @@ impl Shared {
 pub struct Tunnel {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    /// Ends the threads' waiting.
+    waker: PipeWriter,
+    /// The daemon that carries these tunnels until the peers are known.
+    carrier: Option<(OwnedFd, Talk)>,
+    /// What a later daemon passes on comes here.
+    channel: Option<OwnedFd>,
     rng: ChaCha20Rng,
     /// Indices that were given out.
     drawn: BTreeSet<u32>,
@@ -322,33 +466,163 @@ impl Tunnel {
             (v4, v6) => (v4.ok(), v6.ok()),
         };
         let tun = Tun::open(&device).map_err(|source| TunnelError::Tun { device, source })?;
+        let mut tunnel = Self::new(tun, [v4, v6], &secret, seed)?;
+        tunnel.start()?;
+        Ok(tunnel)
+    }
+
+    /// Takes tunnels over that another daemon carries. It goes on to, until [`Tunnel::set_peers`] is called for the first
+    /// time: then this one reads, and that one keeps its sessions until there are new ones.
+    ///
+    /// # Errors
+    /// What is missing, and what to do.
+    pub fn adopt(config: TunnelConfig, offered: TunnelsOffered) -> Result<Self, TunnelError> {
+        let TunnelsOffered { device, channel, super_udp, v4, v6, talk } = offered;
+        let sockets = [v4, v6].map(|socket| socket.map(Udp::adopt));
+        let tun = Tun::adopt(device, super_udp);
+        let mut tunnel = Self::new(tun, sockets, &config.secret, config.seed)?;
+        tunnel.carrier = talk.map(|talk| (channel, talk));
+        Ok(tunnel)
+    }
+
+    fn new(
+        tun: Tun,
+        [v4, v6]: [Option<Udp>; 2],
+        secret: &TunnelSecret,
+        seed: [u8; 32],
+    ) -> Result<Self, TunnelError> {
+        let (wake, waker) = io::pipe().map_err(TunnelError::Thread)?;
         let shared = Arc::new(Shared {
             tun,
             v4,
             v6,
-            identities: RwLock::new(Arc::new(vec![Identity::new(&secret)])),
+            identities: RwLock::new(Arc::new(vec![Identity::new(secret)])),
             flood: Mutex::default(),
             table: RwLock::default(),
             mtu: AtomicUsize::new(0),
             counters: Counters::default(),
             strangers: Mutex::default(),
             knocked: Mutex::default(),
+            eager: Mutex::default(),
+            elder: RwLock::default(),
+            lingering: AtomicBool::new(false),
             stop: AtomicBool::new(false),
+            wake,
             failure: Mutex::default(),
         });
-        let mut tunnel =
-            Self { shared, threads: Vec::new(), rng: ChaCha20Rng::from_seed(seed), drawn: BTreeSet::new() };
-        tunnel.spawn("tunnel-out", outbound::run)?;
-        tunnel.spawn("tunnel-timers", Shared::tick)?;
+        Ok(Self {
+            shared,
+            threads: Vec::new(),
+            waker,
+            carrier: None,
+            channel: None,
+            rng: ChaCha20Rng::from_seed(seed),
+            drawn: BTreeSet::new(),
+        })
+    }
+
+    /// Begins to read.
+    fn start(&mut self) -> Result<(), TunnelError> {
+        self.spawn("tunnel-out", outbound::run)?;
+        self.spawn("tunnel-timers", Shared::tick)?;
         for v4 in [true, false] {
             let udp = move |shared: &Shared| {
                 if let Some(udp) = if v4 { &shared.v4 } else { &shared.v6 } {
                     inbound::run(shared, udp);
                 }
             };
-            tunnel.spawn(if v4 { "tunnel-in4" } else { "tunnel-in6" }, udp)?;
+            self.spawn(if v4 { "tunnel-in4" } else { "tunnel-in6" }, udp)?;
         }
-        Ok(tunnel)
+        Ok(())
+    }
+
+    /// Ends all threads; what they read is dealt with.
+    fn halt(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        // A pipe that is empty takes a byte.
+        let _ = self.waker.write_all(&[0]);
+        for thread in self.threads.drain(..) {
+            thread.thread().unpark();
+            // A thread that panicked has said so.
+            drop(thread.join());
+        }
+        let _ = (&self.shared.wake).read_exact(&mut [0]);
+        self.shared.stop.store(false, Ordering::Relaxed);
+    }
+
+    /// Has these peers asked for a session as soon as they are known, without waiting for traffic.
+    pub fn ask_first(&self, peers: impl IntoIterator<Item = NodeName>) {
+        self.shared.eager().extend(peers.into_iter().map(|peer| (peer, None)));
+    }
+
+    /// Makes the channel to a later daemon; returns that one's end.
+    pub(crate) fn channel(&mut self) -> io::Result<OwnedFd> {
+        let (later, earlier) = elder::channel()?;
+        self.channel = Some(earlier);
+        Ok(later)
+    }
+
+    /// Returns whether the device has super-packets of UDP, the device, and the sockets.
+    pub(crate) fn descriptors(&self) -> (bool, BorrowedFd<'_>, [Option<BorrowedFd<'_>>; 2]) {
+        let Shared { tun, v4, v6, .. } = &*self.shared;
+        (tun.udp(), tun.as_fd(), [v4, v6].map(|udp| udp.as_ref().map(AsFd::as_fd)))
+    }
+
+    /// Reads no more, but serves a later daemon through the channel; returns the sessions that it can be asked to use.
+    pub(crate) fn linger(&mut self) -> Result<Vec<Kept>, TunnelError> {
+        self.halt();
+        self.shared.lingering.store(true, Ordering::Relaxed);
+        if let Some(channel) = self.channel.take() {
+            self.spawn("tunnel-elder", move |shared| elder::serve(shared, &channel))?;
+        }
+        let table = self.shared.table();
+        let all = table.peers.values().flat_map(|peer| [Some(Arc::clone(peer)), peer.previous()]);
+        let kept = all.flatten().filter_map(|peer| {
+            let session = peer.session();
+            let (ready, endpoint) = (session.ready(), session.endpoint());
+            let begun = ready || session.waiting() > 0;
+            begun.then(|| Kept { node: peer.node.clone(), index: peer.index, endpoint, ready })
+        });
+        Ok(kept.collect())
+    }
+
+    /// Reads again after [`Tunnel::linger`]: the later daemon is gone, and peers may have sessions with it.
+    pub(crate) fn resume(&mut self) -> Result<(), TunnelError> {
+        if !self.shared.lingering.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        self.halt();
+        self.shared.lingering.store(false, Ordering::Relaxed);
+        let mut batch = Batch::default();
+        for peer in self.shared.table().peers.values() {
+            batch.clear();
+            let endpoint = {
+                let mut session = peer.session();
+                if session.ready() {
+                    session.initiate(&mut batch);
+                }
+                session.endpoint()
+            };
+            self.shared.send(endpoint, &batch);
+        }
+        self.start()
+    }
+
+    /// Has the daemon that carries the tunnels read no more, and learns what it keeps.
+    fn relieve(&mut self, channel: OwnedFd, talk: Talk) {
+        match talk.take() {
+            Ok(kept) => {
+                tracing::info!(sessions = kept.len(), "tunnels taken over");
+                self.drawn.extend(kept.iter().map(|kept| kept.index));
+                *self.shared.eager() =
+                    kept.iter().map(|kept| (kept.node.clone(), Some(kept.endpoint))).collect();
+                let elder = Arc::new(Elder::new(channel, talk, kept));
+                *self.shared.elder.write().unwrap_or_else(PoisonError::into_inner) = Some(elder);
+            }
+            Err(error) => {
+                tracing::warn!(err = %error, "the daemon before this one is gone, and its sessions with it");
+            }
+        }
     }
 
     fn spawn(&mut self, name: &str, run: impl FnOnce(&Shared) + Send + 'static) -> Result<(), TunnelError> {
@@ -379,6 +653,8 @@ impl Tunnel {
     /// and keeps the one it has until then; so is who asked for one while it was not known. Returns what was left out and
     /// why, a sentence each.
     pub fn set_peers(&mut self, wanted: &[TunnelPeer]) -> Vec<String> {
+        // Packets wait in the kernel between the one daemon's last read and the other's first.
+        let taken_over = self.carrier.take().map(|(channel, talk)| self.relieve(channel, talk)).is_some();
         let before = self.shared.table();
         let identities = self.shared.identities();
         let own = &identities[0];
@@ -418,6 +694,10 @@ impl Tunnel {
         *self.shared.table.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(table);
         // One generation is kept.
         fresh.iter().filter_map(|peer| peer.previous()).for_each(|previous| previous.forget_previous());
+        if taken_over && let Err(error) = self.start() {
+            self.shared.fail(error.to_string());
+        }
+        // The peer knows its key, and this node has just learned of it: so it is this node that asks.
         for peer in asked {
             let mut batch = Batch::default();
             let endpoint = {
@@ -480,6 +760,24 @@ impl TunnelMonitor {
         self.0.table().peers.values().map(status).collect()
     }
 
+    /// Returns the peers that there is a session with, or that are being asked for one, by name.
+    pub fn active(&self) -> BTreeSet<NodeName> {
+        let table = self.0.table();
+        let active = table.peers.values().filter(|peer| {
+            let session = peer.session();
+            session.ready() || session.is_asked()
+        });
+        let mut names: BTreeSet<NodeName> = active.map(|peer| peer.node.clone()).collect();
+        names.extend(self.0.eager().iter().map(|(node, _)| node.clone()));
+        names.extend(self.0.elder().iter().flat_map(|elder| elder.ready().cloned().collect::<Vec<_>>()));
+        names
+    }
+
+    /// Whether the daemon before this one still keeps sessions.
+    pub fn has_elder(&self) -> bool {
+        self.0.elder().is_some()
+    }
+
     /// Returns how many packets were dropped for each reason.
     pub fn drops(&self) -> Vec<(Reason, u64)> {
         self.0.counters.drops()
@@ -488,11 +786,10 @@ impl TunnelMonitor {
 
 impl Drop for Tunnel {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Relaxed);
-        for thread in self.threads.drain(..) {
-            thread.thread().unpark();
-            // A thread that panicked has said so.
-            drop(thread.join());
+        self.halt();
+        // Ended on purpose: the daemon before this one is not to go on in its place.
+        if let Some(elder) = self.shared.lose_elder() {
+            elder.dismiss();
         }
     }
 }

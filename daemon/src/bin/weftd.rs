@@ -2,12 +2,17 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use clap::Parser;
+use sd_notify::NotifyState;
+use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use weft_daemon::config::{Config, LogConfig};
-use weft_daemon::node;
+use weft_daemon::handover::{self, Heritage};
+use weft_daemon::node::{self, Ended, Origin};
 
 /// The node daemon of weft: leases, gossips, programs the kernel and attaches pods.
 #[derive(Debug, Parser)]
@@ -19,6 +24,9 @@ struct Arguments {
     /// Check the configuration file and exit.
     #[arg(long)]
     check_config: bool,
+    /// Take over from the weftd that runs on this node, without a lost packet, and start as usual where none does.
+    #[arg(long)]
+    take_over: bool,
 }
 
 fn main() -> ExitCode {
@@ -34,24 +42,51 @@ fn main() -> ExitCode {
     if let Err(error) = init_logging(&config.log) {
         return fail(&error);
     }
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => return fail(&error),
-    };
-    let outcome = runtime.block_on(async {
-        let node = node::start(config)?;
-        // Fails only where no service manager waits for it.
-        let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]);
-        let outcome = node.run().await;
-        // The answer to `weft leave` is still on its way out of the socket.
-        tokio::time::sleep(Duration::from_millis(100)).await;
-        outcome
-    });
-    runtime.shutdown_timeout(Duration::from_secs(2));
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(&error),
+    let mut origin = if arguments.take_over { Origin::TakeOver } else { Origin::Alone };
+    loop {
+        match run(config.clone(), origin) {
+            Ok(None) => return ExitCode::SUCCESS,
+            Ok(Some(heritage)) => origin = Origin::Back(heritage),
+            Err(error) => return fail(&error),
+        }
     }
+}
+
+/// Runs the node to its end, and then for as long as another daemon needs what is left of it; returns with what it left if
+/// that one did not take over.
+fn run(config: Config, origin: Origin) -> Result<Option<Heritage>, Box<dyn std::error::Error>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let ended = runtime.block_on(async {
+        let node = node::start(config, origin)?;
+        // Fails only where no service manager waits for it; which process is the main one is news after a hand-over.
+        let states = [NotifyState::MainPid(std::process::id()), NotifyState::Ready];
+        let _ = sd_notify::notify(false, &states);
+        let ended = node.run().await;
+        if matches!(ended, Ok(Ended::Stopped)) {
+            // The answer to `weft leave` is still on its way out of the socket.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        ended
+    });
+    // Closes every socket but those that are left.
+    runtime.shutdown_timeout(Duration::from_secs(2));
+    let Ended::HandOver(heritage) = ended? else { return Ok(None) };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let outcome = runtime.block_on(async {
+        let stop = Arc::new(AtomicBool::new(false));
+        let told = Arc::clone(&stop);
+        let handed = tokio::task::spawn_blocking(move || handover::hand_over(heritage, &told));
+        let signals = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
+        for mut signal in signals {
+            let stop = Arc::clone(&stop);
+            tokio::spawn(async move {
+                signal.recv().await;
+                stop.store(true, Ordering::Relaxed);
+            });
+        }
+        handed.await.map_err(std::io::Error::other)
+    })?;
+    Ok(outcome.err())
 }
 
 fn fail(error: &dyn std::fmt::Display) -> ExitCode {

@@ -6,13 +6,15 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use nix::errno::Errno;
+use weft_wire::types::NodeName;
 
 use super::netlink::{Conn, Refusal};
 use super::offload::Ethtool;
 use super::tunnel::Tunnels;
 use super::{Kernel, KernelError, UnderlayError, UnderlaySpec, nft, rtnl, sysctl};
+use crate::handover::Tunnels as Inherited;
 use crate::plan::model::{Actual, BRIDGE, Link, LinkKind, Op, Underlay};
-use crate::tunnel::{TunnelConfig, TunnelMonitor, TunnelSecret};
+use crate::tunnel::{Tunnel, TunnelConfig, TunnelMonitor, TunnelSecret};
 
 /// The real kernel.
 #[derive(Debug)]
@@ -42,6 +44,15 @@ impl Linux {
     #[must_use]
     pub fn with_tunnels(mut self, config: TunnelConfig) -> Self {
         self.tunnels = Some(Tunnels::new(config));
+        self
+    }
+
+    /// Takes tunnels over that are carried already, and whom the last daemon had sessions with.
+    #[must_use]
+    pub fn with_inherited(mut self, inherited: Inherited, active: BTreeSet<NodeName>) -> Self {
+        if let Some(tunnels) = &mut self.tunnels {
+            tunnels.inherit(inherited, active);
+        }
         self
     }
 
@@ -155,6 +166,12 @@ impl Kernel for Linux {
             }
         }
         self.apply_batch(&ops[run..], &mut answers);
+        // Tunnels that another daemon carries still are opened by the first pass that has any, or there are none.
+        if let Some(tunnels) = &mut self.tunnels
+            && !ops.iter().any(|op| matches!(op, Op::SetTunnel(_)))
+        {
+            tunnels.forgo();
+        }
         answers
     }
 
@@ -164,6 +181,10 @@ impl Kernel for Linux {
 
     fn tunnels(&self) -> Option<TunnelMonitor> {
         self.tunnels.as_ref().and_then(Tunnels::monitor)
+    }
+
+    fn surrender(&mut self) -> Option<Tunnel> {
+        self.tunnels.as_mut().and_then(Tunnels::surrender)
     }
 
     fn add_tunnel_secret(&mut self, secret: TunnelSecret) {

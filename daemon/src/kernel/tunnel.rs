@@ -2,7 +2,12 @@
 //!
 //! Which implementation carries them is decided here and nowhere else.
 
+use std::collections::BTreeSet;
+
+use weft_wire::types::NodeName;
+
 use super::KernelError;
+use crate::handover::{Talk, Tunnels as Inherited};
 use crate::plan::model;
 use crate::tunnel::{Tunnel, TunnelConfig, TunnelMonitor, TunnelPeer, TunnelSecret};
 
@@ -13,11 +18,38 @@ pub(super) struct Tunnels {
     /// The latest last; an older one is kept for a plan that was made before.
     secrets: Vec<TunnelSecret>,
     running: Option<(Tunnel, model::Tunnels)>,
+    /// Tunnels that another daemon, or this process under another control plane, carries until they are opened here.
+    inherited: Inherited,
+    /// Peers that had sessions with the last daemon.
+    active: BTreeSet<NodeName>,
 }
 
 impl Tunnels {
     pub(super) fn new(config: TunnelConfig) -> Self {
-        Self { secrets: vec![config.secret.clone()], config, running: None }
+        let secrets = vec![config.secret.clone()];
+        Self { secrets, config, running: None, inherited: Inherited::None, active: BTreeSet::new() }
+    }
+
+    pub(super) fn inherit(&mut self, inherited: Inherited, active: BTreeSet<NodeName>) {
+        (self.inherited, self.active) = (inherited, active);
+    }
+
+    /// Goes without what another daemon offered, and has that one let go of the device.
+    pub(super) fn forgo(&mut self) {
+        if let Inherited::Offered(offered) = &self.inherited {
+            offered.talk.iter().for_each(Talk::finish);
+            self.inherited = Inherited::None;
+        }
+    }
+
+    /// Gives the tunnels away as they run.
+    pub(super) fn surrender(&mut self) -> Option<Tunnel> {
+        let inherited = std::mem::take(&mut self.inherited);
+        match (self.running.take(), inherited) {
+            (Some((tunnel, _)), _) => Some(tunnel),
+            (None, Inherited::Running(tunnel)) => Some(*tunnel),
+            (None, _) => None,
+        }
     }
 
     pub(super) fn add_secret(&mut self, secret: TunnelSecret) {
@@ -41,7 +73,14 @@ impl Tunnels {
     /// Makes the device, if it is not there, and begins to carry packets.
     pub(super) fn open(&mut self) -> Result<&mut (Tunnel, model::Tunnels), KernelError> {
         if self.running.is_none() {
-            let tunnel = Tunnel::open(self.config.clone()).map_err(|error| KernelError(error.to_string()))?;
+            let config = self.config.clone();
+            let tunnel = match std::mem::take(&mut self.inherited) {
+                Inherited::None => Tunnel::open(config),
+                Inherited::Running(tunnel) => Ok(*tunnel),
+                Inherited::Offered(offered) => Tunnel::adopt(config, offered),
+            };
+            let tunnel = tunnel.map_err(|error| KernelError(error.to_string()))?;
+            tunnel.ask_first(std::mem::take(&mut self.active));
             let key = self.config.secret.public();
             tracing::info!(%key, port = self.config.port, "tunnels carry packets");
             self.running = Some((tunnel, model::Tunnels { key, mtu: 0, peers: Default::default() }));

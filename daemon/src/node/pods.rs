@@ -99,6 +99,11 @@ impl Pods {
         strays
     }
 
+    /// Returns whether no pod is worked on.
+    pub fn is_idle(&self) -> bool {
+        self.busy.is_empty()
+    }
+
     /// Returns whether no pod holds an address.
     pub fn is_empty(&self) -> bool {
         self.attachments.is_empty()

@@ -1,7 +1,8 @@
 //! From a configuration to a running node, in the order that lets every mistake be told before anything changes.
 
-use std::collections::BTreeMap;
-use std::time::Instant;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -9,10 +10,12 @@ use tracing::info;
 use weft_ipam::pods::PodPool;
 use weft_ipam::store::{SqliteStore, StaticStore, Store};
 
+use super::handover::OPEN_AFTER;
 use super::{Fatal, Inbox, Node, keys, pods, worker};
 use crate::config::{Config, StoreKind};
 use crate::control::{Control, PROBE_PORT, Start};
 use crate::gossip::Sockets;
+use crate::handover::{self, Heritage, Talk, Tunnels as Inherited};
 use crate::journal::{self, Journal};
 use crate::kernel::linux::Linux;
 use crate::kernel::netlink::Conn;
@@ -20,7 +23,7 @@ use crate::kernel::{UnderlaySpec, monitor, preflight};
 use crate::leases::Leases;
 use crate::metrics;
 use crate::plan::model::WIREGUARD;
-use crate::server;
+use crate::server::{self, Door};
 use crate::state::{self, StateDir};
 use crate::tunnel::TunnelConfig;
 
@@ -33,17 +36,80 @@ fn fatal(error: impl std::fmt::Display) -> Fatal {
     Fatal(error.to_string())
 }
 
+/// What a daemon starts after.
+#[derive(Debug)]
+pub enum Origin {
+    /// Nothing that runs: another daemon of this node is a mistake.
+    Alone,
+    /// Another daemon, if one runs that offers it.
+    TakeOver,
+    /// Itself: another daemon did not take over after all.
+    Back(Heritage),
+}
+
+/// How long a daemon that goes on waits for the lock of one that is just ending.
+const LOCK: Duration = Duration::from_secs(5);
+
+fn open_state(path: &Path, origin: Origin) -> Result<(StateDir, Heritage, bool), Fatal> {
+    match origin {
+        Origin::Alone => Ok((StateDir::open(path).map_err(fatal)?, Heritage::default(), false)),
+        Origin::TakeOver => {
+            let heritage = handover::take_over(path).map_err(fatal)?;
+            let dir = StateDir::open(path).map_err(fatal)?;
+            Ok((dir, heritage.unwrap_or_default(), true))
+        }
+        Origin::Back(mut heritage) => {
+            let began = Instant::now();
+            loop {
+                match StateDir::open(path) {
+                    Err(state::StateError::Locked { .. }) if began.elapsed() < LOCK => {
+                        std::thread::sleep(Duration::from_millis(20));
+                    }
+                    outcome => {
+                        let dir = outcome.map_err(fatal)?;
+                        info!("this daemon goes on");
+                        heritage.resume();
+                        return Ok((dir, heritage, true));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Returns the tunnels as they can be used with a configuration, and the daemon that is then to be told that it can go.
+fn fitting(config: &Config, heritage: Inherited, talk: Option<Talk>) -> (Inherited, Option<Talk>) {
+    let wanted = config.encryption.tunnels;
+    match (heritage, talk) {
+        (Inherited::Offered(mut offered), talk) if wanted && offered.are_at(config.encryption.port) => {
+            offered.talk = talk;
+            (Inherited::Offered(offered), None)
+        }
+        // With another port, or without tunnels: the other daemon must let go of the device first.
+        (Inherited::Offered(offered), talk) => {
+            drop(offered);
+            talk.iter().for_each(Talk::finish);
+            (Inherited::None, None)
+        }
+        (Inherited::Running(_), talk) if !wanted => (Inherited::None, talk),
+        (tunnels, talk) => (tunnels, talk),
+    }
+}
+
 /// Puts a node together. Must run inside the runtime that will run it.
 ///
 /// # Errors
 /// The first thing that a person must resolve.
-pub fn start(config: Config) -> Result<Node, Fatal> {
+pub fn start(config: Config, origin: Origin) -> Result<Node, Fatal> {
     let now = Instant::now();
     if let Some(sentence) = preflight::missing_capability() {
         return Err(Fatal(sentence));
     }
     let ring = keys::read_ring(&config.cluster.key_file).map_err(Fatal)?;
-    let dir = StateDir::open(&config.node.state_dir).map_err(fatal)?;
+    let (dir, heritage, waited_for) = open_state(&config.node.state_dir, origin)?;
+    let Heritage { local, metrics, tunnels, talk } = heritage;
+    let waited_for = waited_for && local.is_some();
+    let (tunnels, predecessor) = fitting(&config, tunnels, talk);
     let key = dir.node_key().map_err(fatal)?;
     let mut memory = dir.memory().map_err(fatal)?;
     let preflight = preflight(&config, !memory.held.is_empty())?;
@@ -68,6 +134,7 @@ pub fn start(config: Config) -> Result<Node, Fatal> {
             seed: state::random().map_err(fatal)?,
         }),
     };
+    let kernel = kernel.with_inherited(tunnels, dir.active_peers());
     let (kernel_done, kernel_inbox) = mpsc::channel(EVENTS);
     let jobs = worker::spawn(Box::new(kernel), spec, kernel_done).map_err(fatal)?;
     let (changed, kernel_changed) = mpsc::channel(1);
@@ -88,10 +155,16 @@ pub fn start(config: Config) -> Result<Node, Fatal> {
     let sockets = Sockets::new(config.gossip.port, datagrams);
     let (probes, probe_inbox) = mpsc::channel(EVENTS);
     let (calls, call_inbox) = mpsc::channel(EVENTS);
-    if let Some(address) = config.metrics {
-        metrics::serve(address, calls.clone());
+    // Callers who waited for the hand-over wait until they can have an answer.
+    let door = Door::new(!waited_for);
+    let metrics = config.metrics.and_then(|address| metrics::listen(address, metrics));
+    let local = server::listen(&config.node.socket, local).map_err(fatal)?;
+    if let Some(metrics) = &metrics {
+        metrics::serve(metrics.try_clone().map_err(fatal)?, door.clone(), calls.clone()).map_err(fatal)?;
     }
-    server::serve(&config.node.socket, calls).map_err(fatal)?;
+    server::serve(local.try_clone().map_err(fatal)?, door.clone(), calls).map_err(fatal)?;
+    let (take_over, take_overs) = mpsc::channel(1);
+    super::handover::listen(&dir.file(handover::SOCKET), take_over);
     let inbox = Inbox {
         datagrams: datagram_inbox,
         probes: probe_inbox,
@@ -100,6 +173,7 @@ pub fn start(config: Config) -> Result<Node, Fatal> {
         kernel_changed,
         pods: pods_inbox,
         calls: call_inbox,
+        take_overs,
         stop: signals().map_err(fatal)?,
     };
     info!(node = %config.node.name, site = %config.node.site, incarnation = memory.incarnation, "weftd started");
@@ -125,6 +199,14 @@ pub fn start(config: Config) -> Result<Node, Fatal> {
         survey: now,
         rekey,
         untwinned: None,
+        look: now,
+        active: BTreeSet::new(),
+        door,
+        opening: waited_for.then(|| now + OPEN_AFTER),
+        local,
+        metrics,
+        handing: None,
+        predecessor,
     };
     node.pods_changed(now);
     Ok(node)

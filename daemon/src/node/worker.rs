@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use crate::kernel::{Kernel, UnderlayError, UnderlaySpec, purge};
 use crate::plan::model::{Inputs, Underlay};
 use crate::reconcile::{Report, reconcile};
-use crate::tunnel::TunnelSecret;
+use crate::tunnel::{Tunnel, TunnelSecret};
 
 /// What the loop asks of the kernel thread.
 #[derive(Debug)]
@@ -20,6 +20,8 @@ pub enum Job {
     TunnelSecret(TunnelSecret),
     /// Remove everything that carries weft's mark.
     Purge,
+    /// Give the tunnels away, and end.
+    Surrender,
 }
 
 /// What the kernel thread did.
@@ -34,6 +36,8 @@ pub enum Done {
     },
     /// Everything with the mark is gone, but for what the list names.
     Purged(Vec<String>),
+    /// The tunnels, if there are any that the daemon carries itself; the thread has ended.
+    Surrendered(Option<Box<Tunnel>>),
 }
 
 /// Starts the thread; it ends when the returned sender is dropped.
@@ -57,6 +61,10 @@ pub fn spawn(
                     continue;
                 }
                 Job::Purge => Done::Purged(purge(&mut *kernel)),
+                Job::Surrender => {
+                    let _ = done.blocking_send(Done::Surrendered(kernel.surrender().map(Box::new)));
+                    return;
+                }
             };
             if done.blocking_send(answer).is_err() {
                 return;

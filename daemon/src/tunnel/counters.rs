@@ -29,6 +29,8 @@ reasons! {
     NoPeer = "no_peer",
     /// From the TUN: no session yet, and enough wait for one already.
     NoSession = "no_session",
+    /// From either side: the daemon before this one did not take it in time while it handed over.
+    HandOver = "hand_over",
     /// To the underlay: the kernel did not take it.
     NotSent = "not_sent",
     /// From the underlay: no message of WireGuard.

@@ -14,6 +14,7 @@ use weft_wire::packet::Coalescer;
 use weft_wire::types::TunnelKey;
 
 use super::counters::Reason;
+use super::elder::Way;
 use super::peer::{Opened, Peer};
 use super::table::Table;
 use super::udp::{Batch, Udp, wait};
@@ -21,11 +22,13 @@ use super::{Identity, Shared};
 
 /// A run of datagrams fills one IP packet at most.
 const MOST: usize = 1 << 16;
+/// The first byte of the answer to a handshake.
+const RESPONSE: u8 = 2;
 /// The first byte of what carries packets.
 const DATA: u8 = 4;
 
 /// What one thread keeps from batch to batch.
-struct Inbound<'a> {
+pub(super) struct Inbound<'a> {
     shared: &'a Shared,
     /// Opened packets end to end: where each begins and how long it is.
     plain: Vec<u8>,
@@ -38,25 +41,29 @@ struct Inbound<'a> {
 pub(super) fn run(shared: &Shared, udp: &Udp) {
     let mut buffer = vec![0; MOST];
     let mut control = Udp::control();
-    let mut inbound = Inbound {
-        shared,
-        plain: vec![0; MOST],
-        pieces: Vec::new(),
-        answers: Batch::default(),
-        coalescer: Coalescer::new(shared.tun.udp()),
-    };
+    let mut inbound = Inbound::new(shared);
     while !shared.stopped() {
         match udp.receive(&mut buffer, &mut control) {
             Ok(arrived) => inbound.take(arrived.from, &buffer[..arrived.length], arrived.size),
-            Err(Errno::EAGAIN) => wait(udp.as_fd(), PollFlags::POLLIN),
+            Err(Errno::EAGAIN) => wait(&[(udp.as_fd(), PollFlags::POLLIN), shared.wake()]),
             // An ICMP error of an earlier datagram is told here; the peer's silence says the same.
             Err(_) => {}
         }
     }
 }
 
-impl Inbound<'_> {
-    fn take(&mut self, from: SocketAddr, bytes: &[u8], size: usize) {
+impl<'a> Inbound<'a> {
+    pub(super) fn new(shared: &'a Shared) -> Self {
+        Self {
+            shared,
+            plain: vec![0; MOST],
+            pieces: Vec::new(),
+            answers: Batch::default(),
+            coalescer: Coalescer::new(shared.tun.udp()),
+        }
+    }
+
+    pub(super) fn take(&mut self, from: SocketAddr, bytes: &[u8], size: usize) {
         let table = self.shared.table();
         let mut datagrams = bytes.chunks(size).peekable();
         while let Some(datagram) = datagrams.next() {
@@ -65,9 +72,14 @@ impl Inbound<'_> {
                 continue;
             }
             let Some(peer) = receiver(datagram).and_then(|receiver| table.by_receiver(receiver)) else {
-                self.shared.unknown_session(from);
+                if !self.pass_on(from, datagram) {
+                    self.shared.unknown_session(from);
+                }
                 continue;
             };
+            if let Some(elder) = self.shared.elder() {
+                elder.settle(Way::In, &peer.node);
+            }
             self.pieces.clear();
             let mut used = 0;
             {
@@ -86,6 +98,27 @@ impl Inbound<'_> {
             self.shared.send(from, &self.answers);
             self.answers.clear();
             self.write(peer);
+        }
+    }
+
+    /// Lets the daemon before this one open what names a session of its; returns whether it is one.
+    fn pass_on(&self, from: SocketAddr, datagram: &[u8]) -> bool {
+        let shared = self.shared;
+        let Some(receiver) = receiver(datagram) else { return false };
+        let Some(elder) = shared.elder().filter(|elder| elder.knows(receiver)) else { return false };
+        if datagram.first() == Some(&DATA) {
+            elder.note_behind(receiver);
+        }
+        match elder.open(from, datagram, datagram.len()) {
+            Ok(()) => true,
+            Err(Errno::EAGAIN) => {
+                shared.counters.drop(Reason::HandOver);
+                true
+            }
+            Err(_) => {
+                shared.lose_elder();
+                false
+            }
         }
     }
 
@@ -168,6 +201,7 @@ impl Inbound<'_> {
         };
         let peer = match peer {
             Recipient::Peer(peer) => peer,
+            Recipient::None(Reason::UnknownSession) if self.pass_on(from, datagram) => return,
             Recipient::None(reason) => return drop(reason),
             Recipient::Stranger(key) => return shared.knock(key),
         };
@@ -236,8 +270,11 @@ pub(super) fn recipient(table: &Table, identity: &Identity, packet: Packet<'_>) 
     }
 }
 
+/// Returns the index of the session that a message names: the answer to a handshake has its sender's before (whitepaper
+/// s5.4.3).
 pub(super) fn receiver(datagram: &[u8]) -> Option<u32> {
-    datagram.get(4..8).and_then(|bytes| bytes.try_into().ok()).map(u32::from_le_bytes)
+    let at = if datagram.first() == Some(&RESPONSE) { 8..12 } else { 4..8 };
+    datagram.get(at).and_then(|bytes| bytes.try_into().ok()).map(u32::from_le_bytes)
 }
 
 /// The one check of sources: an address within must be of the peer that sealed it.

@@ -12,14 +12,15 @@ use weft_wire::packet::{self, VnetHeader, split};
 
 use super::Shared;
 use super::counters::Reason;
+use super::elder::Way;
 use super::peer::Peer;
 use super::udp::{Batch, wait};
 
 /// A super-packet is one IP packet.
-const MOST: usize = VnetHeader::LEN + (1 << 16);
+pub(super) const MOST: usize = VnetHeader::LEN + (1 << 16);
 
 /// What one thread keeps from packet to packet.
-struct Outbound<'a> {
+pub(super) struct Outbound<'a> {
     shared: &'a Shared,
     scratch: Vec<u8>,
     batch: Batch,
@@ -30,14 +31,14 @@ struct Outbound<'a> {
 /// Reads until the tunnels stop.
 pub(super) fn run(shared: &Shared) {
     let mut buffer = vec![0; MOST];
-    let mut outbound = Outbound { shared, scratch: Vec::new(), batch: Batch::default(), to: None };
+    let mut outbound = Outbound::new(shared);
     while !shared.stopped() {
         match shared.tun.read(&mut buffer) {
             Ok(length) => outbound.take(&mut buffer[..length]),
             Err(Errno::EAGAIN) => {
                 // Nothing more is there: what is ready goes.
                 outbound.flush();
-                wait(shared.tun.as_fd(), PollFlags::POLLIN);
+                wait(&[(shared.tun.as_fd(), PollFlags::POLLIN), shared.wake()]);
             }
             Err(Errno::EINTR) => {}
             Err(error) => {
@@ -46,10 +47,15 @@ pub(super) fn run(shared: &Shared) {
             }
         }
     }
+    outbound.flush();
 }
 
-impl Outbound<'_> {
-    fn take(&mut self, bytes: &mut [u8]) {
+impl<'a> Outbound<'a> {
+    pub(super) fn new(shared: &'a Shared) -> Self {
+        Self { shared, scratch: Vec::new(), batch: Batch::default(), to: None }
+    }
+
+    pub(super) fn take(&mut self, bytes: &mut [u8]) {
         let counters = &self.shared.counters;
         let Some((header, packet)) = bytes.split_first_chunk_mut::<{ VnetHeader::LEN }>() else {
             return counters.drop(Reason::NotIp);
@@ -59,6 +65,9 @@ impl Outbound<'_> {
         let table = self.shared.table();
         let Some(peer) = table.owner(destination) else { return counters.drop(Reason::NoPeer) };
         let peer = peer.for_sending();
+        if self.pass_on(&peer, header, packet) {
+            return;
+        }
         if self.to.as_ref().is_some_and(|(other, _)| !Arc::ptr_eq(other, &peer)) {
             self.flush();
         }
@@ -82,7 +91,41 @@ impl Outbound<'_> {
         }
     }
 
-    fn flush(&mut self) {
+    /// Lets the daemon before this one seal what it alone has a session for; a daemon that is that one begins none.
+    fn pass_on(&self, peer: &Peer, header: VnetHeader, packet: &[u8]) -> bool {
+        let shared = self.shared;
+        let elder = shared.elder();
+        let sealer = elder.as_ref().filter(|elder| elder.seals_for(&peer.node));
+        if sealer.is_none() && !shared.lingers() {
+            return false;
+        }
+        if peer.session().ready() {
+            sealer.inspect(|sealer| sealer.settle(Way::Out, &peer.node));
+            return false;
+        }
+        let Some(sealer) = sealer else {
+            shared.counters.drop(Reason::NoSession);
+            return true;
+        };
+        match sealer.seal(&peer.node, &[&header.write()[..], packet].concat()) {
+            Ok(()) => {
+                peer.traffic.sent.fetch_add(1, Ordering::Relaxed);
+                peer.traffic.sent_bytes.fetch_add(packet.len() as u64, Ordering::Relaxed);
+                true
+            }
+            Err(Errno::EAGAIN) => {
+                shared.counters.drop(Reason::HandOver);
+                true
+            }
+            // It is gone: the packet waits for a session of this daemon's own.
+            Err(_) => {
+                shared.lose_elder();
+                false
+            }
+        }
+    }
+
+    pub(super) fn flush(&mut self) {
         if let Some((_, endpoint)) = self.to.take() {
             self.shared.send(endpoint, &self.batch);
             self.batch.clear();

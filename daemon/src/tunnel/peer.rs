@@ -193,6 +193,20 @@ impl Session {
         self.ready
     }
 
+    /// Takes where a daemon before this one heard the peer last.
+    pub(super) fn heard_at(&mut self, endpoint: SocketAddr) {
+        self.endpoint = endpoint;
+    }
+
+    /// Lets the peer know that there is a session: an empty packet under it, if there is one.
+    pub(super) fn confirm(&mut self, batch: &mut Batch) {
+        let Some(tunn) = self.tunn.as_mut().filter(|_| self.ready) else { return };
+        batch.push(LEAST_ROOM, |room| match tunn.encapsulate(&[], room) {
+            TunnResult::WriteToNetwork(datagram) => datagram.len(),
+            _ => 0,
+        });
+    }
+
     /// How many packets wait for a session.
     pub(super) fn waiting(&self) -> usize {
         if self.ready { 0 } else { self.waiting }
@@ -346,6 +360,11 @@ impl Session {
     /// s6.1); the first requests of a node that just came, moved or was cut off are often lost, so they are repeated sooner.
     fn is_overdue(&self) -> bool {
         !self.ready && self.waiting > 0 && self.may_ask()
+    }
+
+    /// Whether a session is being asked for.
+    pub(super) fn is_asked(&self) -> bool {
+        self.asked.is_some()
     }
 
     /// Whether the last request for a session had the time to be answered.

@@ -5,13 +5,13 @@
 
 use std::fmt;
 use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::uio::writev;
-use tun_rs::{DeviceBuilder, SyncDevice};
+use tun_rs::DeviceBuilder;
 use weft_wire::packet::VnetHeader;
 
 /// How many packets wait in the device while the daemon is busy; while it is away, they are dropped.
@@ -19,7 +19,7 @@ const QUEUE: u32 = 1000;
 
 /// An open device.
 pub(super) struct Tun {
-    device: SyncDevice,
+    device: OwnedFd,
     udp: bool,
     /// The kernel takes super-packets.
     super_packets: AtomicBool,
@@ -44,8 +44,12 @@ impl Tun {
         device.persist()?;
         let flags = OFlag::from_bits_truncate(fcntl(device.as_fd(), FcntlArg::F_GETFL)?);
         fcntl(device.as_fd(), FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-        let udp = device.udp_gso();
-        Ok(Self { device, udp, super_packets: AtomicBool::new(true) })
+        Ok(Self::adopt(device.as_fd().try_clone_to_owned()?, device.udp_gso()))
+    }
+
+    /// Takes a device that another daemon opened with [`Tun::open`], offloads and all; `udp` as that one's.
+    pub(super) fn adopt(device: OwnedFd, udp: bool) -> Self {
+        Self { device, udp, super_packets: AtomicBool::new(true) }
     }
 
     /// Whether the kernel takes and gives super-packets of UDP.

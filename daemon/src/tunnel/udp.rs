@@ -5,10 +5,11 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, SockaddrStorage, bind,
     recvmsg, sendmsg, setsockopt, socket, sockopt,
@@ -122,6 +123,11 @@ impl Udp {
         Ok(Self { socket: fd.into(), segments: AtomicBool::new(true) })
     }
 
+    /// Takes a socket that another daemon opened with [`Udp::open`].
+    pub(super) fn adopt(socket: OwnedFd) -> Self {
+        Self { socket: socket.into(), segments: AtomicBool::new(true) }
+    }
+
     /// Sends a batch; returns how many datagrams the kernel did not take.
     pub(super) fn send(&self, to: SocketAddr, batch: &Batch) -> usize {
         batch.runs.iter().map(|run| self.send_run(to, batch, *run)).sum()
@@ -151,7 +157,7 @@ impl Udp {
             match sendmsg(self.socket.as_raw_fd(), &slices, segments.as_slice(), MsgFlags::empty(), Some(&to))
             {
                 Ok(_) => return Ok(()),
-                Err(Errno::EAGAIN) => wait(self.as_fd(), nix::poll::PollFlags::POLLOUT),
+                Err(Errno::EAGAIN) => wait(&[(self.as_fd(), PollFlags::POLLOUT)]),
                 Err(Errno::EINTR) => {}
                 Err(error) => return Err(error),
             }
@@ -196,7 +202,7 @@ fn address(storage: &SockaddrStorage) -> Option<SocketAddr> {
 }
 
 /// Waits until a descriptor is ready, or for a second.
-pub(super) fn wait(fd: BorrowedFd<'_>, events: nix::poll::PollFlags) {
-    let mut fds = [nix::poll::PollFd::new(fd, events)];
-    let _ = nix::poll::poll(&mut fds, 1000_u16);
+pub(super) fn wait(fds: &[(BorrowedFd<'_>, PollFlags)]) {
+    let mut fds: Vec<_> = fds.iter().map(|(fd, events)| PollFd::new(*fd, *events)).collect();
+    let _ = poll(&mut fds, 1000_u16);
 }
