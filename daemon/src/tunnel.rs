@@ -3,8 +3,8 @@
 //!
 //! It decides nothing about who is a peer or what goes through it: the control path hands over a whole table, which the
 //! data path reads. Invariants: locks are taken once for each read of the device or of a socket, never for each packet of a
-//! super-packet; what waits is bounded;
-//! every packet that is dropped is counted with its reason; an address within a tunnel is of the peer that sealed it.
+//! super-packet; what waits is bounded; every packet that is dropped is counted with its reason; an address within a tunnel
+//! is of the peer that sealed it.
 
 mod counters;
 mod elder;
@@ -12,26 +12,25 @@ mod flood;
 #[cfg(fuzzing)]
 pub mod fuzz;
 mod inbound;
+mod monitor;
 mod outbound;
 mod peer;
+mod shared;
 mod table;
 mod tun;
 mod udp;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
-use std::io::{self, PipeReader, PipeWriter, Read, Write};
-use std::net::{IpAddr, SocketAddr};
+use std::io::{self, PipeWriter, Read, Write};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
 
-use boringtun::noise::rate_limiter::RateLimiter;
 use boringtun::x25519::{PublicKey, StaticSecret};
 use ipnet::IpNet;
-use nix::poll::PollFlags;
 use rand_chacha::ChaCha20Rng;
 use rand_core::{RngCore, SeedableRng};
 use weft_wire::preshared::PresharedKey;
@@ -40,24 +39,14 @@ use weft_wire::types::{NodeName, TunnelKey};
 use counters::Counters;
 pub use counters::Reason;
 use elder::Elder;
-use flood::Flood;
+pub use monitor::{TunnelMonitor, TunnelStatus};
 use peer::Peer;
+use shared::{Identity, Shared};
 use table::Table;
 use tun::Tun;
 use udp::{Batch, Udp};
 
 use crate::handover::{Kept, Talk};
-
-/// Between two looks at the timers of sessions.
-const TICK: Duration = Duration::from_millis(250);
-/// The same while a daemon before this one is waited for, or more sessions are to be asked for.
-const SHORT_TICK: Duration = Duration::from_millis(20);
-/// So many sessions are asked for at once by a daemon that starts.
-const ASK_AT_ONCE: usize = 32;
-/// For so long it is remembered that a key asked for a session: news of a node are everywhere by then.
-const KNOCKED: Duration = Duration::from_secs(10);
-/// Handshakes of all sources together in a second, before cookies are asked for (whitepaper s5.3).
-const HANDSHAKES: u64 = 200;
 
 /// A node's secret tunnel key (X25519, RFC 7748).
 #[derive(Clone)]
@@ -114,25 +103,6 @@ pub struct TunnelPeer {
     pub preshared: Option<PresharedKey>,
 }
 
-/// How a peer's tunnel is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TunnelStatus {
-    /// Its name.
-    pub node: NodeName,
-    /// Its public key.
-    pub key: TunnelKey,
-    /// Where its packets came from last.
-    pub endpoint: SocketAddr,
-    /// Since the last handshake; none while there is no session.
-    pub handshake: Option<Duration>,
-    /// How many packets wait for a session.
-    pub waiting: usize,
-    /// Packets and bytes that were sent, within the tunnel.
-    pub sent: (u64, u64),
-    /// Packets and bytes that were received.
-    pub received: (u64, u64),
-}
-
 /// Why there are no tunnels; each says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum TunnelError {
@@ -184,252 +154,6 @@ impl TunnelsOffered {
             socket.and_then(|socket| socket.local_addr()).is_ok_and(|address| address.port() == port)
         };
         self.v4.iter().chain(&self.v6).all(at)
-    }
-}
-
-/// A key of the node's.
-struct Identity {
-    secret: StaticSecret,
-    public: PublicKey,
-    /// Its first MAC, and its cookies.
-    limiter: RateLimiter,
-}
-
-impl fmt::Debug for Identity {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Identity({:?})", TunnelKey(self.public.to_bytes()))
-    }
-}
-
-impl Identity {
-    fn new(secret: &TunnelSecret) -> Self {
-        let public = PublicKey::from(&secret.0);
-        Self { secret: secret.0.clone(), public, limiter: RateLimiter::new(&public, HANDSHAKES) }
-    }
-}
-
-/// What the threads share.
-struct Shared {
-    tun: Tun,
-    v4: Option<Udp>,
-    v6: Option<Udp>,
-    /// The node's key, and the one before it while peers may still know no other.
-    identities: RwLock<Arc<Vec<Identity>>>,
-    flood: Mutex<Flood>,
-    table: RwLock<Arc<Table>>,
-    /// What the device carries, in bytes.
-    mtu: AtomicUsize,
-    counters: Counters,
-    /// Sources of data without a session: their peers are asked for a new one.
-    strangers: Mutex<BTreeSet<SocketAddr>>,
-    /// Keys that asked for a session and are no peer's yet, and when: who becomes a peer soon after is asked at once.
-    knocked: Mutex<BTreeMap<TunnelKey, Instant>>,
-    /// Peers to ask for a session without waiting for traffic, and where they were heard last.
-    eager: Mutex<VecDeque<(NodeName, Option<SocketAddr>)>>,
-    /// The daemon before this one, while it is needed.
-    elder: RwLock<Option<Arc<Elder>>>,
-    /// This is the daemon before: it begins no handshake.
-    lingering: AtomicBool,
-    stop: AtomicBool,
-    /// Readable while the threads are to stop.
-    wake: PipeReader,
-    failure: Mutex<Option<String>>,
-}
-
-impl fmt::Debug for Shared {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Shared").field("tun", &self.tun).finish_non_exhaustive()
-    }
-}
-
-impl Shared {
-    fn table(&self) -> Arc<Table> {
-        Arc::clone(&self.table.read().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    fn identities(&self) -> Arc<Vec<Identity>> {
-        Arc::clone(&self.identities.read().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    fn elder(&self) -> Option<Arc<Elder>> {
-        self.elder.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    fn lose_elder(&self) -> Option<Arc<Elder>> {
-        self.elder.write().unwrap_or_else(PoisonError::into_inner).take()
-    }
-
-    fn lingers(&self) -> bool {
-        self.lingering.load(Ordering::Relaxed)
-    }
-
-    /// What to wait for besides packets.
-    fn wake(&self) -> (BorrowedFd<'_>, PollFlags) {
-        (self.wake.as_fd(), PollFlags::POLLIN)
-    }
-
-    fn eager(&self) -> std::sync::MutexGuard<'_, VecDeque<(NodeName, Option<SocketAddr>)>> {
-        self.eager.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn stopped(&self) -> bool {
-        self.stop.load(Ordering::Relaxed)
-    }
-
-    fn fail(&self, why: String) {
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(why);
-        self.stop.store(true, Ordering::Relaxed);
-    }
-
-    fn send(&self, to: SocketAddr, batch: &Batch) {
-        if batch.is_empty() {
-            return;
-        }
-        let udp = if to.is_ipv4() { &self.v4 } else { &self.v6 };
-        let refused = udp.as_ref().map_or(1, |udp| udp.send(to, batch));
-        if refused > 0 {
-            self.counters.drop_many(Reason::NotSent, refused);
-        }
-    }
-
-    fn admit(&self, source: IpAddr) -> bool {
-        self.flood.lock().unwrap_or_else(PoisonError::into_inner).admit(source, Instant::now())
-    }
-
-    /// Data came under a session that is not known: this node was restarted, and its peer does not know yet.
-    fn unknown_session(&self, from: SocketAddr) {
-        self.counters.drop(Reason::UnknownSession);
-        let mut strangers = self.strangers.lock().unwrap_or_else(PoisonError::into_inner);
-        if strangers.len() < 64 {
-            strangers.insert(from);
-        }
-    }
-
-    /// A handshake came from a key that is no peer's: the news of it may still be on the way.
-    fn knock(&self, key: TunnelKey) {
-        self.counters.drop(Reason::UnknownKey);
-        let now = Instant::now();
-        let mut knocked = self.knocked.lock().unwrap_or_else(PoisonError::into_inner);
-        if knocked.len() >= 64 {
-            knocked.retain(|_, at| now.duration_since(*at) < KNOCKED);
-        }
-        if knocked.len() < 64 {
-            knocked.insert(key, now);
-        }
-    }
-
-    fn has_knocked(&self, key: &TunnelKey) -> bool {
-        let at = self.knocked.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
-        at.is_some_and(|at| at.elapsed() < KNOCKED)
-    }
-
-    /// Does what is due for a peer, and asks it for a session where `asks` says so of its endpoint.
-    fn look_after(&self, peer: &Peer, asks: impl FnOnce(SocketAddr) -> bool, batch: &mut Batch) {
-        batch.clear();
-        let endpoint = {
-            let mut session = peer.session();
-            session.tick(batch);
-            if !session.ready() && session.may_ask() && asks(session.endpoint()) {
-                session.initiate(batch);
-            }
-            session.endpoint()
-        };
-        self.send(endpoint, batch);
-    }
-
-    /// Asks some of the peers that were active when the last daemon ended for a session.
-    fn ask_eagerly(&self, batch: &mut Batch) {
-        let table = self.table();
-        if table.peers.is_empty() {
-            return;
-        }
-        let mut some: HashMap<NodeName, Option<SocketAddr>> = {
-            let mut eager = self.eager();
-            let count = eager.len().min(ASK_AT_ONCE);
-            eager.drain(..count).collect()
-        };
-        if some.is_empty() {
-            return;
-        }
-        for peer in table.peers.values() {
-            let Some(heard_at) = some.remove(&peer.node) else { continue };
-            batch.clear();
-            let endpoint = {
-                let mut session = peer.session();
-                if !session.ready() && session.may_ask() {
-                    heard_at.into_iter().for_each(|endpoint| session.heard_at(endpoint));
-                    session.initiate(batch);
-                }
-                session.endpoint()
-            };
-            self.send(endpoint, batch);
-        }
-    }
-
-    /// Sees to it that sessions of this daemon take the place of those of the one before, which then goes.
-    fn relieve_elder(&self, batch: &mut Batch) {
-        let Some(elder) = self.elder() else { return };
-        let behind = elder.take_behind();
-        let mut missing = !behind.is_empty();
-        for peer in self.table().peers.values() {
-            let seals = elder.seals_for(&peer.node);
-            let is_behind = behind.contains(&peer.node);
-            if !seals && !is_behind {
-                continue;
-            }
-            batch.clear();
-            let endpoint = {
-                let mut session = peer.session();
-                if session.ready() {
-                    // It has heard of no session that it could use: the confirmation was lost, or is under way.
-                    if is_behind {
-                        session.confirm(batch);
-                    }
-                } else {
-                    missing = true;
-                    if session.may_ask() {
-                        session.initiate(batch);
-                    }
-                }
-                session.endpoint()
-            };
-            self.send(endpoint, batch);
-        }
-        if elder.is_done(missing) {
-            drop(self.lose_elder());
-            // Whoever passes something on just now has done so first.
-            while Arc::strong_count(&elder) > 1 {
-                thread::yield_now();
-            }
-            elder.dismiss();
-        }
-    }
-
-    /// Looks after sessions until the tunnels stop.
-    fn tick(&self) {
-        let mut batch = Batch::default();
-        let mut second = Instant::now();
-        while !self.stopped() {
-            self.ask_eagerly(&mut batch);
-            self.relieve_elder(&mut batch);
-            let hurried = self.elder().is_some() || !self.eager().is_empty();
-            thread::park_timeout(if hurried { SHORT_TICK } else { TICK });
-            if second.elapsed() >= Duration::from_secs(1) {
-                self.identities().iter().for_each(|identity| identity.limiter.reset_count());
-                second = Instant::now();
-            }
-            let strangers =
-                std::mem::take(&mut *self.strangers.lock().unwrap_or_else(PoisonError::into_inner));
-            for peer in self.table().peers.values() {
-                // Anyone can send such data: it makes this node ask where it would ask anyway, at most so often.
-                self.look_after(peer, |endpoint| strangers.contains(&endpoint), &mut batch);
-                let Some(previous) = peer.previous() else { continue };
-                // A peer that does not answer under the new keys may not have heard of them.
-                let waits = peer.session().waiting() > 0;
-                self.look_after(&previous, |_| waits, &mut batch);
-                peer.forget_previous_if_over();
-            }
-        }
     }
 }
 
@@ -728,59 +452,6 @@ impl Tunnel {
     /// Returns why the tunnels no longer work, if so: open them again.
     pub fn failure(&self) -> Option<String> {
         self.shared.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-}
-
-/// A look at running tunnels.
-#[derive(Debug, Clone)]
-pub struct TunnelMonitor(Arc<Shared>);
-
-impl PartialEq for TunnelMonitor {
-    fn eq(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
-    }
-}
-
-impl TunnelMonitor {
-    /// Returns how each peer's tunnel is, in no particular order.
-    pub fn status(&self) -> Vec<TunnelStatus> {
-        let count = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
-        let status = |peer: &Arc<Peer>| {
-            let session = peer.session();
-            TunnelStatus {
-                node: peer.node.clone(),
-                key: peer.key,
-                endpoint: session.endpoint(),
-                handshake: session.age(),
-                waiting: session.waiting(),
-                sent: (count(&peer.traffic.sent), count(&peer.traffic.sent_bytes)),
-                received: (count(&peer.traffic.received), count(&peer.traffic.received_bytes)),
-            }
-        };
-        self.0.table().peers.values().map(status).collect()
-    }
-
-    /// Returns the peers that there is a session with, or that are being asked for one, by name.
-    pub fn active(&self) -> BTreeSet<NodeName> {
-        let table = self.0.table();
-        let active = table.peers.values().filter(|peer| {
-            let session = peer.session();
-            session.ready() || session.is_asked()
-        });
-        let mut names: BTreeSet<NodeName> = active.map(|peer| peer.node.clone()).collect();
-        names.extend(self.0.eager().iter().map(|(node, _)| node.clone()));
-        names.extend(self.0.elder().iter().flat_map(|elder| elder.ready().cloned().collect::<Vec<_>>()));
-        names
-    }
-
-    /// Whether the daemon before this one still keeps sessions.
-    pub fn has_elder(&self) -> bool {
-        self.0.elder().is_some()
-    }
-
-    /// Returns how many packets were dropped for each reason.
-    pub fn drops(&self) -> Vec<(Reason, u64)> {
-        self.0.counters.drops()
     }
 }
 
