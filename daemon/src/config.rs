@@ -13,6 +13,7 @@ use ipnet::IpNet;
 use weft_ipam::carve::Carver;
 use weft_wire::types::{NodeName, SiteName, Subnet};
 
+use crate::kernel::Implementation;
 use crate::plan::model::Encryption;
 
 /// A valid configuration.
@@ -128,6 +129,8 @@ pub struct EncryptionConfig {
     pub policy: Encryption,
     /// Whether the node has tunnels: always where the policy asks for encryption.
     pub tunnels: bool,
+    /// Who carries what is encrypted.
+    pub implementation: Implementation,
     /// The UDP port of WireGuard.
     pub port: u16,
     /// How long the node's tunnel key is used before it makes another.

@@ -319,7 +319,8 @@ impl Control {
     pub fn use_tunnel_key(&mut self, key: TunnelKey, now: Instant) {
         self.tunnel = Some(key);
         self.announce(now);
-        self.wake(now);
+        // At once: a peer that has heard of the key asks for a session under it.
+        self.pass.due = Some(now);
     }
 
     /// Returns the key of the node's tunnels, where it has any.

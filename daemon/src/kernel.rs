@@ -14,6 +14,7 @@ mod rtnl;
 mod sysctl;
 mod tlv;
 mod tunnel;
+mod wireguard;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -22,7 +23,9 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::plan::model::{Actual, Desired, Op, Underlay};
-use crate::tunnel::{Tunnel, TunnelMonitor, TunnelSecret};
+use crate::tunnel::{Tunnel, TunnelSecret};
+
+pub use tunnel::{Implementation, KernelMonitor, TunnelLook};
 
 /// A kernel, real or in memory.
 pub trait Kernel: fmt::Debug + Send {
@@ -35,14 +38,19 @@ pub trait Kernel: fmt::Debug + Send {
     /// Finds the device that carries the tunnels.
     fn underlay(&mut self, spec: &UnderlaySpec) -> Result<Underlay, UnderlayError>;
 
-    /// Returns a look at the tunnels that weftd carries itself, while there are any.
-    fn tunnels(&self) -> Option<TunnelMonitor> {
+    /// Returns a look at the tunnels, while there are any.
+    fn tunnels(&self) -> Option<TunnelLook> {
         None
     }
 
     /// Gives the tunnels away that weftd carries itself, running as they are: for a daemon that takes over.
     fn surrender(&mut self) -> Option<Tunnel> {
         None
+    }
+
+    /// Whether what was set is no longer so in a place that the kernel tells nobody of. Cheap: it is asked every few seconds.
+    fn strayed(&mut self) -> bool {
+        false
     }
 
     /// Knows one more secret of the node's tunnels, for a plan that names its key.

@@ -24,11 +24,11 @@ use weft_wire::types::NodeName;
 use crate::control::{Control, Output, StoreAnswer};
 use crate::gossip::{Received, Sockets};
 use crate::handover::{Heritage, Talk};
+use crate::kernel::TunnelLook;
 use crate::leases::Leases;
 use crate::plan::model::{HostVeth, Inputs};
 use crate::server::{Call, Door};
 use crate::state::StateDir;
-use crate::tunnel::TunnelMonitor;
 
 pub use start::{Origin, start};
 
@@ -195,6 +195,7 @@ impl Node {
                 // Without its socket the probe stays unanswered, which blames nothing.
                 drop(self.probe_sockets.set_addresses(&gateways));
             }
+            Event::Kernel(worker::Done::Strayed) => self.control.handle_kernel_change(now),
             Event::Kernel(worker::Done::Purged(left)) => self.take_purged(&left),
             // Only who ends asks for it, and takes the answer.
             Event::Kernel(worker::Done::Surrendered(_)) => {}
@@ -288,7 +289,7 @@ impl Node {
     /// Writes down whom there are tunnels with, for a daemon that starts without these sessions.
     fn note_active_peers(&mut self) {
         let tunnels = self.control.pass.report.as_ref().and_then(|report| report.tunnels.as_ref());
-        let Some(active) = tunnels.map(TunnelMonitor::active).filter(|active| *active != self.active) else {
+        let Some(active) = tunnels.map(TunnelLook::active).filter(|active| *active != self.active) else {
             return;
         };
         match self.dir.set_active_peers(&active) {

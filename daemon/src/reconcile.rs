@@ -7,11 +7,10 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use weft_wire::types::{NodeName, Subnet};
 
-use crate::kernel::{Kernel, settings_of};
+use crate::kernel::{Kernel, TunnelLook, settings_of};
 use crate::plan::desired::desired;
 use crate::plan::diff::diff;
 use crate::plan::model::{Desired, Inputs, Op, Transport};
-use crate::tunnel::TunnelMonitor;
 
 /// What a pass did.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -31,7 +30,7 @@ pub struct Report {
     /// Host ends that are in the kernel and not in the inputs.
     pub unknown_veths: Vec<String>,
     /// A look at the tunnels, while there are any.
-    pub tunnels: Option<TunnelMonitor>,
+    pub tunnels: Option<TunnelLook>,
 }
 
 /// A change that the kernel refused.

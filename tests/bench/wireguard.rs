@@ -77,8 +77,12 @@ fn main() {
         })
         .collect();
     let nodes = 2 + 2 * others.len();
-    let options =
-        LabOptions::new("bench-wireguard").nodes(nodes).started(2).pods(1).backend(Backend::Wireguard);
+    let options = LabOptions::new("bench-wireguard")
+        .nodes(nodes)
+        .started(2)
+        .pods(1)
+        .backend(Backend::Wireguard)
+        .config("[encryption]\nimplementation = \"user-space\"");
     let lab = Lab::up(options);
     let mut pairs =
         vec![Pair { name: "weft", ends: [("n1", "a"), ("n2", "a")], to: lab.ip("n2", "a").to_string() }];

@@ -9,6 +9,8 @@ use weft_tests::lab::{Backend, Background, CLEAR, Capture, Families, Lab, LabOpt
 const PATIENCE: Duration = Duration::from_secs(30);
 /// What pods say: 16 bytes over and over (`ping -p`).
 const SECRET: &str = "weft-pod-secret!";
+/// Where a test is of what the daemon needs or promises for tunnels of its own, and the kernel does not.
+const USER_SPACE: &str = "[encryption]\nimplementation = \"user-space\"";
 
 /// Pods that talk to each other until the lab ends.
 fn talk(lab: &Lab, from: &str, to: (&str, &str)) -> Vec<Background> {
@@ -64,7 +66,7 @@ fn no_byte_of_a_pod_crosses_in_clear_whatever_happens_to_the_daemons() {
     wait_until("the device is back", PATIENCE, || lab.ping("n1/a", lab.ip("n2", "a")));
     lab.sh("n1", "ip route flush proto 117");
     wait_until("the routes are back", PATIENCE, || lab.ping("n1/a", lab.ip("n2", "a")));
-    lab.ping_all();
+    lab.meet();
     talks.into_iter().flatten().for_each(|ping| drop(ping.interrupt()));
     let seen = pods.finish(100, CLEAR, SECRET);
     assert!(seen.matching > 100 && seen.secret, "before the tunnel there is something to see: {seen:?}");
@@ -76,7 +78,8 @@ fn no_byte_of_a_pod_crosses_in_clear_whatever_happens_to_the_daemons() {
 
 #[test]
 fn keys_rotate_under_traffic_and_nothing_is_lost_or_clear() {
-    let lab = Lab::up(LabOptions::new("encrot").nodes(3).pods(1).backend(Backend::Wireguard));
+    let options = LabOptions::new("encrot").nodes(3).pods(1).backend(Backend::Wireguard);
+    let lab = Lab::up(options.config(USER_SPACE));
     let underlay = Capture::start(&lab, "n1", "eth0");
     let pings = [("n1/a", "n2"), ("n2/a", "n1"), ("n3/a", "n1")]
         .map(|(from, to)| lab.background_ping(from, lab.ip(to, "a")));
@@ -99,7 +102,7 @@ fn keys_rotate_under_traffic_and_nothing_is_lost_or_clear() {
 #[test]
 fn keys_rotate_on_schedule_and_nothing_is_lost() {
     let options = LabOptions::new("encsched").nodes(2).pods(1).backend(Backend::Wireguard);
-    let lab = Lab::up(options.config("[encryption]\nrotate_after = \"2s\""));
+    let lab = Lab::up(options.config("[encryption]\nimplementation = \"user-space\"\nrotate_after = \"2s\""));
     let ping = lab.background_ping("n1/a", lab.ip("n2", "a"));
     let mut keys = BTreeSet::new();
     wait_until("the key has changed twice", PATIENCE, || {
@@ -134,7 +137,8 @@ fn pods_hear_how_much_fits_through_a_narrow_tunnel() {
 
 #[test]
 fn what_keeps_tunnels_from_coming_up_is_named_and_they_come_when_it_goes() {
-    let lab = Lab::up(LabOptions::new("encbad").nodes(2).pods(1).backend(Backend::Wireguard));
+    let lab =
+        Lab::up(LabOptions::new("encbad").nodes(2).pods(1).backend(Backend::Wireguard).config(USER_SPACE));
     let failed = || lab.weft("n2", &["status"])["reconcile"]["failed"].to_string();
     let reach = || lab.ping("n1/a", lab.ip("n2", "a"));
     lab.stop("n2");
@@ -347,4 +351,31 @@ fn a_node_that_was_cut_off_and_missed_rotations_comes_back_by_itself() {
     }
     let (sent, lost) = others.stop();
     assert!(sent > 20 && lost.is_empty(), "{lost:?} of {sent} lost");
+}
+
+#[test]
+fn the_implementation_that_is_asked_for_is_used_or_its_lack_is_named() {
+    let lab = Lab::up(LabOptions::new("encimpl").nodes(2).pods(1).backend(Backend::Wireguard));
+    // The kernel's own word on what it can.
+    let try_it = "ip link add try0 type wireguard && ip link delete try0";
+    let has_wireguard = lab.exec("n1", &["sh", "-c", try_it]).status.success();
+    let status = || lab.weft("n1", &["status"]);
+    let chosen = if has_wireguard { "kernel" } else { "user-space" };
+    assert_eq!(status()["tunnels"]["implementation"], chosen, "auto");
+    lab.meet();
+    lab.stop("n1");
+    lab.sh("n1", "printf 'implementation = \"kernel\"\\n' >/tmp/encimpl && sed -i '/^policy = /r /tmp/encimpl' /etc/weft/weft.toml; rm /tmp/encimpl");
+    let daemon = lab.background("n1", &["weftd", "--config", "/etc/weft/weft.toml"]);
+    let answers = || lab.exec("n1", &["weft", "status"]).status.code() != Some(3);
+    wait_until("the daemon answers", PATIENCE, answers);
+    if has_wireguard {
+        wait_until("pods reach each other", PATIENCE, || lab.ping("n1/a", lab.ip("n2", "a")));
+        assert_eq!(status()["tunnels"]["implementation"], "kernel");
+    } else {
+        let failed = || status()["reconcile"]["failed"].to_string();
+        wait_until("its lack is named", PATIENCE, || failed().contains("this kernel has no WireGuard"));
+        assert!(!lab.ping("n1/a", lab.ip("n2", "a")), "nothing goes in clear instead");
+        assert!(failed().contains("encryption.implementation"), "{}", failed());
+    }
+    drop(daemon.interrupt());
 }

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use weft_tests::lab::{Families, Lab, LabOptions, Store};
+use weft_tests::lab::{Backend, Families, Lab, LabOptions, Store};
 
 /// Counts the echo requests a pod gets, and those of them that come from this address.
 fn count_pings(lab: &Lab, place: &str, from: IpAddr) {
@@ -111,7 +111,8 @@ fn full_size_packets_cross(lab: &Lab, mtu: u64) {
     }
 }
 
-fn bulk_data_crosses(lab: &Lab) {
+/// At least so many bits a second.
+fn bulk_data_crosses(lab: &Lab, least: f64) {
     for ip in lab.ips("n2", "a") {
         let server = lab.background("n2/a", &["iperf3", "-s", "-1"]);
         weft_tests::lab::wait_until("the server listens", std::time::Duration::from_secs(10), || {
@@ -121,7 +122,7 @@ fn bulk_data_crosses(lab: &Lab) {
         let bits = report["end"]["sum_received"]["bits_per_second"].as_f64().unwrap_or_default();
         println!("n1/a -> n2/a over {ip}: {:.2} Gbit/s", bits / 1e9);
         // A tunnel with wrong sizes or checksums lets pings through and next to nothing else.
-        assert!(bits > 50e6, "{ip}: {bits} bit/s: {report:#}");
+        assert!(bits > least, "{ip}: {bits} bit/s: {report:#}");
         server.finish();
     }
 }
@@ -140,7 +141,7 @@ fn pods_reach_pods_and_nodes_over_both_families_without_translation() {
     pods_see_each_others_own_addresses(&lab);
     nodes_and_pods_reach_each_other(&lab);
     full_size_packets_cross(&lab, 1450);
-    bulk_data_crosses(&lab);
+    bulk_data_crosses(&lab, 50e6);
     tunnels_are_not_tracked(&lab);
 }
 
@@ -150,8 +151,20 @@ fn an_underlay_without_ipv4_carries_both_families() {
     lab.ping_all();
     pods_see_each_others_own_addresses(&lab);
     full_size_packets_cross(&lab, 1430);
-    bulk_data_crosses(&lab);
+    bulk_data_crosses(&lab, 50e6);
     tunnels_are_not_tracked(&lab);
+}
+
+#[test]
+fn encrypted_tunnels_carry_both_families_and_full_packets_over_either_underlay() {
+    for (name, underlay, mtu) in [("enc4", Families::Dual, 1440), ("enc6", Families::V6, 1420)] {
+        let lab = Lab::up(LabOptions::new(name).underlay(underlay).backend(Backend::Wireguard));
+        lab.meet();
+        pods_see_each_others_own_addresses(&lab);
+        nodes_and_pods_reach_each_other(&lab);
+        full_size_packets_cross(&lab, mtu);
+        bulk_data_crosses(&lab, 1e6);
+    }
 }
 
 #[test]

@@ -243,6 +243,9 @@ pub struct Tunnels {
     /// How many packets were dropped, by reason.
     #[prost(message, repeated, tag = "2")]
     pub dropped: Vec<Count>,
+    /// Who carries packets: `kernel` or `user-space`.
+    #[prost(string, tag = "3")]
+    pub implementation: String,
 }
 
 /// How often something happened, and what.

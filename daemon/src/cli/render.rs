@@ -79,7 +79,13 @@ fn encryption(status: &Status) -> String {
         .filter(|dropped| dropped.count > 0)
         .map(|dropped| format!("{} {}", dropped.count, dropped.reason))
         .collect();
-    format!("{}, key {}, dropped {}", status.encryption, tunnels.key, or_dash(&dropped.join(", ")))
+    let carried = &tunnels.implementation;
+    format!(
+        "{} ({carried}), key {}, dropped {}",
+        status.encryption,
+        tunnels.key,
+        or_dash(&dropped.join(", "))
+    )
 }
 
 pub(super) fn peers(peers: &Peers, wide: bool) -> String {

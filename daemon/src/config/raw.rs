@@ -9,6 +9,7 @@ use serde::Deserialize;
 use weft_ipam::carve::{Carver, ClusterCidr};
 use weft_wire::types::{NodeName, SiteName, Subnet};
 
+use crate::kernel::Implementation;
 use crate::plan::model::Encryption;
 
 use super::{
@@ -159,6 +160,7 @@ impl Default for Overlay {
 struct Encrypt {
     policy: Encryption,
     tunnels: bool,
+    implementation: Implementation,
     port: u16,
     rotate_after: Span,
     preshared: bool,
@@ -169,6 +171,7 @@ impl Default for Encrypt {
         Self {
             policy: Encryption::Never,
             tunnels: false,
+            implementation: Implementation::Auto,
             port: 51820,
             rotate_after: Span(Duration::from_secs(24 * 3600)),
             preshared: true,
@@ -401,6 +404,7 @@ impl Raw {
             encryption: EncryptionConfig {
                 policy: self.encryption.policy,
                 tunnels: self.encryption.tunnels || self.encryption.policy != Encryption::Never,
+                implementation: self.encryption.implementation,
                 port: self.encryption.port,
                 rotate_after: self.encryption.rotate_after.0,
                 preshared: self.encryption.preshared,

@@ -11,10 +11,12 @@ use weft_wire::types::NodeName;
 use super::netlink::{Conn, Refusal};
 use super::offload::Ethtool;
 use super::tunnel::Tunnels;
-use super::{Kernel, KernelError, UnderlayError, UnderlaySpec, nft, rtnl, sysctl};
+use super::{
+    Implementation, Kernel, KernelError, TunnelLook, UnderlayError, UnderlaySpec, nft, rtnl, sysctl,
+};
 use crate::handover::Tunnels as Inherited;
-use crate::plan::model::{Actual, BRIDGE, Link, LinkKind, Op, Underlay};
-use crate::tunnel::{Tunnel, TunnelConfig, TunnelMonitor, TunnelSecret};
+use crate::plan::model::{Actual, BRIDGE, Link, LinkKind, Op, Underlay, WIREGUARD};
+use crate::tunnel::{Tunnel, TunnelConfig, TunnelSecret};
 
 /// The real kernel.
 #[derive(Debug)]
@@ -42,8 +44,8 @@ impl Linux {
 
     /// Lets the node speak WireGuard, once a plan asks for it.
     #[must_use]
-    pub fn with_tunnels(mut self, config: TunnelConfig) -> Self {
-        self.tunnels = Some(Tunnels::new(config));
+    pub fn with_tunnels(mut self, config: TunnelConfig, choice: Implementation) -> Self {
+        self.tunnels = Some(Tunnels::new(config, choice));
         self
     }
 
@@ -56,6 +58,20 @@ impl Linux {
         self
     }
 
+    /// Whether the kernel is to carry what weftd carried before. Then the node needs another key: boringtun's clock of
+    /// handshakes is 27 s ahead of the kernel's (`TAI64_BASE`, its noise/handshake.rs; whitepaper s5.4.2), so peers would
+    /// refuse the kernel's under the same key for that long.
+    ///
+    /// # Errors
+    /// Where the kernel does not answer.
+    pub fn follows_user_space(&mut self) -> Result<bool, Refusal> {
+        if !self.tunnels.as_ref().is_some_and(Tunnels::in_kernel) {
+            return Ok(false);
+        }
+        let links = rtnl::links(&mut self.conn)?;
+        Ok(links.iter().any(|link| link.name == WIREGUARD && link.is_tun()))
+    }
+
     fn own_tunnels(&mut self) -> Result<&mut Tunnels, KernelError> {
         self.tunnels.as_mut().ok_or_else(|| KernelError("this node has no tunnel key".into()))
     }
@@ -64,6 +80,9 @@ impl Linux {
         let mut actual = Actual::default();
         let links = rtnl::links(&mut self.conn)?;
         rtnl::read_links(&links, &mut actual);
+        if let (Some(tunnels), Some(link)) = (&self.tunnels, actual.state.links.get_mut(WIREGUARD)) {
+            link.kind = tunnels.kind(&link.kind);
+        }
         self.known.index = links.iter().map(|link| (link.name.clone(), link.index)).collect();
         self.known.links = actual.state.links.clone();
         rtnl::read_addresses(&mut self.conn, &links, &mut actual.state)?;
@@ -116,6 +135,9 @@ fn explain(op: &Op, refusal: &Refusal) -> KernelError {
         (Errno::EPERM, _) => {
             format!("{refusal}: weftd needs the capability CAP_NET_ADMIN; run it as root, or grant it")
         }
+        (Errno::EOPNOTSUPP, Op::AddLink(name, _)) if name == WIREGUARD => format!(
+            "{refusal}: this kernel has no wireguard devices; load the module (modprobe wireguard), or set encryption.implementation to \"user-space\""
+        ),
         (Errno::EOPNOTSUPP, Op::AddLink(name, _)) => format!(
             "{refusal}: this kernel has no {} devices; load the module ({}), or use a kernel that has it",
             if name.contains("vx") { "vxlan" } else { "bridge" },
@@ -154,7 +176,7 @@ impl Kernel for Linux {
                 }
                 Op::AddLink(name, link) if link.kind == LinkKind::Tun => {
                     self.apply_batch(&ops[run..place], &mut answers);
-                    answers.push(self.add_tun(name, link));
+                    answers.push(self.add_tunnel_device(name, link));
                     run = place + 1;
                 }
                 Op::AddLink(name, _) => {
@@ -179,12 +201,16 @@ impl Kernel for Linux {
         find_underlay(&mut self.conn, spec)
     }
 
-    fn tunnels(&self) -> Option<TunnelMonitor> {
+    fn tunnels(&self) -> Option<TunnelLook> {
         self.tunnels.as_ref().and_then(Tunnels::monitor)
     }
 
     fn surrender(&mut self) -> Option<Tunnel> {
         self.tunnels.as_mut().and_then(Tunnels::surrender)
+    }
+
+    fn strayed(&mut self) -> bool {
+        self.tunnels.as_mut().is_some_and(Tunnels::strayed)
     }
 
     fn add_tunnel_secret(&mut self, secret: TunnelSecret) {
@@ -210,15 +236,20 @@ impl Linux {
         }
     }
 
-    /// Makes the device of the tunnels, which only who reads it can do.
-    fn add_tun(&mut self, name: &str, link: &Link) -> Result<(), KernelError> {
+    /// Makes the device of the tunnels: the kernel's own by rtnetlink, that of user space by who reads it.
+    fn add_tunnel_device(&mut self, name: &str, link: &Link) -> Result<(), KernelError> {
         let tunnels = self.own_tunnels()?;
         // One that was read before is no longer there.
         tunnels.close();
         tunnels.open()?;
-        self.learn(name);
         let mut answers = Vec::new();
-        self.apply_batch(&[Op::SetLink(name.to_owned(), link.clone())], &mut answers);
+        if tunnels.in_kernel() {
+            self.apply_batch(&[Op::AddLink(name.to_owned(), link.clone())], &mut answers);
+            self.learn(name);
+        } else {
+            self.learn(name);
+            self.apply_batch(&[Op::SetLink(name.to_owned(), link.clone())], &mut answers);
+        }
         answers.pop().expect("there is an answer for each operation")
     }
 

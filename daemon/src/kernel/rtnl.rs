@@ -40,6 +40,12 @@ pub(super) struct Found {
     kind: LinkKind,
 }
 
+impl Found {
+    pub(super) fn is_tun(&self) -> bool {
+        self.kind == LinkKind::Tun
+    }
+}
+
 pub(super) fn is_ours(name: &str) -> bool {
     matches!(name, BRIDGE | VXLAN_V4 | VXLAN_V6 | WIREGUARD)
 }
@@ -446,7 +452,7 @@ fn shape(message: &mut LinkMessage, link: &Link, found: Option<&Link>) {
     if found.is_none_or(|found| found.mtu != link.mtu) {
         message.attributes.push(LinkAttribute::Mtu(link.mtu));
     }
-    // A TUN device has no address to set.
+    // What carries IP packets has no address to set.
     if link.kind != LinkKind::Tun && found.is_none_or(|found| found.mac != link.mac) {
         message.attributes.push(LinkAttribute::Address(link.mac.0.to_vec()));
     }
@@ -457,8 +463,9 @@ fn new_link(name: &str, link: &Link) -> LinkMessage {
     message.attributes.push(LinkAttribute::IfName(name.into()));
     shape(&mut message, link, None);
     let infos = match &link.kind {
-        // A TUN device is made by /dev/net/tun alone.
-        LinkKind::Bridge | LinkKind::Tun | LinkKind::Other(_) => vec![LinkInfo::Kind(InfoKind::Bridge)],
+        LinkKind::Bridge | LinkKind::Other(_) => vec![LinkInfo::Kind(InfoKind::Bridge)],
+        // That of user space is made by /dev/net/tun, and never by these messages.
+        LinkKind::Tun => vec![LinkInfo::Kind(InfoKind::Wireguard)],
         LinkKind::Vxlan(vxlan) => {
             let local = match vxlan.local {
                 IpAddr::V4(address) => InfoVxlan::Local(address),

@@ -1,15 +1,36 @@
 //! The tunnels as the kernel's shell sees them: keys and peers to be made so.
 //!
-//! Which implementation carries them is decided here and nowhere else.
+//! Which implementation carries them is decided here and nowhere else: the plan asks for a device of the tunnels, and this is
+//! who knows what kind of device that is.
+
+mod inside;
 
 use std::collections::BTreeSet;
+use std::fmt;
 
+use serde::Deserialize;
 use weft_wire::types::NodeName;
 
 use super::KernelError;
+use super::wireguard::Wireguard;
 use crate::handover::{Talk, Tunnels as Inherited};
-use crate::plan::model;
-use crate::tunnel::{Tunnel, TunnelConfig, TunnelMonitor, TunnelPeer, TunnelSecret};
+use crate::plan::model::{self, LinkKind};
+use crate::tunnel::{Reason, Tunnel, TunnelConfig, TunnelMonitor, TunnelPeer, TunnelSecret, TunnelStatus};
+use inside::Inside;
+pub use inside::KernelMonitor;
+
+/// Which implementation of WireGuard an operator chose.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Implementation {
+    /// The kernel's where it has one, or else the daemon's.
+    #[default]
+    Auto,
+    /// The kernel's.
+    Kernel,
+    /// The daemon's.
+    UserSpace,
+}
 
 /// The node's tunnels.
 #[derive(Debug)]
@@ -17,6 +38,17 @@ pub(super) struct Tunnels {
     config: TunnelConfig,
     /// The latest last; an older one is kept for a plan that was made before.
     secrets: Vec<TunnelSecret>,
+    carrier: Carrier,
+}
+
+#[derive(Debug)]
+enum Carrier {
+    UserSpace(Box<UserSpace>),
+    Kernel(Inside),
+}
+
+#[derive(Debug, Default)]
+struct UserSpace {
     running: Option<(Tunnel, model::Tunnels)>,
     /// Tunnels that another daemon, or this process under another control plane, carries until they are opened here.
     inherited: Inherited,
@@ -24,75 +56,26 @@ pub(super) struct Tunnels {
     active: BTreeSet<NodeName>,
 }
 
-impl Tunnels {
-    pub(super) fn new(config: TunnelConfig) -> Self {
-        let secrets = vec![config.secret.clone()];
-        Self { secrets, config, running: None, inherited: Inherited::None, active: BTreeSet::new() }
-    }
-
-    pub(super) fn inherit(&mut self, inherited: Inherited, active: BTreeSet<NodeName>) {
-        (self.inherited, self.active) = (inherited, active);
-    }
-
-    /// Goes without what another daemon offered, and has that one let go of the device.
-    pub(super) fn forgo(&mut self) {
-        if let Inherited::Offered(offered) = &self.inherited {
-            offered.talk.iter().for_each(Talk::finish);
-            self.inherited = Inherited::None;
-        }
-    }
-
-    /// Gives the tunnels away as they run.
-    pub(super) fn surrender(&mut self) -> Option<Tunnel> {
-        let inherited = std::mem::take(&mut self.inherited);
-        match (self.running.take(), inherited) {
-            (Some((tunnel, _)), _) => Some(tunnel),
-            (None, Inherited::Running(tunnel)) => Some(*tunnel),
-            (None, _) => None,
-        }
-    }
-
-    pub(super) fn add_secret(&mut self, secret: TunnelSecret) {
-        self.secrets.push(secret);
-        self.secrets.drain(..self.secrets.len().saturating_sub(2));
-    }
-
-    /// Returns what is carried; nothing where no tunnels run.
-    pub(super) fn carried(&mut self) -> Option<model::Tunnels> {
-        if let Some(why) = self.running.as_ref().and_then(|(tunnel, _)| tunnel.failure()) {
-            tracing::warn!(err = why, "tunnels ended");
-            self.close();
-        }
-        self.running.as_ref().map(|(_, carried)| carried.clone())
-    }
-
-    pub(super) fn monitor(&self) -> Option<TunnelMonitor> {
-        self.running.as_ref().map(|(tunnel, _)| tunnel.monitor())
-    }
-
+impl UserSpace {
     /// Makes the device, if it is not there, and begins to carry packets.
-    pub(super) fn open(&mut self) -> Result<&mut (Tunnel, model::Tunnels), KernelError> {
+    fn open(&mut self, config: &TunnelConfig) -> Result<&mut (Tunnel, model::Tunnels), KernelError> {
         if self.running.is_none() {
-            let config = self.config.clone();
             let tunnel = match std::mem::take(&mut self.inherited) {
-                Inherited::None => Tunnel::open(config),
+                Inherited::None => Tunnel::open(config.clone()),
                 Inherited::Running(tunnel) => Ok(*tunnel),
-                Inherited::Offered(offered) => Tunnel::adopt(config, offered),
+                Inherited::Offered(offered) => Tunnel::adopt(config.clone(), offered),
             };
             let tunnel = tunnel.map_err(|error| KernelError(error.to_string()))?;
             tunnel.ask_first(std::mem::take(&mut self.active));
-            let key = self.config.secret.public();
-            tracing::info!(%key, port = self.config.port, "tunnels carry packets");
+            let key = config.secret.public();
+            tracing::info!(%key, port = config.port, "tunnels carry packets");
             self.running = Some((tunnel, model::Tunnels { key, mtu: 0, peers: Default::default() }));
         }
         Ok(self.running.as_mut().expect("it was opened just now"))
     }
 
-    pub(super) fn set(&mut self, wanted: &model::Tunnels) -> Result<(), KernelError> {
-        let secret = self.secrets.iter().find(|secret| secret.public() == wanted.key).cloned();
-        let secret =
-            secret.ok_or_else(|| KernelError(format!("the secret of key {} is not known", wanted.key)))?;
-        self.config.secret = secret.clone();
+    /// Replaces the peers; returns what was left out and why, a sentence each.
+    fn set(&mut self, config: &TunnelConfig, wanted: &model::Tunnels) -> Result<Vec<String>, KernelError> {
         let peers: Vec<TunnelPeer> = wanted
             .peers
             .iter()
@@ -104,16 +87,203 @@ impl Tunnels {
                 preshared: peer.preshared.clone(),
             })
             .collect();
-        let (tunnel, carried) = self.open()?;
-        tunnel.set_secret(&secret);
+        let (tunnel, carried) = self.open(config)?;
+        tunnel.set_secret(&config.secret);
         tunnel.set_mtu(wanted.mtu as usize);
         let refused = tunnel.set_peers(&peers);
         carried.clone_from(wanted);
+        Ok(refused)
+    }
+}
+
+/// Goes without what another daemon offers, and has that one let go of the device and the port.
+fn dismiss(inherited: Inherited) {
+    if let Inherited::Offered(mut offered) = inherited {
+        let talk = offered.talk.take();
+        drop(offered);
+        talk.iter().for_each(Talk::finish);
+    }
+}
+
+impl Tunnels {
+    /// Chooses; the device is made later, when a plan asks for it. What the kernel has is looked at once: tunnels that run do
+    /// not change their implementation because someone loads a module.
+    pub(super) fn new(config: TunnelConfig, choice: Implementation) -> Self {
+        let asked = |socket: std::io::Result<Option<Wireguard>>| {
+            socket.unwrap_or_else(|error| {
+                tracing::warn!(err = %error, "kernel not asked for WireGuard");
+                None
+            })
+        };
+        let carrier = match choice {
+            Implementation::UserSpace => Carrier::UserSpace(Box::default()),
+            Implementation::Kernel => Carrier::Kernel(Inside::new(asked(Wireguard::open()))),
+            Implementation::Auto => match asked(Wireguard::open()) {
+                Some(socket) => Carrier::Kernel(Inside::new(Some(socket))),
+                None => Carrier::UserSpace(Box::default()),
+            },
+        };
+        Self { secrets: vec![config.secret.clone()], config, carrier }
+    }
+
+    /// Takes over what another daemon carries. The kernel cannot: there the device is made anew.
+    pub(super) fn inherit(&mut self, inherited: Inherited, active: BTreeSet<NodeName>) {
+        match &mut self.carrier {
+            Carrier::UserSpace(own) => (own.inherited, own.active) = (inherited, active),
+            Carrier::Kernel(_) => dismiss(inherited),
+        }
+    }
+
+    /// Goes without what another daemon offered.
+    pub(super) fn forgo(&mut self) {
+        if let Carrier::UserSpace(own) = &mut self.carrier
+            && matches!(own.inherited, Inherited::Offered(_))
+        {
+            dismiss(std::mem::take(&mut own.inherited));
+        }
+    }
+
+    /// Gives the tunnels away as they run; those of the kernel stay where they are.
+    pub(super) fn surrender(&mut self) -> Option<Tunnel> {
+        let Carrier::UserSpace(own) = &mut self.carrier else { return None };
+        let inherited = std::mem::take(&mut own.inherited);
+        match (own.running.take(), inherited) {
+            (Some((tunnel, _)), _) => Some(tunnel),
+            (None, Inherited::Running(tunnel)) => Some(*tunnel),
+            (None, _) => None,
+        }
+    }
+
+    pub(super) fn add_secret(&mut self, secret: TunnelSecret) {
+        self.secrets.push(secret);
+        self.secrets.drain(..self.secrets.len().saturating_sub(2));
+    }
+
+    /// Whether the kernel makes the device and carries the packets.
+    pub(super) fn in_kernel(&self) -> bool {
+        matches!(self.carrier, Carrier::Kernel(_))
+    }
+
+    /// Returns what a device that was found is to this node: one of the other implementation is something else.
+    pub(super) fn kind(&self, found: &LinkKind) -> LinkKind {
+        match (found, self.in_kernel()) {
+            (LinkKind::Other(kind), true) if kind == "wireguard" => LinkKind::Tun,
+            (LinkKind::Tun, true) => LinkKind::Other("tun".into()),
+            _ => found.clone(),
+        }
+    }
+
+    /// Returns what is carried; nothing where no tunnels run.
+    pub(super) fn carried(&mut self) -> Option<model::Tunnels> {
+        match &mut self.carrier {
+            Carrier::Kernel(inside) => inside.carried(&self.config),
+            Carrier::UserSpace(own) => {
+                if let Some(why) = own.running.as_ref().and_then(|(tunnel, _)| tunnel.failure()) {
+                    tracing::warn!(err = why, "tunnels ended");
+                    own.running = None;
+                }
+                own.running.as_ref().map(|(_, carried)| carried.clone())
+            }
+        }
+    }
+
+    /// Whether someone changed what the kernel carries: it sends no notice of that.
+    pub(super) fn strayed(&mut self) -> bool {
+        match &mut self.carrier {
+            Carrier::Kernel(inside) => inside.is_set() && inside.carried(&self.config).is_none(),
+            Carrier::UserSpace(_) => false,
+        }
+    }
+
+    pub(super) fn monitor(&self) -> Option<TunnelLook> {
+        match &self.carrier {
+            Carrier::UserSpace(own) => {
+                own.running.as_ref().map(|(tunnel, _)| TunnelLook::UserSpace(tunnel.monitor()))
+            }
+            Carrier::Kernel(inside) => inside.monitor().map(TunnelLook::Kernel),
+        }
+    }
+
+    /// Makes ready for the device to be there: in user space that makes it and begins to carry packets.
+    pub(super) fn open(&mut self) -> Result<(), KernelError> {
+        match &mut self.carrier {
+            Carrier::UserSpace(own) => own.open(&self.config).map(drop),
+            Carrier::Kernel(inside) => inside.open(),
+        }
+    }
+
+    pub(super) fn set(&mut self, wanted: &model::Tunnels) -> Result<(), KernelError> {
+        let secret = self.secrets.iter().find(|secret| secret.public() == wanted.key).cloned();
+        let secret =
+            secret.ok_or_else(|| KernelError(format!("the secret of key {} is not known", wanted.key)))?;
+        self.config.secret = secret;
+        let refused = match &mut self.carrier {
+            Carrier::UserSpace(own) => own.set(&self.config, wanted)?,
+            Carrier::Kernel(inside) => {
+                inside.open()?;
+                inside.set(&self.config, wanted)?
+            }
+        };
         if refused.is_empty() { Ok(()) } else { Err(KernelError(refused.join("; "))) }
     }
 
     /// Ends the tunnels; the device stays for the reconciler to remove.
     pub(super) fn close(&mut self) {
-        self.running = None;
+        match &mut self.carrier {
+            Carrier::UserSpace(own) => own.running = None,
+            Carrier::Kernel(inside) => inside.forget(),
+        }
+    }
+}
+
+/// A look at running tunnels, whoever carries them.
+#[derive(Debug, Clone, PartialEq)]
+pub enum TunnelLook {
+    /// weftd does.
+    UserSpace(TunnelMonitor),
+    /// The kernel does.
+    Kernel(KernelMonitor),
+}
+
+impl fmt::Display for TunnelLook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::UserSpace(_) => "user-space",
+            Self::Kernel(_) => "kernel",
+        })
+    }
+}
+
+impl TunnelLook {
+    /// Returns how each peer's tunnel is, in no particular order.
+    pub fn status(&self) -> Vec<TunnelStatus> {
+        match self {
+            Self::UserSpace(monitor) => monitor.status(),
+            Self::Kernel(monitor) => monitor.status(),
+        }
+    }
+
+    /// Returns whom there are sessions with that end with the daemon; those of the kernel do not.
+    pub fn active(&self) -> BTreeSet<NodeName> {
+        match self {
+            Self::UserSpace(monitor) => monitor.active(),
+            Self::Kernel(_) => BTreeSet::new(),
+        }
+    }
+
+    /// Whether the daemon before this one still keeps sessions.
+    pub fn has_elder(&self) -> bool {
+        match self {
+            Self::UserSpace(monitor) => monitor.has_elder(),
+            Self::Kernel(_) => false,
+        }
+    }
+
+    /// Returns how many packets were dropped for each reason; the kernel tells none.
+    pub fn drops(&self) -> Vec<(Reason, u64)> {
+        match self {
+            Self::UserSpace(monitor) => monitor.drops(),
+            Self::Kernel(_) => Vec::new(),
+        }
     }
 }

@@ -138,7 +138,7 @@ impl Node {
             match self.inbox.kernel.recv().await? {
                 worker::Done::Surrendered(tunnels) => return tunnels,
                 // The next daemon makes a pass of its own.
-                worker::Done::Reconciled { .. } | worker::Done::Purged(_) => {}
+                worker::Done::Reconciled { .. } | worker::Done::Strayed | worker::Done::Purged(_) => {}
             }
         }
     }

@@ -19,7 +19,7 @@ use crate::handover::{self, Heritage, Talk, Tunnels as Inherited};
 use crate::journal::{self, Journal};
 use crate::kernel::linux::Linux;
 use crate::kernel::netlink::Conn;
-use crate::kernel::{UnderlaySpec, monitor, preflight};
+use crate::kernel::{Kernel as _, UnderlaySpec, monitor, preflight};
 use crate::leases::Leases;
 use crate::metrics;
 use crate::plan::model::WIREGUARD;
@@ -124,15 +124,24 @@ pub fn start(config: Config, origin: Origin) -> Result<Node, Fatal> {
     let kernel = Linux::open().map_err(|error| {
         Fatal(format!("the kernel gives no netlink socket: {error}; weftd needs CAP_NET_ADMIN and nf_tables"))
     })?;
-    let tunnel = config.encryption.tunnels.then(|| dir.tunnel_secret()).transpose().map_err(fatal)?;
+    let mut tunnel = config.encryption.tunnels.then(|| dir.tunnel_secret()).transpose().map_err(fatal)?;
     let kernel = match &tunnel {
         None => kernel,
-        Some(secret) => kernel.with_tunnels(TunnelConfig {
-            device: WIREGUARD.into(),
-            port: config.encryption.port,
-            secret: secret.clone(),
-            seed: state::random().map_err(fatal)?,
-        }),
+        Some(secret) => {
+            let tunnels = TunnelConfig {
+                device: WIREGUARD.into(),
+                port: config.encryption.port,
+                secret: secret.clone(),
+                seed: state::random().map_err(fatal)?,
+            };
+            let mut kernel = kernel.with_tunnels(tunnels, config.encryption.implementation);
+            if kernel.follows_user_space().map_err(fatal)? {
+                let fresh = dir.new_tunnel_secret().map_err(fatal)?;
+                kernel.add_tunnel_secret(fresh.clone());
+                tunnel = Some(fresh);
+            }
+            kernel
+        }
     };
     let kernel = kernel.with_inherited(tunnels, dir.active_peers());
     let (kernel_done, kernel_inbox) = mpsc::channel(EVENTS);

@@ -14,7 +14,8 @@ use super::Node;
 use crate::attach::Attachment;
 use crate::config::TxChecksum;
 use crate::control::duplicate_name;
-use crate::tunnel::{TunnelMonitor, TunnelStatus};
+use crate::kernel::TunnelLook;
+use crate::tunnel::TunnelStatus;
 
 /// How long a problem that has not shown again is still told.
 const MEMORY: Duration = Duration::from_secs(60);
@@ -91,6 +92,7 @@ impl Node {
             pods: u32::try_from(self.pods.attachments().count()).unwrap_or(u32::MAX),
             encryption: self.control.config.encryption.policy.to_string(),
             tunnels: self.tunnels().map(|tunnels| Tunnels {
+                implementation: tunnels.to_string(),
                 key: self.control.tunnel_key().map(String::from).unwrap_or_default(),
                 dropped: tunnels
                     .drops()
@@ -116,7 +118,7 @@ impl Node {
         })
     }
 
-    fn tunnels(&self) -> Option<&TunnelMonitor> {
+    fn tunnels(&self) -> Option<&TunnelLook> {
         self.control.pass.report.as_ref()?.tunnels.as_ref()
     }
 
@@ -188,7 +190,7 @@ impl Node {
     }
 
     pub(super) fn peers(&self, now: Instant) -> Peers {
-        let tunnels: Vec<_> = self.tunnels().map(TunnelMonitor::status).unwrap_or_default();
+        let tunnels: Vec<_> = self.tunnels().map(TunnelLook::status).unwrap_or_default();
         let tunnel = |node: &NodeName| tunnels.iter().find(|tunnel| tunnel.node == *node).map(shown);
         let mut peers: Vec<_> = self
             .control

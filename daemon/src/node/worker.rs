@@ -2,7 +2,9 @@
 //!
 //! It decides nothing. Netlink calls block, so they happen here and never on the loop's thread.
 
+use std::sync::mpsc::RecvTimeoutError;
 use std::thread;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 
@@ -10,6 +12,9 @@ use crate::kernel::{Kernel, UnderlayError, UnderlaySpec, purge};
 use crate::plan::model::{Inputs, Underlay};
 use crate::reconcile::{Report, reconcile};
 use crate::tunnel::{Tunnel, TunnelSecret};
+
+/// Between two looks for what the kernel sends no notice of.
+const LOOK: Duration = Duration::from_secs(2);
 
 /// What the loop asks of the kernel thread.
 #[derive(Debug)]
@@ -34,6 +39,8 @@ pub enum Done {
         /// What was done.
         report: Option<Report>,
     },
+    /// Something is not as it was left.
+    Strayed,
     /// Everything with the mark is gone, but for what the list names.
     Purged(Vec<String>),
     /// The tunnels, if there are any that the daemon carries itself; the thread has ended.
@@ -48,20 +55,23 @@ pub fn spawn(
 ) -> std::io::Result<std::sync::mpsc::Sender<Job>> {
     let (jobs, inbox) = std::sync::mpsc::channel();
     thread::Builder::new().name("kernel".into()).spawn(move || {
-        for job in inbox {
-            let answer = match job {
-                Job::Reconcile(inputs) => {
+        loop {
+            let answer = match inbox.recv_timeout(LOOK) {
+                Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) if kernel.strayed() => Done::Strayed,
+                Err(RecvTimeoutError::Timeout) => continue,
+                Ok(Job::Reconcile(inputs)) => {
                     let underlay = kernel.underlay(&spec);
                     let same = underlay.as_ref().is_ok_and(|found| *found == inputs.underlay);
                     let report = same.then(|| reconcile(&mut *kernel, &inputs));
                     Done::Reconciled { underlay, report }
                 }
-                Job::TunnelSecret(secret) => {
+                Ok(Job::TunnelSecret(secret)) => {
                     kernel.add_tunnel_secret(secret);
                     continue;
                 }
-                Job::Purge => Done::Purged(purge(&mut *kernel)),
-                Job::Surrender => {
+                Ok(Job::Purge) => Done::Purged(purge(&mut *kernel)),
+                Ok(Job::Surrender) => {
                     let _ = done.blocking_send(Done::Surrendered(kernel.surrender().map(Box::new)));
                     return;
                 }

@@ -331,7 +331,8 @@ pub enum LinkKind {
     Bridge,
     /// A VXLAN device; none of these can be changed once it exists.
     Vxlan(Vxlan),
-    /// A TUN device, which weftd makes and reads.
+    /// The device of the tunnels: WireGuard's where the kernel carries them, or else a TUN, which weftd makes and reads.
+    /// Which of them, the kernel's shell knows; one of the other kind is something else.
     Tun,
     /// Something else with weft's name: it is replaced.
     Other(String),

@@ -401,6 +401,17 @@ impl Lab {
         self.exec(from, &["ping", "-n", "-q", "-c", "1", "-W", "1", &to.to_string()]).status.success()
     }
 
+    /// Waits until every pod has reached every other, and then pings them all again. Two nodes that ask each other for a first
+    /// session at the same moment may both have to ask again, which WireGuard does after five seconds (whitepaper s6.4).
+    ///
+    /// # Panics
+    /// When one does not answer.
+    pub fn meet(&self) -> Matrix {
+        let all = || Matrix::measure(&self.handle).expect("the lab is up").losses().is_empty();
+        wait_until("every pod has reached every other", Duration::from_secs(60), all);
+        self.ping_all()
+    }
+
     /// Pings from every pod to every other pod.
     ///
     /// # Panics
