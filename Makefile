@@ -11,7 +11,7 @@ TEST_ARGS ?=
 
 # What is run beside cargo, "command:debian-package": by the build and the lab, and by the tests in addition.
 NEEDS_LAB := cc:gcc ip:iproute2 unshare:util-linux nsenter:util-linux ping:iputils-ping nft:nftables ethtool:ethtool
-NEEDS_TEST := c++:g++ iperf3:iperf3 tcpdump:tcpdump wg:wireguard-tools wireguard-go:wireguard-go containerd:containerd ctr:containerd runc:runc busybox:busybox-static
+NEEDS_TEST := c++:g++ etcd:etcd-server setpriv:util-linux iperf3:iperf3 tcpdump:tcpdump wg:wireguard-tools wireguard-go:wireguard-go containerd:containerd ctr:containerd runc:runc busybox:busybox-static
 
 .DEFAULT_GOAL := help
 .PHONY: help deps deps-lab installed build lab lab-down test lint bench peers interop bench-cni fuzz fuzz-build fuzz-short sim chaos mutants bench-control bench-scale bench-vxlan bench-wireguard bench-node
