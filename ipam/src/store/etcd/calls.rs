@@ -1,7 +1,7 @@
 //! The calls of the store as transactions of etcd.
 //!
 //! Keys, below `PREFIX/v1/`: `store` holds a random name, which changes when the store begins anew or was set
-//! back; `leases/SUBNET` holds an entry. Invariant: a write is one transaction that compares the name last
+//! back; `leases/SUBNET` holds an entry; `deleted` the subnet whose entry was deleted last. Invariant: a write is one transaction that compares the name last
 //! listed and the key's revision, so it fails on a store that was emptied or replaced since.
 
 use std::sync::Arc;
@@ -143,10 +143,10 @@ impl Calls {
         if self.alive.is_none() {
             self.ensure_lease().await.map_err(StoreError::from)?;
         }
-        match self.write(key, expect, put.clone()).await {
+        match self.write(key, expect, vec![put.clone()]).await {
             Err(Failed::Trouble(trouble)) if trouble.then == Then::Lease => {
                 self.ensure_lease().await.map_err(StoreError::from)?;
-                self.write(key, expect, put).await
+                self.write(key, expect, vec![put]).await
             }
             result => result,
         }
@@ -154,11 +154,16 @@ impl Calls {
     }
 
     pub(super) async fn delete_if(&mut self, key: Key, revision: u64) -> Result<u64, PutError> {
-        let delete = Op::Delete(DeleteRangeRequest { key: entry_key(&self.link.options, key) });
-        Ok(self.write(key, Expect::Revision(revision), delete).await?)
+        let options = &self.link.options;
+        let delete = Op::Delete(DeleteRangeRequest { key: entry_key(options, key) });
+        // An etcd that is out of space takes deletions and no renewals. A node must not delete as expired what its
+        // owner cannot renew: with something to write, the deletion is refused as well.
+        let last = format!("{}/v1/deleted", options.prefix).into_bytes();
+        let note = Op::Put(PutRequest { key: last, value: key.to_string().into_bytes(), lease: 0 });
+        Ok(self.write(key, Expect::Revision(revision), vec![delete, note]).await?)
     }
 
-    async fn write(&mut self, key: Key, expect: Expect, work: Op) -> Result<u64, Failed> {
+    async fn write(&mut self, key: Key, expect: Expect, work: Vec<Op>) -> Result<u64, Failed> {
         let options = self.link.options.clone();
         let live = self.link.live().await?;
         if self.name.as_ref().is_none_or(|name| name.connection != live.number) {
@@ -181,7 +186,7 @@ impl Calls {
         }
         let request = TxnRequest {
             compare,
-            success: vec![RequestOp { op: Some(work) }],
+            success: work.into_iter().map(|op| RequestOp { op: Some(op) }).collect(),
             failure: vec![read(name_key(&options)), read(path)],
         };
         let (answer, _) = self.transact(request).await?;
