@@ -21,6 +21,9 @@ pub(super) const BACKLOG: usize = 64;
 /// The first and the longest wait before the next attempt.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 
+/// So many failures in a row are an outage.
+const LOST: u32 = 2;
+
 /// Where a watch goes on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Seen {
@@ -40,14 +43,17 @@ pub(super) async fn run(link: Arc<Link>, mut joined: mpsc::UnboundedReceiver<mps
                 None => return std::future::pending().await,
             }
         }
-        let before = seen;
-        let trouble = match follow(&link, &mut joined, &mut watchers, &mut seen).await {
+        let trouble = match follow(&link, &mut joined, &mut watchers, &mut seen, &mut failures).await {
             Ok(()) => return std::future::pending().await,
             Err(trouble) => trouble,
         };
-        // What got further was no failure in a row.
-        failures = if seen == before { failures + 1 } else { 0 };
-        tracing::debug!(err = %trouble, "the watch of etcd ended");
+        failures += 1;
+        tracing::debug!(err = %trouble, failures, "the watch of etcd ended");
+        if failures == LOST {
+            // A list will tell the asker why. Not at the first failure: when a member goes, all its nodes move on,
+            // and all of them listing at once is the last thing that etcd needs.
+            watchers.tell(&Change::Relist);
+        }
         let wait = BACKOFF.0.saturating_mul(1 << failures.min(10)).min(BACKOFF.1);
         tokio::time::sleep(wait).await;
     }
@@ -59,11 +65,16 @@ async fn follow(
     joined: &mut mpsc::UnboundedReceiver<mpsc::Sender<Change>>,
     watchers: &mut Watchers,
     seen: &mut Option<Seen>,
+    failures: &mut u32,
 ) -> Result<(), Trouble> {
     let mut losses = link.losses();
     let live = link.live().await?;
     let result = async {
         let mut stream = open(link, &live, watchers, seen).await?;
+        if std::mem::take(failures) >= LOST {
+            // A sign of life for those whose calls failed.
+            watchers.tell(&Change::Relist);
+        }
         loop {
             tokio::select! {
                 message = stream.message() => take(link, &live, message, watchers, seen)?,
