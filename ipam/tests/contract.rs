@@ -15,6 +15,8 @@ use weft_ipam::store::{
 mod etcd;
 #[path = "contract/leases.rs"]
 mod leases;
+#[path = "contract/secured.rs"]
+mod secured;
 #[path = "contract/server.rs"]
 mod server;
 #[path = "contract/sqlite.rs"]

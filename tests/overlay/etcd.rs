@@ -11,8 +11,10 @@ const NODES: [&str; 3] = ["n1", "n2", "n3"];
 
 fn leases(lab: &Lab, node: &str) -> Vec<Value> {
     let list = lab.weft(node, &["leases"])["leases"].as_array().cloned().unwrap_or_default();
-    let mut known: Vec<Value> =
-        list.iter().map(|lease| serde_json::json!([lease["subnet"], lease["node"], lease["epoch"]])).collect();
+    let mut known: Vec<Value> = list
+        .iter()
+        .map(|lease| serde_json::json!([lease["subnet"], lease["node"], lease["epoch"]]))
+        .collect();
     known.sort_by_key(Value::to_string);
     known
 }
@@ -24,7 +26,8 @@ fn healthy(lab: &Lab, node: &str) -> bool {
 /// What etcd holds, told by its own gateway to a plain HTTP request.
 fn keys_in_etcd(lab: &Lab) -> usize {
     // {"key": "/weft/v1/leases/", "range_end": "/weft/v1/leases0", "count_only": true}
-    let body = r#"{"key":"L3dlZnQvdjEvbGVhc2VzLw==","range_end":"L3dlZnQvdjEvbGVhc2VzMA==","count_only":true}"#;
+    let body =
+        r#"{"key":"L3dlZnQvdjEvbGVhc2VzLw==","range_end":"L3dlZnQvdjEvbGVhc2VzMA==","count_only":true}"#;
     let script = format!(
         "exec 3<>/dev/tcp/192.0.2.254/2379; printf 'POST /v3/kv/range HTTP/1.0\\r\\nContent-Length: {}\\r\\n\\r\\n%s' '{body}' >&3; cat <&3",
         body.len()

@@ -25,7 +25,7 @@ fn open_as(node: &str, options: EtcdOptions) -> EtcdStore {
 }
 
 /// Asks until the store answers, and returns what it said.
-async fn listed(store: &dyn Store) -> weft_ipam::store::Snapshot {
+pub async fn listed(store: &dyn Store) -> weft_ipam::store::Snapshot {
     let bound = Instant::now() + Duration::from_secs(60);
     loop {
         match store.list().await {

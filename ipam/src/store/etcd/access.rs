@@ -6,6 +6,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_rustls::rustls::crypto::ring;
@@ -98,7 +99,7 @@ impl EtcdOptions {
         Ok(Credentials { tls, login })
     }
 
-    fn tls(&self, ca_file: &Path) -> Result<ClientTlsConfig, EtcdOptionsError> {
+    fn tls(&self, ca_file: &Path) -> Result<Tls, EtcdOptionsError> {
         let ca = read("store.ca_file", ca_file)?;
         let mut roots = RootCertStore::empty();
         for certificate in certificates("store.ca_file", ca_file, &ca)? {
@@ -109,8 +110,14 @@ impl EtcdOptions {
                 ));
             }
         }
-        let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(&ca));
-        let Some((cert_file, key_file)) = &self.identity else { return Ok(tls) };
+        let builder = ClientConfig::builder_with_provider(ring::default_provider().into())
+            .with_safe_default_protocol_versions()
+            .or_else(|error| wrong(format!("TLS cannot be used: {error}")))?
+            .with_root_certificates(roots);
+        let tonic = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(&ca));
+        let Some((cert_file, key_file)) = &self.identity else {
+            return Ok(Tls { tonic, bare: builder.with_no_client_auth().into() });
+        };
         let (cert, key) = (read("store.cert_file", cert_file)?, read("store.key_file", key_file)?);
         let chain = certificates("store.cert_file", cert_file, &cert)?;
         let Ok(secret) = PrivateKeyDer::from_pem_slice(&key) else {
@@ -119,12 +126,8 @@ impl EtcdOptions {
                 key_file.display()
             ));
         };
-        // As the connection will do it, to learn now whether it can be done.
-        let tried = ClientConfig::builder_with_provider(ring::default_provider().into())
-            .with_safe_default_protocol_versions()
-            .and_then(|builder| builder.with_root_certificates(roots).with_client_auth_cert(chain, secret));
-        match tried {
-            Ok(_) => Ok(tls.identity(Identity::from_pem(cert, key))),
+        match builder.with_client_auth_cert(chain, secret) {
+            Ok(bare) => Ok(Tls { tonic: tonic.identity(Identity::from_pem(cert, key)), bare: bare.into() }),
             Err(TlsError::InconsistentKeys(_)) => wrong(format!(
                 "store.key_file {} is not the key of store.cert_file {}: name the two that belong together",
                 key_file.display(),
@@ -159,8 +162,14 @@ impl EtcdOptions {
 
 /// What is shown to etcd, as read from the files.
 pub(super) struct Credentials {
-    pub(super) tls: Option<ClientTlsConfig>,
+    pub(super) tls: Option<Tls>,
     pub(super) login: Option<Login>,
+}
+
+/// How TLS is spoken: for gRPC, and the same for a handshake alone.
+pub(super) struct Tls {
+    pub(super) tonic: ClientTlsConfig,
+    pub(super) bare: Arc<ClientConfig>,
 }
 
 /// A user and a password.
@@ -214,6 +223,10 @@ impl Endpoint {
     /// Returns the name or address that the member's certificate must be for.
     pub(super) fn host(&self) -> &str {
         self.0.host().unwrap_or_default().trim_matches(['[', ']'])
+    }
+
+    pub(super) fn port(&self) -> u16 {
+        self.0.port_u16().unwrap_or_default()
     }
 }
 

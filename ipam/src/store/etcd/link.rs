@@ -8,15 +8,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use prost::Message;
+use tokio::io::AsyncReadExt;
+use tokio::net::TcpStream;
 use tokio::sync::{Mutex, watch};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::pki_types::ServerName;
 use tonic::client::Grpc;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::Channel;
 use tonic::{Code, Request, Streaming};
 use tonic_prost::ProstCodec;
 
-use super::access::{Credentials, Endpoint, EtcdOptions, Login};
+use super::access::{Credentials, Endpoint, EtcdOptions, Login, Tls};
 use super::proto::{self, AuthenticateRequest, AuthenticateResponse, RangeRequest, RangeResponse};
 use super::trouble::{Then, Trouble};
 
@@ -73,6 +77,7 @@ impl Link {
             let endpoint = self.options.endpoints[state.next].clone();
             // Before the attempt: who gives up waiting for it does not begin with the same member again.
             state.next = (state.next + 1) % self.options.endpoints.len();
+            let began = Instant::now();
             match self.connect(&endpoint, &credentials, state.made + 1).await {
                 Ok(live) => {
                     state.made += 1;
@@ -80,7 +85,12 @@ impl Link {
                     state.live = Some(live.clone());
                     return Ok(live);
                 }
-                Err(trouble) if trouble.then == Then::Elsewhere => causes.push(trouble.sentence),
+                Err(trouble) if trouble.then == Then::Elsewhere => {
+                    // A member that hangs is not asked twice.
+                    let tls = credentials.tls.as_ref().filter(|_| began.elapsed() < CONNECT);
+                    let handshake = timeout(CONNECT, self.shake_hands(&endpoint, tls)).await;
+                    causes.push(handshake.ok().flatten().unwrap_or(trouble).sentence);
+                }
                 Err(trouble) => return Err(trouble),
             }
         }
@@ -198,7 +208,7 @@ impl Link {
             .http2_keep_alive_interval(KEEP_ALIVE.0)
             .keep_alive_timeout(KEEP_ALIVE.1);
         if let Some(tls) = &credentials.tls {
-            builder = builder.tls_config(tls.clone().domain_name(endpoint.host())).map_err(refused)?;
+            builder = builder.tls_config(tls.tonic.clone().domain_name(endpoint.host())).map_err(refused)?;
         }
         let channel = timeout(CONNECT, builder.connect()).await;
         let channel = channel.map_err(|_| Trouble::late(endpoint, CONNECT))?.map_err(refused)?;
@@ -208,6 +218,21 @@ impl Link {
         let probe = RangeRequest { key: super::calls::name_key(&self.options), range_end: Vec::new() };
         self.bounded::<_, RangeResponse>(&live, CONNECT, proto::RANGE, probe).await?;
         Ok(live)
+    }
+
+    /// Tries the handshake alone, for its reason: who sends a request at once may see the connection reset before
+    /// it reads why a certificate was refused (TLS 1.3 tells after the client has finished).
+    async fn shake_hands(&self, endpoint: &Endpoint, tls: Option<&Tls>) -> Option<Trouble> {
+        let connector = TlsConnector::from(Arc::clone(&tls?.bare));
+        let name = ServerName::try_from(endpoint.host().to_owned()).ok()?;
+        let tcp = TcpStream::connect((endpoint.host(), endpoint.port())).await.ok()?;
+        let error = match connector.connect(name, tcp).await {
+            Ok(mut tls) => tls.read_u8().await.err()?,
+            Err(error) => error,
+        };
+        // An end without a word says no more than what was seen already.
+        let said = error.get_ref().is_some_and(|carried| carried.is::<tokio_rustls::rustls::Error>());
+        said.then(|| Trouble::connecting(endpoint, &self.options, &error))
     }
 
     async fn login(

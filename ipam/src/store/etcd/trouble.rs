@@ -124,10 +124,12 @@ fn unreachable(endpoint: &Endpoint, options: &EtcdOptions, error: &(dyn Error + 
     if let Some(error) = find::<TlsError>(error) {
         return tls(endpoint, options, error);
     }
-    let why = find::<io::Error>(error).map_or_else(|| deepest(error), io::Error::to_string);
-    if !endpoint.tls()
-        && find::<io::Error>(error).is_none_or(|error| error.kind() != io::ErrorKind::ConnectionRefused)
-    {
+    let io = find::<io::Error>(error);
+    if endpoint.tls() && io.is_some_and(|error| error.to_string().contains("tls handshake eof")) {
+        return plain(endpoint);
+    }
+    let why = io.map_or_else(|| deepest(error), io::Error::to_string);
+    if !endpoint.tls() && io.is_none_or(|error| error.kind() != io::ErrorKind::ConnectionRefused) {
         return format!(
             "etcd at {endpoint} cannot be reached ({why}): start it, or correct store.endpoints (https:// if it wants TLS)"
         );
@@ -151,11 +153,7 @@ fn tls(endpoint: &Endpoint, options: &EtcdOptions, error: &TlsError) -> String {
             "the certificate of etcd at {endpoint} is not for {}: write a name of the certificate in store.endpoints",
             endpoint.host()
         ),
-        TlsError::InvalidMessage(_) => {
-            format!(
-                "etcd at {endpoint} does not speak TLS: write http:// in store.endpoints, or give it a certificate"
-            )
-        }
+        TlsError::InvalidMessage(_) => plain(endpoint),
         // etcd 3.4 says "bad certificate" for a missing one as well.
         TlsError::AlertReceived(alert)
             if options.identity.is_none() && *alert != AlertDescription::ProtocolVersion =>
@@ -169,6 +167,12 @@ fn tls(endpoint: &Endpoint, options: &EtcdOptions, error: &TlsError) -> String {
         ),
         other => format!("etcd at {endpoint} cannot be spoken to through TLS ({other}): look at its log"),
     }
+}
+
+fn plain(endpoint: &Endpoint) -> String {
+    format!(
+        "etcd at {endpoint} does not speak TLS: write http:// in store.endpoints, or give it a certificate"
+    )
 }
 
 /// Finds an error of a type among an error's causes. `io::Error` hides the one it carries.
