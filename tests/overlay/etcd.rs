@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde_json::Value;
-use weft_tests::lab::{Lab, LabOptions, Ping, Request, Store, skip, wait_until};
+use weft_tests::lab::{Lab, LabOptions, Ping, Request, Store, executable, skip, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -90,4 +90,35 @@ fn etcd_goes_and_comes_back_while_pods_talk() {
     }
     lab.run("n3", &["weft", "leave"]);
     wait_until("the leases of n3 are gone", PATIENCE, || keys_in_etcd(&lab) < before.len());
+}
+
+#[test]
+fn a_file_that_etcd_needs_and_is_not_there_ends_the_daemon_in_a_sentence() {
+    let directory = std::env::temp_dir().join(format!("weft-etcd-config-{}", std::process::id()));
+    std::fs::create_dir(&directory).expect("a new directory");
+    let file = directory.join("weft.toml");
+    let ca = directory.join("ca.pem");
+    let text = format!(
+        "[cluster]\ncidrs = [{{ cidr = \"10.32.0.0/12\", node_prefix = 24 }}]\n[store]\ntype = \"etcd\"\nendpoints = [\"https://192.0.2.1:2379\"]\nca_file = {ca:?}\n"
+    );
+    std::fs::write(&file, text).expect("a file");
+    let check = || {
+        let mut command = std::process::Command::new(executable("weftd"));
+        let output = command.arg("--check-config").arg("--config").arg(&file).output().expect("weftd runs");
+        (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let missing = check();
+    std::fs::write(&ca, "no certificate").expect("a file");
+    let broken = check();
+    std::fs::remove_dir_all(&directory).expect("our own");
+    let ca = ca.display();
+    let expected = [
+        format!(
+            "weftd: store.ca_file {ca} cannot be read (No such file or directory (os error 2)): put it there, or name another file\n"
+        ),
+        format!(
+            "weftd: store.ca_file {ca} holds no certificate in PEM: name a file with BEGIN CERTIFICATE\n"
+        ),
+    ];
+    assert_eq!([missing, broken], expected.map(|sentence| (false, sentence)));
 }

@@ -48,7 +48,7 @@ impl EtcdStore {
     /// Options that cannot work, a file that is missing or is not what it should be.
     pub fn open(options: EtcdOptions) -> Result<Self, EtcdOptionsError> {
         options.check()?;
-        options.credentials()?;
+        options.check_files()?;
         if options.user.is_some() && options.endpoints.iter().any(|endpoint| !endpoint.tls()) {
             tracing::warn!("the password for etcd crosses the network unencrypted: use https endpoints");
         }

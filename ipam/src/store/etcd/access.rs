@@ -87,6 +87,13 @@ impl EtcdOptions {
     }
 
     /// Reads the files and checks what they hold.
+    ///
+    /// # Errors
+    /// The first file that is missing or is not what it should be.
+    pub fn check_files(&self) -> Result<(), EtcdOptionsError> {
+        self.credentials().map(drop)
+    }
+
     pub(super) fn credentials(&self) -> Result<Credentials, EtcdOptionsError> {
         let login = match &self.user {
             None => None,
