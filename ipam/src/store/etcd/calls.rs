@@ -59,6 +59,8 @@ pub(super) struct Calls {
     link: Arc<Link>,
     /// The store's name, once seen in this run.
     name: Option<Name>,
+    /// The store, by cluster and name, that the asker's expectations are about.
+    listed: Option<(u64, Vec<u8>)>,
     /// When the lease of etcd was last seen to live.
     alive: Option<Instant>,
 }
@@ -75,7 +77,7 @@ struct Name {
 
 impl Calls {
     pub(super) fn new(link: Arc<Link>) -> Self {
-        Self { link, name: None, alive: None }
+        Self { link, name: None, listed: None, alive: None }
     }
 
     pub(super) async fn list(&mut self) -> Result<Snapshot, StoreError> {
@@ -85,7 +87,11 @@ impl Calls {
             attempts -= 1;
             match self.list_once().await {
                 Err(trouble) if trouble.then != Then::Tell && attempts > 0 => {}
-                result => return Ok(result?),
+                result => {
+                    let snapshot = result?;
+                    self.listed = self.name.as_ref().map(|name| (name.cluster, name.text.clone()));
+                    return Ok(snapshot);
+                }
             }
         }
     }
@@ -99,7 +105,8 @@ impl Calls {
             ..TxnRequest::default()
         };
         loop {
-            let (answer, connection) = self.transact(both()).await?;
+            let live = self.link.live().await?;
+            let answer = self.transact(&live, both()).await?;
             let header = answer.header.clone().unwrap_or_default();
             let mut ranges = ranges(answer);
             let (Some(entries), Some(name)) = (ranges.pop(), ranges.pop()) else {
@@ -128,7 +135,7 @@ impl Calls {
                 cluster: header.cluster_id,
                 text: name.value,
                 revision: snapshot.revision,
-                connection,
+                connection: live.number,
             });
             self.give_sign().await;
             return Ok(snapshot);
@@ -165,14 +172,22 @@ impl Calls {
 
     async fn write(&mut self, key: Key, expect: Expect, work: Vec<Op>) -> Result<u64, Failed> {
         let options = self.link.options.clone();
-        let live = self.link.live().await?;
-        if self.name.as_ref().is_none_or(|name| name.connection != live.number) {
-            self.list_once().await?;
+        // Behind a new connection may be a backup: it is listed first.
+        let (live, name) = loop {
+            let live = self.link.live().await?;
+            match self.name.clone().filter(|name| name.connection == live.number) {
+                Some(name) => break (live, name),
+                None => drop(self.list_once().await?),
+            }
+        };
+        let replaced = Trouble::tell(format!(
+            "the store {} in etcd was emptied or replaced: its leases are read again",
+            options.prefix
+        ));
+        // Equal revisions of two stores mean nothing.
+        if self.listed.as_ref().is_some_and(|listed| *listed != (name.cluster, name.text.clone())) {
+            return Err(replaced.into());
         }
-        let name = self
-            .name
-            .clone()
-            .ok_or_else(|| Trouble::tell("etcd did not tell the store's name: list again"))?;
         let path = entry_key(&options, key);
         let mut compare = vec![is(name_key(&options), Operand::Value(name.text.clone()))];
         match expect {
@@ -189,7 +204,7 @@ impl Calls {
             success: work.into_iter().map(|op| RequestOp { op: Some(op) }).collect(),
             failure: vec![read(name_key(&options)), read(path)],
         };
-        let (answer, _) = self.transact(request).await?;
+        let answer = self.transact(&live, request).await?;
         let header = answer.header.clone().unwrap_or_default();
         if answer.succeeded {
             self.name = Some(Name { revision: unsigned(header.revision), ..name });
@@ -200,27 +215,22 @@ impl Calls {
             return Err(Trouble::tell("etcd left out a part of its answer: use version 3.4 or newer").into());
         };
         if found.first().is_none_or(|found| found.value != name.text || header.cluster_id != name.cluster) {
-            return Err(Trouble::tell(format!(
-                "the store {} in etcd was emptied or replaced: its leases are read again",
-                options.prefix
-            ))
-            .into());
+            return Err(replaced.into());
         }
         let entry = entry.into_iter().next();
         Err(Failed::Conflict(entry.map(|kv| Entry { revision: unsigned(kv.mod_revision), value: kv.value })))
     }
 
-    /// Performs a transaction and names the connection; a login that ran out is renewed and the call made again.
-    async fn transact(&mut self, request: TxnRequest) -> Result<(TxnResponse, u64), Trouble> {
-        let live = self.link.live().await?;
-        let result = match self.link.call(&live, proto::TXN, request.clone()).await {
+    /// Performs a transaction on a connection; a login that ran out is renewed and the call made again.
+    async fn transact(&self, live: &Live, request: TxnRequest) -> Result<TxnResponse, Trouble> {
+        let result = match self.link.call(live, proto::TXN, request.clone()).await {
             Err(trouble) if trouble.then == Then::Login => {
-                let live = self.link.login_again(&live).await?;
-                self.link.call(&live, proto::TXN, request).await
+                let renewed = self.link.login_again(live).await?;
+                self.link.call(&renewed, proto::TXN, request).await
             }
             result => result,
         };
-        Ok((self.judge(&live, result).await?, live.number))
+        self.judge(live, result).await
     }
 
     async fn judge<T>(&self, live: &Live, result: Result<T, Trouble>) -> Result<T, Trouble> {
@@ -273,7 +283,8 @@ impl Calls {
             success: vec![RequestOp { op: Some(put) }],
             failure: Vec::new(),
         };
-        self.transact(request).await.map(drop)
+        let live = self.link.live().await?;
+        self.transact(&live, request).await.map(drop)
     }
 
     /// Keeps the node's entries in etcd, now and then; a failure waits for the next time.
