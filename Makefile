@@ -13,7 +13,7 @@ TEST_ARGS ?=
 NEEDS_LAB := cc:gcc ip:iproute2 unshare:util-linux nsenter:util-linux ping:iputils-ping nft:nftables ethtool:ethtool
 # By the guest of `make test-vm`; its kernel is downloaded and not installed.
 NEEDS_VM := qemu-system-x86_64:qemu-system-x86 cpio:cpio modprobe:kmod objcopy:binutils tc:iproute2 mawk:mawk
-NEEDS_TEST := c++:g++ iperf3:iperf3 tcpdump:tcpdump wg:wireguard-tools wireguard-go:wireguard-go containerd:containerd ctr:containerd runc:runc busybox:busybox-static
+NEEDS_TEST := c++:g++ etcd:etcd-server setpriv:util-linux iperf3:iperf3 tcpdump:tcpdump wg:wireguard-tools wireguard-go:wireguard-go containerd:containerd ctr:containerd runc:runc busybox:busybox-static
 
 .DEFAULT_GOAL := help
 .PHONY: help deps deps-lab deps-vm installed build lab lab-down test test-vm lint bench peers interop bench-cni fuzz fuzz-build fuzz-short sim chaos mutants bench-control bench-scale bench-vxlan bench-wireguard bench-node

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use weft_ipam::carve::Carver;
+use weft_ipam::store::EtcdOptions;
 use weft_wire::types::{NodeName, SiteName, Subnet};
 
 use crate::kernel::Implementation;
@@ -81,6 +82,8 @@ pub struct StoreConfig {
 pub enum StoreKind {
     /// One SQLite file that the daemons of one machine share.
     Sqlite(PathBuf),
+    /// An etcd cluster.
+    Etcd(EtcdOptions),
     /// The operator names the node's subnets.
     Static(Vec<Subnet>),
 }

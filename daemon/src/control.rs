@@ -256,8 +256,11 @@ impl Control {
     pub fn handle_store(&mut self, answer: StoreAnswer, now: Instant) {
         match answer {
             StoreAnswer::Listed(Ok(snapshot)) => {
-                self.store_error = None;
                 self.leasing.handle_snapshot(&snapshot, now);
+                // A store that is full answers lists; what it refused to write stays to be told.
+                if !self.leasing.write_refused() {
+                    self.store_error = None;
+                }
             }
             StoreAnswer::Put(key, Ok(revision)) => {
                 self.store_error = None;
@@ -364,6 +367,9 @@ impl Control {
                 }
                 lease::Output::Wait { until } => until,
             };
+            if self.leasing.failures() == 0 && !self.leasing.write_refused() {
+                self.store_error = None;
+            }
             let mesh_wake = match self.mesh.poll_output(now) {
                 weft_wire::mesh::Output::Send { to, datagram } => return Output::Send { to, datagram },
                 weft_wire::mesh::Output::Event(event) => {

@@ -16,10 +16,12 @@ use std::pin::Pin;
 use tokio::sync::mpsc;
 use weft_wire::types::Subnet;
 
+pub mod etcd;
 pub mod memory;
 pub mod sqlite;
 pub mod static_;
 
+pub use etcd::{EtcdOptions, EtcdStore};
 pub use memory::MemoryStore;
 pub use sqlite::SqliteStore;
 pub use static_::StaticStore;
@@ -110,7 +112,7 @@ pub enum PutError {
 /// Calls return at once and are answered in the order made. None blocks the caller's thread: a store
 /// that touches a disk does so on a thread of its own.
 pub trait Store: fmt::Debug + Send + Sync + 'static {
-    /// Names the kind of store for status: `sqlite`, `static`, `memory`.
+    /// Names the kind of store for status: `sqlite`, `etcd`, `static`, `memory`.
     fn kind(&self) -> &'static str;
 
     /// Returns all entries at one revision that includes every write answered before the call.

@@ -10,6 +10,7 @@
 
 mod capture;
 mod enter;
+mod etcd;
 mod harness;
 mod home;
 mod keeper;

@@ -10,7 +10,7 @@ use clap::Parser;
 use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
-use weft_daemon::config::{Config, LogConfig};
+use weft_daemon::config::{Config, LogConfig, StoreKind};
 use weft_daemon::handover::{self, Heritage};
 use weft_daemon::node::{self, Ended, Origin};
 
@@ -36,6 +36,11 @@ fn main() -> ExitCode {
         Err(error) => return fail(&error),
     };
     if arguments.check_config {
+        if let StoreKind::Etcd(options) = &config.store.kind
+            && let Err(error) = options.check_files()
+        {
+            return fail(&error);
+        }
         println!("{}: ok", arguments.config.display());
         return ExitCode::SUCCESS;
     }

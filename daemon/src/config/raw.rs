@@ -7,6 +7,8 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde::Deserialize;
 use weft_ipam::carve::{Carver, ClusterCidr};
+use weft_ipam::store::EtcdOptions;
+use weft_ipam::store::etcd::EtcdOptionsError;
 use weft_wire::types::{NodeName, SiteName, Subnet};
 
 use crate::kernel::Implementation;
@@ -20,6 +22,8 @@ use super::{
 /// One VXLAN header, UDP, IPv6 and Ethernet around the least MTU that IPv6 allows (RFC 8200 s5).
 const MTU_MIN: u32 = 1280;
 const MTU_MAX: u32 = 65_535;
+/// Entries in etcd outlive the last sign of their node by this at least (docs/decisions/0010-etcd-store.md).
+const ABANDON_LEAST: Duration = Duration::from_secs(7 * 24 * 3600);
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -85,6 +89,7 @@ struct Cidr {
 enum Kind {
     #[default]
     Sqlite,
+    Etcd,
     Static,
 }
 
@@ -93,6 +98,13 @@ enum Kind {
 struct Store {
     r#type: Kind,
     path: PathBuf,
+    endpoints: Vec<String>,
+    prefix: Option<String>,
+    ca_file: Option<PathBuf>,
+    cert_file: Option<PathBuf>,
+    key_file: Option<PathBuf>,
+    user: Option<String>,
+    password_file: Option<PathBuf>,
     subnets: Vec<Subnet>,
     lease_ttl: Span,
 }
@@ -102,6 +114,13 @@ impl Default for Store {
         Self {
             r#type: Kind::Sqlite,
             path: "/var/lib/weft/store.db".into(),
+            endpoints: Vec::new(),
+            prefix: None,
+            ca_file: None,
+            cert_file: None,
+            key_file: None,
+            user: None,
+            password_file: None,
             subnets: Vec::new(),
             lease_ttl: Span(Duration::from_secs(3600)),
         }
@@ -303,6 +322,69 @@ fn distance(from: &str, to: &str) -> usize {
     row[to.len()]
 }
 
+impl Store {
+    fn resolve(self, node: &NodeName) -> Result<StoreKind, String> {
+        let only_etcd = [
+            ("endpoints", !self.endpoints.is_empty()),
+            ("prefix", self.prefix.is_some()),
+            ("ca_file", self.ca_file.is_some()),
+            ("cert_file", self.cert_file.is_some()),
+            ("key_file", self.key_file.is_some()),
+            ("user", self.user.is_some()),
+            ("password_file", self.password_file.is_some()),
+        ];
+        if let Some((key, _)) = only_etcd.iter().find(|(_, given)| *given && self.r#type != Kind::Etcd) {
+            return Err(format!(
+                "store.{key} belongs to store.type = \"etcd\"; remove it, or change the type"
+            ));
+        }
+        if self.r#type != Kind::Static && !self.subnets.is_empty() {
+            return Err(
+                "store.subnets belongs to store.type = \"static\"; remove it, or change the type".into()
+            );
+        }
+        match self.r#type {
+            Kind::Sqlite => Ok(StoreKind::Sqlite(self.path)),
+            Kind::Etcd => self.etcd(node).map(StoreKind::Etcd),
+            Kind::Static if self.subnets.is_empty() => Err(
+                "store.type = \"static\" needs the node's subnets: set store.subnets, for example [\"10.32.4.0/24\"]".into(),
+            ),
+            Kind::Static => Ok(StoreKind::Static(self.subnets)),
+        }
+    }
+
+    fn etcd(self, node: &NodeName) -> Result<EtcdOptions, String> {
+        let both = |first: &str, second: &str| {
+            format!("store.{first} needs store.{second} too: set both, or neither")
+        };
+        let identity = match (self.cert_file, self.key_file) {
+            (Some(cert), Some(key)) => Some((cert, key)),
+            (None, None) => None,
+            (Some(_), None) => return Err(both("cert_file", "key_file")),
+            (None, Some(_)) => return Err(both("key_file", "cert_file")),
+        };
+        let user = match (self.user, self.password_file) {
+            (Some(user), Some(file)) => Some((user, file)),
+            (None, None) => None,
+            (Some(_), None) => return Err(both("user", "password_file")),
+            (None, Some(_)) => return Err(both("password_file", "user")),
+        };
+        let endpoints =
+            self.endpoints.iter().map(|text| text.parse()).collect::<Result<_, EtcdOptionsError>>();
+        let options = EtcdOptions {
+            endpoints: endpoints.map_err(|error| error.to_string())?,
+            prefix: self.prefix.unwrap_or_else(|| "/weft".into()),
+            ca_file: self.ca_file,
+            identity,
+            user,
+            node: node.clone(),
+            abandon_after: ABANDON_LEAST.max(self.lease_ttl.0 * 24),
+        };
+        options.check().map_err(|error| error.to_string())?;
+        Ok(options)
+    }
+}
+
 impl Raw {
     /// Checks what a single value cannot tell; an error is one sentence.
     pub(super) fn resolve(self, host: &str) -> Result<Config, String> {
@@ -321,20 +403,8 @@ impl Raw {
             reserved: cidr.reserved,
         });
         let carver = Carver::new(cidrs.collect()).map_err(|error| format!("cluster.cidrs: {error}"))?;
-        let kind = match self.store.r#type {
-            Kind::Sqlite if !self.store.subnets.is_empty() => {
-                return Err(
-                    "store.subnets belongs to store.type = \"static\"; remove it, or change the type".into(),
-                );
-            }
-            Kind::Sqlite => StoreKind::Sqlite(self.store.path),
-            Kind::Static if self.store.subnets.is_empty() => {
-                return Err(
-                    "store.type = \"static\" needs the node's subnets: set store.subnets, for example [\"10.32.4.0/24\"]".into(),
-                );
-            }
-            Kind::Static => StoreKind::Static(self.store.subnets),
-        };
+        let lease_ttl = self.store.lease_ttl.0;
+        let kind = self.store.resolve(&name)?;
         if let StoreKind::Static(subnets) = &kind
             && let Some(outside) = subnets.iter().find(|subnet| !carver.allows(**subnet))
         {
@@ -379,7 +449,7 @@ impl Raw {
                 socket: self.node.socket,
             },
             cluster: ClusterConfig { id: self.cluster.id, key_file: self.cluster.key_file, carver },
-            store: StoreConfig { kind, lease_ttl: self.store.lease_ttl.0 },
+            store: StoreConfig { kind, lease_ttl },
             gossip: GossipConfig {
                 port: self.gossip.listen_port,
                 seeds: self.gossip.seeds,

@@ -15,6 +15,25 @@ fn defaults_are_those_of_the_documentation() {
     assert!(config.masquerade.enabled && config.pods.hairpin);
 }
 
+/// A configuration with etcd and these lines.
+fn etcd(lines: &str) -> String {
+    format!("{CIDR}[store]\ntype = \"etcd\"\n{lines}\n")
+}
+
+#[test]
+fn entries_in_etcd_outlive_a_lease_by_far() {
+    let day = std::time::Duration::from_secs(24 * 3600);
+    for (lease_ttl, expected) in [("1h", day * 7), ("24h", day * 24)] {
+        let config = parse(&etcd(&format!(
+            "endpoints = [\"http://[2001:db8::1]:2379\"]\nlease_ttl = \"{lease_ttl}\""
+        )));
+        let StoreKind::Etcd(options) = config.expect("valid").store.kind else { panic!("another store") };
+        assert_eq!((options.abandon_after, options.prefix.as_str()), (expected, "/weft"));
+        assert_eq!(options.node.as_str(), "host-1");
+        assert_eq!(options.endpoints[0].to_string(), "http://[2001:db8::1]:2379");
+    }
+}
+
 #[test]
 fn every_mistake_is_one_sentence_with_its_place() {
     for (text, sentence) in [
@@ -26,6 +45,28 @@ fn every_mistake_is_one_sentence_with_its_place() {
         (&format!("{CIDR}[underlay]\nmtu = 900\n"), "weft.toml: underlay.mtu 900 is out of range"),
         (&format!("{CIDR}[store]\ntype = \"static\"\n"), "needs the node's subnets"),
         (&format!("{CIDR}[store]\nsubnets = [\"10.32.1.0/24\"]\n"), "belongs to store.type"),
+        (&format!("{CIDR}[store]\nprefix = \"/a\"\n"), "store.prefix belongs to store.type = \"etcd\""),
+        (&etcd(""), "needs store.endpoints, for example"),
+        (&etcd("endpoints = [\"10.0.0.1:2379\"]"), "\"10.0.0.1:2379\" has no scheme: write \"https://"),
+        (&etcd("endpoints = [\"ftp://10.0.0.1:2379\"]"), "is no address of an etcd member"),
+        (&etcd("endpoints = [\"https://u:p@a:2379\"]"), "is no address of an etcd member"),
+        (
+            &etcd("endpoints = [\"https://a\"]"),
+            "is no address of an etcd member: write \"https://HOST:2379\"",
+        ),
+        (&etcd("endpoints = [\"https://a:1\", \"http://b:2\"]"), "mixes https and http"),
+        (&etcd("endpoints = [\"https://a:1\"]"), "https://a:1 needs store.ca_file"),
+        (
+            &etcd("endpoints = [\"http://a:1\"]\nca_file = \"/ca\""),
+            "store.ca_file is of no use with http://a:1",
+        ),
+        (
+            &etcd("endpoints = [\"http://a:1\"]\ncert_file = \"/c\""),
+            "store.cert_file needs store.key_file too",
+        ),
+        (&etcd("endpoints = [\"http://a:1\"]\nuser = \"u\""), "store.user needs store.password_file too"),
+        (&etcd("endpoints = [\"http://a:1\"]\nprefix = \"weft/\""), "store.prefix \"weft/\" cannot be used"),
+        (&etcd("endpoints = [\"http://a:1\"]\nsubnets = [\"10.32.1.0/24\"]"), "belongs to store.type"),
         (&format!("{CIDR}[metrics]\nlisten = \"7118\"\n"), "no address with a port"),
         ("", "cluster.cidrs: no cluster CIDR is configured"),
     ] {

@@ -119,6 +119,8 @@ pub struct Leasing {
     pub(super) asked_at: Option<Instant>,
     pub(super) retry_at: Option<Instant>,
     pub(super) failures: u32,
+    /// How many writes in a row failed, whatever lists did in between.
+    pub(super) refused: u32,
     pub(super) may_renumber: bool,
     pub(super) releasing: bool,
     pub(super) told: BTreeSet<(Subnet, String)>,
@@ -175,6 +177,7 @@ impl Leasing {
             asked_at: None,
             retry_at: None,
             failures: 0,
+            refused: 0,
             may_renumber: persisted.is_empty(),
             releasing: false,
             told: BTreeSet::new(),
@@ -210,6 +213,7 @@ impl Leasing {
     /// Takes the answer to `Put`: the new revision, or what the store holds instead.
     pub fn handle_put(&mut self, key: Key, result: Result<u64, Option<Entry>>, now: Instant) {
         let Some(InFlight { request, asked, .. }) = self.take_request(key) else { return };
+        self.refused = 0;
         let revision = match result {
             Ok(revision) => revision,
             Err(current) => return self.conflict(key, current.as_ref(), now),
@@ -247,6 +251,7 @@ impl Leasing {
     /// Takes the answer to `Delete`: the revision of the deletion, or what the store holds instead.
     pub fn handle_delete(&mut self, key: Key, result: Result<u64, Option<Entry>>, now: Instant) {
         let Some(InFlight { request, .. }) = self.take_request(key) else { return };
+        self.refused = 0;
         let revision = match result {
             Ok(revision) => revision,
             Err(current) => return self.conflict(key, current.as_ref(), now),
@@ -277,10 +282,16 @@ impl Leasing {
 
     /// Takes the failure of the outstanding request: nothing held is given up.
     pub fn handle_store_error(&mut self, now: Instant) {
-        if self.in_flight.take().is_some() {
-            // The write may have happened: list before the next one. An open claim may be gone by then.
-            self.back_off(now);
+        let Some(sent) = self.in_flight.take() else { return };
+        if sent.key.is_some() {
+            // Lists in between may succeed, where a disk is full: they do not make the next write sooner.
+            self.failures = self.failures.max(self.refused);
+            self.refused = self.refused.saturating_add(1);
+            // Who can renew where this node cannot write?
+            self.view.count_anew();
         }
+        // The write may have happened: list before the next one. An open claim may be gone by then.
+        self.back_off(now);
     }
 
     /// Takes what the store's watch said.
@@ -353,6 +364,8 @@ impl Leasing {
                 self.in_flight = Some(InFlight { request, key, asked: now });
                 return output;
             }
+            // A write whose answer was lost had happened: there is nothing left to write.
+            self.refused = 0;
         }
         if let Some(event) = self.events.pop_front() {
             return Output::Event(event);
@@ -390,6 +403,11 @@ impl Leasing {
     /// Returns how many requests in a row the store has failed.
     pub fn failures(&self) -> u32 {
         self.failures
+    }
+
+    /// Returns whether the last write failed and is still to be made, though lists may succeed.
+    pub fn write_refused(&self) -> bool {
+        self.refused > 0
     }
 
     /// Two periods: one answer may be late and the time still counts as watched.

@@ -13,12 +13,23 @@ struct World {
     map: MemoryMap,
     store_id: &'static str,
     down: bool,
+    /// It answers lists and refuses writes.
+    full: bool,
+    /// How many writes it refused.
+    refusals: u32,
     now: Instant,
 }
 
 impl World {
     fn new() -> Self {
-        Self { map: MemoryMap::default(), store_id: "s", down: false, now: Instant::now() }
+        Self {
+            map: MemoryMap::default(),
+            store_id: "s",
+            down: false,
+            full: false,
+            refusals: 0,
+            now: Instant::now(),
+        }
     }
 
     /// Serves a node until it waits, and returns what it told.
@@ -32,6 +43,10 @@ impl World {
                     return events;
                 }
                 _ if self.down => node.handle_store_error(self.now),
+                Output::Put { .. } | Output::Delete { .. } if self.full => {
+                    self.refusals += 1;
+                    node.handle_store_error(self.now);
+                }
                 Output::List => node.handle_snapshot(&self.map.list(self.store_id), self.now),
                 Output::Put { key, expect, value } => {
                     node.handle_put(key, self.map.put_if(key, expect, value), self.now);
@@ -227,6 +242,26 @@ fn a_store_outage_takes_nothing_away_and_expires_nobody() {
     let events = world.pass(Duration::from_secs(60), &mut [&mut b, &mut a]);
     assert_eq!(events, [LeaseEvent::Renewed(lease)]);
     assert_eq!(a.failures(), 0);
+}
+
+#[test]
+fn a_full_store_takes_nothing_away_expires_nobody_and_is_not_asked_in_a_row() {
+    let mut world = World::new();
+    let (mut a, mut b) = (node(&world, 1, ONE), node(&world, 2, ONE));
+    let lease = acquired(&world.run(&mut a))[0];
+    world.run(&mut b);
+    world.full = true;
+    world.pass(TTL / 2, &mut [&mut a, &mut b]);
+    assert!(a.write_refused() && !b.write_refused(), "only a has something to write");
+    assert!(a.staleness(world.now).expect("listed") <= Duration::from_secs(60), "lists go on");
+    assert!(world.pass(TTL * 4, &mut [&mut a, &mut b]).is_empty());
+    assert_eq!(a.held(), [lease]);
+    // One of the two every 20 s of five hours at most; the rest is back-off.
+    assert!(world.refusals < 900, "{} writes", world.refusals);
+    world.full = false;
+    let events = world.pass(Duration::from_secs(60), &mut [&mut b, &mut a]);
+    assert_eq!(events, [LeaseEvent::Renewed(lease)]);
+    assert!(!a.write_refused());
 }
 
 #[test]

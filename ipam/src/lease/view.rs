@@ -98,6 +98,11 @@ impl View {
         if replaced && known { Absorbed::Replaced } else { Absorbed::Fresh }
     }
 
+    /// Forgets how long entries were quiet: a store that takes no writes lets nobody renew.
+    pub(super) fn count_anew(&mut self) {
+        self.entries.values_mut().for_each(|seen| seen.quiet = Duration::ZERO);
+    }
+
     /// Takes what a conditional write found or left under a key.
     pub(super) fn set(&mut self, key: Key, entry: Option<&Entry>) {
         match entry {

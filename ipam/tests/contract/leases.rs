@@ -3,7 +3,8 @@
 use std::time::Instant;
 
 use weft_ipam::carve::{Carver, ClusterCidr};
-use weft_ipam::lease::{LeaseConfig, LeaseEvent, Leasing, Output};
+use weft_ipam::lease::{LeaseConfig, LeaseEvent, LeaseValue, Leasing, Output};
+use weft_ipam::store::EtcdOptions;
 use weft_wire::types::PublicKey;
 
 use super::*;
@@ -101,6 +102,74 @@ fn of_daemons_racing_for_the_last_subnets_each_gets_its_own_or_is_told() {
     for (at, one) in held.iter().enumerate() {
         assert!(held[..at].iter().all(|other| !one.subnet.overlaps(other.subnet)), "{held:?}");
     }
+}
+
+#[test]
+fn of_daemons_racing_for_one_subnet_of_etcd_one_gets_it_and_the_others_are_told() {
+    if server::missing() {
+        return;
+    }
+    let etcd = Etcd::start();
+    let held: Vec<_> = std::thread::scope(|scope| {
+        let racers: Vec<_> = (1..=6)
+            .map(|number| {
+                let options =
+                    EtcdOptions { node: format!("n{number}").parse().expect("a name"), ..etcd.options() };
+                scope.spawn(move || {
+                    let store = EtcdStore::open(options).expect("good options");
+                    let mut leasing = node(number, "10.32.4.0/24", 24);
+                    let events = runtime().block_on(drive(&store, &mut leasing, decided));
+                    (number, leasing.held(), events)
+                })
+            })
+            .collect();
+        racers.into_iter().map(|racer| racer.join().expect("a racer")).collect()
+    });
+    let owners: Vec<_> = held.iter().filter(|(_, held, _)| !held.is_empty()).collect();
+    let [(owner, lease, _)] = owners[..] else { panic!("{held:?}") };
+    let store = EtcdStore::open(etcd.options()).expect("good options");
+    let snapshot = runtime().block_on(store.list()).expect("up");
+    let entry = &snapshot.entries[&lease[0].subnet];
+    let value = LeaseValue::decode(lease[0].subnet, &entry.value).expect("a lease");
+    assert_eq!(value.node.to_string(), format!("n{owner}"));
+    assert_eq!(value.epoch, lease[0].epoch);
+}
+
+#[test]
+fn a_node_whose_lease_expired_in_etcd_cannot_overwrite_the_new_owner() {
+    if server::missing() {
+        return;
+    }
+    let etcd = Etcd::start();
+    let open = |node: &str, abandon_after| {
+        let node = node.parse().expect("a name");
+        EtcdStore::open(EtcdOptions { node, abandon_after, ..etcd.options() }).expect("good options")
+    };
+    runtime().block_on(async {
+        let mut old = node(1, "10.32.4.0/24", 24);
+        let store = open("n1", Duration::from_secs(2));
+        drive(&store, &mut old, decided).await;
+        let [before] = old.held()[..] else { panic!("{old:?}") };
+        // Cut off from etcd for longer than etcd keeps its entry; it renews when it is back.
+        drop(store);
+        let mut new = node(2, "10.32.4.0/24", 24);
+        let other = open("n2", Duration::from_secs(3600));
+        drive(&other, &mut new, |leasing, _| !leasing.held().is_empty()).await;
+        let [after] = new.held()[..] else { panic!("{new:?}") };
+        assert!(after.subnet == before.subnet && after.epoch > before.epoch, "{before:?} {after:?}");
+
+        // A renewal that was under way all the while names the revision that it knew.
+        let store = open("n1", Duration::from_secs(3600));
+        let entries = other.list().await.expect("up").entries;
+        let late = store.put_if(before.subnet, Expect::Revision(before.epoch.0), b"mine".to_vec()).await;
+        assert_eq!(late, Err(PutError::Conflict(Some(entries[&after.subnet].clone()))));
+        // And the machine, told to write at once, finds that it lost.
+        old.rotate_key(PublicKey([9; 32]), Instant::now());
+        let events = drive(&store, &mut old, |leasing, _| leasing.held().is_empty()).await;
+        let lost = LeaseEvent::Lost { subnet: before.subnet, to: Some("n2".parse().expect("a name")) };
+        assert!(events.contains(&lost), "{events:?}");
+        assert_eq!(other.list().await.expect("up").entries, entries, "nothing was written over");
+    });
 }
 
 #[test]

@@ -15,8 +15,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
 
+use super::etcd::{self, Etcd};
 use super::home::Handle;
-use super::model::{Options, Request, State};
+use super::model::{Options, Request, State, Store};
 use super::relay::Relay;
 use super::{node, runtime, underlay};
 
@@ -95,11 +96,16 @@ fn make(handle: &Handle, began: Instant) -> anyhow::Result<(Keeper, UnixListener
         state: State { options, ready: false, nodes: Vec::new(), cuts: Vec::new(), delays: Vec::new() },
         holders: Vec::new(),
         daemons: BTreeMap::new(),
+        etcd: None,
         relay: None,
         began,
         last_word: began,
         pods_made: 0,
     };
+    if keeper.state.options.store == Store::Etcd {
+        keeper.etcd = Some(Etcd::start(handle, &keeper.state.options)?);
+        keeper.progress("etcd runs beside the nodes");
+    }
     for index in 1..=nodes {
         let (view, holder) = node::make(handle, &keeper.state.options, index)?;
         keeper.holders.push(holder);
@@ -141,6 +147,7 @@ struct Keeper {
     /// The processes that hold the nodes' namespaces. They end with the keeper.
     holders: Vec<Child>,
     daemons: BTreeMap<String, Child>,
+    etcd: Option<Etcd>,
     relay: Option<Relay>,
     began: Instant,
     last_word: Instant,
@@ -269,6 +276,9 @@ impl Keeper {
     }
 
     fn start(&mut self, name: &str, ahead_s: u64) -> anyhow::Result<()> {
+        if let Some(etcd) = self.etcd.as_mut().filter(|_| name == etcd::NAME) {
+            return etcd.launch();
+        }
         self.state.node(name)?;
         self.refresh();
         if self.daemons.contains_key(name) {
@@ -280,6 +290,9 @@ impl Keeper {
     }
 
     fn end_daemon(&mut self, name: &str, signal: nix::sys::signal::Signal) -> anyhow::Result<()> {
+        if let Some(etcd) = self.etcd.as_mut().filter(|_| name == etcd::NAME) {
+            return etcd.end(signal);
+        }
         self.state.node(name)?;
         self.refresh();
         let Some(mut child) = self.daemons.remove(name) else {

@@ -48,7 +48,7 @@ pub enum Store {
     Sqlite,
     /// The lab names each node's subnets.
     Static,
-    /// An etcd server.
+    /// An etcd on a machine of its own, which can be stopped and started like a node's daemon: `etcd`.
     Etcd,
 }
 
@@ -107,10 +107,6 @@ impl Options {
         anyhow::ensure!(
             self.backend != Backend::Auto,
             "--backend auto: there is one site, in which nothing needs to be encrypted; name vxlan or wireguard"
-        );
-        anyhow::ensure!(
-            self.store != Store::Etcd,
-            "--store etcd: use sqlite or static; there is no etcd store for now"
         );
         Ok(())
     }

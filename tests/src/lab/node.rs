@@ -9,6 +9,7 @@ use anyhow::{Context, bail};
 use serde_json::Value;
 
 use super::enter::{self, Place};
+use super::etcd;
 use super::home::Handle;
 use super::model::{Backend, NodeView, Options, State, Store, underlay_addresses};
 use super::tools::{self, run};
@@ -163,7 +164,8 @@ fn config(options: &Options, view: &NodeView, index: usize) -> anyhow::Result<St
     let addresses: Vec<String> = view.underlay.iter().map(|address| format!("\"{address}\"")).collect();
     let store = match options.store {
         Store::Static => format!("type = \"static\"\nsubnets = [{}]", subnets.join(", ")),
-        _ => "type = \"sqlite\"\npath = \"/run/weft-lab/shared/store.db\"".to_owned(),
+        Store::Etcd => format!("type = \"etcd\"\nendpoints = [\"{}\"]", etcd::url(options)),
+        Store::Sqlite => "type = \"sqlite\"\npath = \"/run/weft-lab/shared/store.db\"".to_owned(),
     };
     let text = format!(
         "[node]\nname = \"{name}\"\n\

@@ -1,0 +1,234 @@
+//! The watch: etcd's events as changes, over as many connections as it takes.
+//!
+//! Invariant: between two connections no event is missed: a watch goes on at the revision after the last one
+//! seen, and where etcd cannot (compacted, set back, another cluster) the watchers are told to list.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
+use tonic::Streaming;
+
+use super::calls::{leases_prefix, prefix_end, subnet_of, unsigned};
+use super::link::{Link, Live};
+use super::proto::{self, EventKind, WatchCreateRequest, WatchEvent, WatchRequest, WatchResponse};
+use super::trouble::{Then, Trouble};
+use crate::store::{Change, Entry};
+
+/// How many changes wait for a watcher before it is told to list instead.
+pub(super) const BACKLOG: usize = 64;
+/// The first and the longest wait before the next attempt.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
+
+/// So many failures in a row are an outage.
+const LOST: u32 = 2;
+
+/// Where a watch goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Seen {
+    cluster: u64,
+    revision: i64,
+}
+
+/// Watches while there are watchers. Dropped with the store.
+pub(super) async fn run(link: Arc<Link>, mut joined: mpsc::UnboundedReceiver<mpsc::Sender<Change>>) {
+    let mut watchers = Watchers::default();
+    let mut seen = None;
+    let mut failures = 0;
+    loop {
+        if watchers.0.is_empty() {
+            match joined.recv().await {
+                Some(watcher) => watchers.0.push(watcher),
+                None => return std::future::pending().await,
+            }
+        }
+        let trouble = match follow(&link, &mut joined, &mut watchers, &mut seen, &mut failures).await {
+            Ok(()) => return std::future::pending().await,
+            Err(trouble) => trouble,
+        };
+        failures += 1;
+        tracing::debug!(err = %trouble, failures, "the watch of etcd ended");
+        if failures == LOST {
+            // A list will tell the asker why. Not at the first failure: when a member goes, all its nodes move on,
+            // and all of them listing at once is the last thing that etcd needs.
+            watchers.tell(&Change::Relist);
+        }
+        let wait = BACKOFF.0.saturating_mul(1 << failures.min(10)).min(BACKOFF.1);
+        tokio::time::sleep(wait).await;
+    }
+}
+
+/// Follows one watch to its end; `Ok` once the store is gone.
+async fn follow(
+    link: &Link,
+    joined: &mut mpsc::UnboundedReceiver<mpsc::Sender<Change>>,
+    watchers: &mut Watchers,
+    seen: &mut Option<Seen>,
+    failures: &mut u32,
+) -> Result<(), Trouble> {
+    let mut losses = link.losses();
+    let live = link.live().await?;
+    let result = async {
+        let mut stream = open(link, &live, watchers, seen).await?;
+        if std::mem::take(failures) >= LOST {
+            // A sign of life for those whose calls failed.
+            watchers.tell(&Change::Relist);
+        }
+        loop {
+            tokio::select! {
+                message = stream.message() => take(link, &live, message, watchers, seen)?,
+                watcher = joined.recv() => match watcher {
+                    // Whatever was written since the asker's call is news to it.
+                    Some(watcher) => watchers.join(watcher),
+                    None => return Ok(()),
+                },
+                // A call found the connection dead before the watch did.
+                Ok(()) = losses.changed() => {
+                    return Err(Trouble::elsewhere(format!("etcd at {} was left", live.endpoint)));
+                }
+            }
+        }
+    }
+    .await;
+    match &result {
+        Err(trouble) if trouble.then == Then::Elsewhere => link.forget(&live).await,
+        Err(trouble) if trouble.then == Then::Login => drop(link.login_again(&live).await?),
+        _ => {}
+    }
+    result
+}
+
+/// Begins the watch, where the last one ended if etcd still can.
+async fn open(
+    link: &Link,
+    live: &Live,
+    watchers: &mut Watchers,
+    seen: &mut Option<Seen>,
+) -> Result<Streaming<WatchResponse>, Trouble> {
+    let leases = leases_prefix(&link.options);
+    let create = WatchCreateRequest {
+        range_end: prefix_end(&leases),
+        key: leases,
+        start_revision: seen.map_or(0, |seen| seen.revision + 1),
+        progress_notify: true,
+        fragment: true,
+    };
+    let mut stream = link.stream(live, proto::WATCH, WatchRequest { create: Some(create) }).await?;
+    let created: WatchResponse = link.next(live, &mut stream).await?;
+    refused(link, &created, seen)?;
+    let header = created.header.unwrap_or_default();
+    let now = Seen { cluster: header.cluster_id, revision: header.revision };
+    match *seen {
+        Some(before) if before.cluster == now.cluster && before.revision <= now.revision => {}
+        Some(_) => {
+            // etcd would wait for a revision that this history may never reach, or that means something else.
+            *seen = None;
+            watchers.tell(&Change::Relist);
+            return Err(Trouble::elsewhere("etcd was set back: the watch begins anew"));
+        }
+        None => {
+            *seen = Some(now);
+            watchers.tell(&Change::Relist);
+        }
+    }
+    Ok(stream)
+}
+
+fn take(
+    link: &Link,
+    live: &Live,
+    message: Result<Option<WatchResponse>, tonic::Status>,
+    watchers: &mut Watchers,
+    seen: &mut Option<Seen>,
+) -> Result<(), Trouble> {
+    let response = link.message(live, message)?;
+    refused(link, &response, seen)?;
+    let header = response.header.unwrap_or_default();
+    // A watch that catches up gets its events in parts, each under the revision of now: the events count. Without
+    // any it says how far all is told.
+    let last = response.events.iter().filter_map(|event| Some(event.kv.as_ref()?.mod_revision)).max();
+    for change in response.events.into_iter().filter_map(|event| change(link, event)) {
+        watchers.tell(&change);
+    }
+    // A part of a revision is not the revision: the rest would be skipped should it not come.
+    if !response.fragment {
+        *seen = Some(Seen { cluster: header.cluster_id, revision: last.unwrap_or(header.revision) });
+    }
+    Ok(())
+}
+
+/// Tells why etcd will not go on with a watch.
+fn refused(link: &Link, response: &WatchResponse, seen: &mut Option<Seen>) -> Result<(), Trouble> {
+    if response.compact_revision > 0 {
+        *seen = None;
+        return Err(Trouble::tell("etcd was compacted beyond what the watch had seen: it begins anew"));
+    }
+    if response.canceled {
+        // etcd 3.4 says "permission denied" for a token that ran out as well.
+        let sentence =
+            format!("etcd refuses to watch {}/v1/ ({})", link.options.prefix, response.cancel_reason);
+        return Err(Trouble { then: Then::Login, sentence });
+    }
+    Ok(())
+}
+
+fn change(link: &Link, event: WatchEvent) -> Option<Change> {
+    let kind = event.kind();
+    let kv = event.kv?;
+    let key = subnet_of(&link.options, &kv.key)?;
+    let revision = unsigned(kv.mod_revision);
+    Some(match kind {
+        EventKind::Put => Change::Put { key, entry: Entry { value: kv.value, revision } },
+        EventKind::Delete => Change::Delete { key, revision },
+    })
+}
+
+/// Those who are told.
+#[derive(Default)]
+struct Watchers(Vec<mpsc::Sender<Change>>);
+
+impl Watchers {
+    fn join(&mut self, watcher: mpsc::Sender<Change>) {
+        tell(&watcher, &Change::Relist);
+        self.0.push(watcher);
+    }
+
+    fn tell(&mut self, change: &Change) {
+        self.0.retain(|watcher| tell(watcher, change));
+    }
+}
+
+/// Tells one watcher; the last place of its backlog is kept for a `Relist`, behind which nothing is lost.
+fn tell(watcher: &mpsc::Sender<Change>, change: &Change) -> bool {
+    let change = match watcher.capacity() {
+        // What waits last is a `Relist` already.
+        0 => return !watcher.is_closed(),
+        1 => Change::Relist,
+        _ => change.clone(),
+    };
+    !matches!(watcher.try_send(change), Err(TrySendError::Closed(_)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn delete(revision: u64) -> Change {
+        Change::Delete { key: "10.32.4.0/24".parse().expect("a subnet"), revision }
+    }
+
+    #[test]
+    fn a_watcher_that_falls_behind_is_told_to_list_after_what_it_has() {
+        let (sender, mut receiver) = mpsc::channel(4);
+        for revision in 1..=10 {
+            assert!(tell(&sender, &delete(revision)));
+        }
+        let waits: Vec<_> = std::iter::from_fn(|| receiver.try_recv().ok()).collect();
+        assert_eq!(waits, [delete(1), delete(2), delete(3), Change::Relist]);
+        assert!(tell(&sender, &delete(11)));
+        assert_eq!(receiver.try_recv(), Ok(delete(11)));
+        drop(receiver);
+        assert!(!tell(&sender, &delete(12)), "one that is gone is forgotten");
+    }
+}
