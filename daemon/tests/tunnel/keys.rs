@@ -1,5 +1,9 @@
 //! Keys and secrets change under traffic, on one side and then on the other, and peers that have not heard of it come back.
 
+use std::net::UdpSocket;
+
+use boringtun::noise::{Tunn, TunnResult};
+use boringtun::x25519::{PublicKey, StaticSecret};
 use weft_wire::preshared::PresharedKey;
 use weft_wire::seal::{ClusterKey, KeyRing};
 
@@ -171,4 +175,30 @@ fn both_nodes_rotate_at_once_and_again_and_neither_loses_a_packet() {
     for ping in pings {
         ping.nothing_was_lost();
     }
+}
+
+#[test]
+fn who_asked_before_it_was_known_is_asked_as_soon_as_it_is() {
+    let Some((one, two)) = two() else { return };
+    let first = Weft::open(one, 1);
+    let request = {
+        let (stranger, of) = (StaticSecret::from([66; 32]), PublicKey::from(secret(1).public().0));
+        let mut room = [0; 148];
+        match Tunn::new(stranger, of, None, None, 1, None).format_handshake_initiation(&mut room, true) {
+            TunnResult::WriteToNetwork(datagram) => datagram.to_vec(),
+            other => panic!("no request: {other:?}"),
+        }
+    };
+    let socket = two.run(|| UdpSocket::bind("192.0.2.2:51820")).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    socket.send_to(&request, address(1)).unwrap();
+    wait_until("the stranger was heard", || first.dropped(Reason::UnknownKey) == 1);
+    let stranger = TunnelKey(PublicKey::from(&StaticSecret::from([66; 32])).to_bytes());
+    // Of two that become known at once only it is asked: nobody has anything to send.
+    first.set_peers(&[peer(2, stranger, address(2)), peer(3, secret(3).public(), address(3))]);
+    let mut room = [0; 2048];
+    let (length, from) = socket.recv_from(&mut room).expect("it is asked");
+    assert_eq!((length, room[0], from), (148, 1, address(1)), "a handshake initiation");
+    let waiting = first.tunnel.lock().unwrap().monitor().status();
+    assert!(waiting.iter().all(|peer| peer.sent.0 == 0), "{waiting:?}");
 }
