@@ -190,6 +190,8 @@ pub struct Control {
     pub started: Instant,
     boot: String,
     tunnel: Option<TunnelKey>,
+    /// The tunnel key that peers are told.
+    announced: Option<TunnelKey>,
     authority: Option<Arc<LeaseTable>>,
     /// The next node key, until the leases carry it.
     endorsed: Option<NodeKey>,
@@ -229,6 +231,7 @@ impl Control {
             started: now,
             boot,
             tunnel,
+            announced: tunnel,
             authority: None,
             endorsed: None,
             strays: BTreeSet::new(),
@@ -321,8 +324,7 @@ impl Control {
     /// Speaks WireGuard with another key from now on. It must be on the disk, and the kernel's shell must have the secret.
     pub fn use_tunnel_key(&mut self, key: TunnelKey, now: Instant) {
         self.tunnel = Some(key);
-        self.announce(now);
-        // At once: a peer that has heard of the key asks for a session under it.
+        // Told to peers once the kernel has it (`handle_pass`): who hears of a key asks for a session under it.
         self.pass.due = Some(now);
     }
 

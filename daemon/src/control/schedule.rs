@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
-use weft_wire::types::Subnet;
+use weft_wire::types::{Subnet, TunnelKey};
 
 use super::{Control, Output};
 use crate::attach::Network;
@@ -35,6 +35,8 @@ pub struct Pass {
     pub passes: u64,
     resync: Option<Instant>,
     ended: Option<Instant>,
+    /// The tunnel key of the one under way.
+    pub(super) tunnel: Option<TunnelKey>,
 }
 
 impl Control {
@@ -68,6 +70,7 @@ impl Control {
         self.pass.due = None;
         self.pass.resync = Some(now + RESYNC);
         self.pass.running = true;
+        self.pass.tunnel = inputs.dataplane.tunnel;
         self.job = Some(Box::new(inputs));
         true
     }
@@ -106,6 +109,10 @@ impl Control {
             }
         }
         let Some(report) = report else { return self.wake(now) };
+        if self.announced != self.pass.tunnel {
+            self.announced = self.pass.tunnel;
+            self.announce(now);
+        }
         if report.failed.is_empty() {
             self.pass.last_ok = Some(now);
         } else {
