@@ -426,7 +426,7 @@ impl Tunnel {
             let mut batch = Batch::default();
             let endpoint = {
                 let mut session = peer.session();
-                session.initiate(&mut batch);
+                session.want(&mut batch);
                 session.endpoint()
             };
             self.shared.send(endpoint, &batch);

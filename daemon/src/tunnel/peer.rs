@@ -60,6 +60,8 @@ pub(super) struct Session {
     waiting: usize,
     /// When a session was asked for last, and how often without an answer.
     asked: Option<(Instant, u32)>,
+    /// It is asked for until there is one, though packets may still go under the keys before.
+    wanted: bool,
     padded: Vec<u8>,
 }
 
@@ -102,6 +104,7 @@ impl Peer {
             ready: false,
             waiting: 0,
             asked: None,
+            wanted: false,
             padded: Vec::new(),
         };
         Self {
@@ -311,6 +314,7 @@ impl Session {
     fn release(&mut self, answers: &mut Batch) {
         self.waiting = 0;
         self.asked = None;
+        self.wanted = false;
         let Some(tunn) = &mut self.tunn else { return };
         let mut more = true;
         while more {
@@ -354,12 +358,19 @@ impl Session {
         self.ready = false;
         self.waiting = 0;
         self.asked = None;
+        self.wanted = false;
+    }
+
+    /// Asks for a session now, and again while there is no answer.
+    pub(super) fn want(&mut self, batch: &mut Batch) {
+        self.wanted = true;
+        self.initiate(batch);
     }
 
     /// Whether packets wait and the answer to the last request is late. WireGuard asks again after five seconds (whitepaper
     /// s6.1); the first requests of a node that just came, moved or was cut off are often lost, so they are repeated sooner.
     fn is_overdue(&self) -> bool {
-        !self.ready && self.waiting > 0 && self.may_ask()
+        !self.ready && (self.waiting > 0 || self.wanted) && self.may_ask()
     }
 
     /// Whether a session is being asked for.
