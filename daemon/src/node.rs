@@ -101,6 +101,8 @@ pub struct Node {
     survey: Instant,
     /// When the tunnel key is replaced.
     rekey: Instant,
+    /// When it was replaced last.
+    rotated: Option<Instant>,
     /// When it was replaced last because another node has it.
     untwinned: Option<Instant>,
     /// When to look next whom there are tunnels with, and whom there were when that was written last.

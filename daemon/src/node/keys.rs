@@ -14,6 +14,9 @@ use crate::state::{self, StateError};
 
 /// After a rotation on schedule that failed, and between two because of a twin.
 const RETRY: Duration = Duration::from_secs(60);
+/// So long peers have to follow a key of the tunnels before a person's word brings another: a session that is only being
+/// made has no place beside two that came after it.
+const FOLLOWED: Duration = Duration::from_secs(5);
 
 /// Reads the cluster keys: one of 64 hexadecimal digits a line, `#` starts a comment, the first one seals.
 pub(super) fn read_ring(path: &Path) -> Result<KeyRing, String> {
@@ -127,6 +130,7 @@ impl Node {
             .send(worker::Job::TunnelSecret(secret))
             .expect("the kernel's thread lives as long as the loop");
         self.control.use_tunnel_key(key, now);
+        self.rotated = Some(now);
         info!(%key, "tunnel key rotated");
         Ok(Some(key))
     }
@@ -134,10 +138,16 @@ impl Node {
     /// Replaces the node's keys: that of its tunnels, if it has any, and that which signs, which the old one endorses. Peers
     /// follow without a person.
     pub(super) fn rotate_node_key(&mut self, now: Instant) -> Reply {
-        let tunnel = match self.rotate_tunnel_key(now) {
-            Ok(None) => String::new(),
-            Ok(Some(key)) => format!(", and speaks WireGuard with key {key}"),
-            Err(error) => return Reply::refusal(1, error.to_string()),
+        let tunnel = match self.rotated.map(|at| at + FOLLOWED).filter(|at| *at > now) {
+            Some(at) => {
+                self.rekey = self.rekey.min(at);
+                ", and changes that of its tunnels within five seconds, as it did so just now".to_owned()
+            }
+            None => match self.rotate_tunnel_key(now) {
+                Ok(None) => String::new(),
+                Ok(Some(key)) => format!(", and speaks WireGuard with key {key}"),
+                Err(error) => return Reply::refusal(1, error.to_string()),
+            },
         };
         let rotate = || -> Result<NodeKey, StateError> {
             let key = NodeKey::from_secret(state::random()?);

@@ -208,6 +208,7 @@ pub fn start(config: Config, origin: Origin) -> Result<Node, Fatal> {
         unheard: Vec::new(),
         survey: now,
         rekey,
+        rotated: None,
         untwinned: None,
         look: now,
         active: BTreeSet::new(),
