@@ -184,7 +184,7 @@ fn a_clear_route_that_someone_left_is_of_no_use() {
         LabOptions::new("encleft").nodes(2).pods(1).overlay(Families::V4).backend(Backend::Wireguard),
     );
     let underlay = Capture::start(&lab, "n1", "eth0");
-    assert!(lab.ping("n1/a", lab.ip("n2", "a")));
+    lab.meet();
     let subnet = lab.subnets("n2").into_iter().next().expect("n2 has a subnet");
     lab.sh("n1", &format!("ip route add {subnet} via 192.0.2.2 dev eth0"));
     assert!(!lab.ping("n1/a", lab.ip("n2", "a")), "it does not fall back to the clear route");
