@@ -9,16 +9,6 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 const NODES: [&str; 3] = ["n1", "n2", "n3"];
 
-fn leases(lab: &Lab, node: &str) -> Vec<Value> {
-    let list = lab.weft(node, &["leases"])["leases"].as_array().cloned().unwrap_or_default();
-    let mut known: Vec<Value> = list
-        .iter()
-        .map(|lease| serde_json::json!([lease["subnet"], lease["node"], lease["epoch"]]))
-        .collect();
-    known.sort_by_key(Value::to_string);
-    known
-}
-
 fn healthy(lab: &Lab, node: &str) -> bool {
     lab.weft(node, &["status"])["store"]["healthy"] == true
 }
@@ -45,11 +35,11 @@ fn etcd_goes_and_comes_back_while_pods_talk() {
     }
     let lab = Lab::up(LabOptions::new("etcd").pods(1).store(Store::Etcd));
     lab.ping_all();
-    assert_eq!(keys_in_etcd(&lab), leases(&lab, "n1").len());
+    assert_eq!(keys_in_etcd(&lab), lab.leases("n1").len());
     wait_until("all know the same leases", PATIENCE, || {
-        NODES.iter().all(|node| leases(&lab, node) == leases(&lab, "n1"))
+        NODES.iter().all(|node| lab.leases(node) == lab.leases("n1"))
     });
-    let before = leases(&lab, "n1");
+    let before = lab.leases("n1");
     assert!(before.len() >= 3, "{before:?}");
     let pings: Vec<Ping> =
         [("n1/a", "n2"), ("n3/a", "n1")].map(|(from, to)| lab.background_ping(from, lab.ip(to, "a"))).into();
@@ -75,7 +65,7 @@ fn etcd_goes_and_comes_back_while_pods_talk() {
 
     lab.start("etcd");
     wait_until("status says that etcd is back", PATIENCE, || NODES.iter().all(|node| healthy(&lab, node)));
-    wait_until("the leases are as before", PATIENCE, || leases(&lab, "n1") == before);
+    wait_until("the leases are as before", PATIENCE, || lab.leases("n1") == before);
     assert_eq!(keys_in_etcd(&lab), before.len());
     for ping in pings {
         let (sent, lost) = ping.stop();

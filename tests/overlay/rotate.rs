@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use serde_json::Value;
 use weft_tests::lab::{Lab, LabOptions, Ping, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -88,16 +87,7 @@ fn a_nodes_own_key_is_changed_while_traffic_flows() {
 fn the_store_goes_and_comes_back_while_traffic_flows() {
     let lab = Lab::up(LabOptions::new("storeless").pods(1));
     let pings = traffic(&lab);
-    let leases = |node: &str| -> Vec<Value> {
-        let list = lab.weft(node, &["leases"])["leases"].as_array().cloned().unwrap_or_default();
-        let mut known: Vec<Value> = list
-            .iter()
-            .map(|lease| serde_json::json!([lease["subnet"], lease["node"], lease["epoch"]]))
-            .collect();
-        known.sort_by_key(Value::to_string);
-        known
-    };
-    let before = leases("n1");
+    let before = lab.leases("n1");
     assert!(before.len() >= 3, "{before:?}");
     let healthy = |node: &str| lab.weft(node, &["status"])["store"]["healthy"] == true;
     // Every node sees this directory. A directory in its place cannot be opened as a store, nor be made anew.
@@ -116,7 +106,7 @@ fn the_store_goes_and_comes_back_while_traffic_flows() {
 
     lab.sh("n1", "cd /run/weft-lab/shared && rmdir store.db && mv away/store.db* . && rmdir away");
     wait_until("status says that the store is back", PATIENCE, || NODES.iter().all(|node| healthy(node)));
-    wait_until("the leases are as before", PATIENCE, || leases("n1") == before);
+    wait_until("the leases are as before", PATIENCE, || lab.leases("n1") == before);
     nothing_was_lost(pings);
     lab.ping_all();
 }

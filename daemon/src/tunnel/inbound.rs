@@ -109,17 +109,7 @@ impl<'a> Inbound<'a> {
         if datagram.first() == Some(&DATA) {
             elder.note_behind(receiver);
         }
-        match elder.open(from, datagram, datagram.len()) {
-            Ok(()) => true,
-            Err(Errno::EAGAIN) => {
-                shared.counters.drop(Reason::HandOver);
-                true
-            }
-            Err(_) => {
-                shared.lose_elder();
-                false
-            }
-        }
+        shared.took(elder.open(from, datagram, datagram.len()))
     }
 
     /// Opens one datagram; returns how much room its packet took.

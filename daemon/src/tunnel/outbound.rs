@@ -107,22 +107,13 @@ impl<'a> Outbound<'a> {
             shared.counters.drop(Reason::NoSession);
             return true;
         };
-        match sealer.seal(&peer.node, &[&header.write()[..], packet].concat()) {
-            Ok(()) => {
-                peer.traffic.sent.fetch_add(1, Ordering::Relaxed);
-                peer.traffic.sent_bytes.fetch_add(packet.len() as u64, Ordering::Relaxed);
-                true
-            }
-            Err(Errno::EAGAIN) => {
-                shared.counters.drop(Reason::HandOver);
-                true
-            }
-            // It is gone: the packet waits for a session of this daemon's own.
-            Err(_) => {
-                shared.lose_elder();
-                false
-            }
+        let sealed = sealer.seal(&peer.node, &[&header.write()[..], packet].concat());
+        if sealed.is_ok() {
+            peer.traffic.sent.fetch_add(1, Ordering::Relaxed);
+            peer.traffic.sent_bytes.fetch_add(packet.len() as u64, Ordering::Relaxed);
         }
+        // If it is gone, the packet waits for a session of this daemon's own.
+        shared.took(sealed)
     }
 
     pub(super) fn flush(&mut self) {

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use boringtun::noise::rate_limiter::RateLimiter;
 use boringtun::x25519::{PublicKey, StaticSecret};
+use nix::errno::Errno;
 use nix::poll::PollFlags;
 use weft_wire::types::{NodeName, TunnelKey};
 
@@ -105,6 +106,21 @@ impl Shared {
 
     pub(super) fn lose_elder(&self) -> Option<Arc<Elder>> {
         self.elder.write().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Takes how passing something to the daemon before this one went; returns whether it is dealt with.
+    pub(super) fn took(&self, passed: Result<(), Errno>) -> bool {
+        match passed {
+            Ok(()) => true,
+            Err(Errno::EAGAIN) => {
+                self.counters.drop(Reason::HandOver);
+                true
+            }
+            Err(_) => {
+                self.lose_elder();
+                false
+            }
+        }
     }
 
     pub(super) fn lingers(&self) -> bool {

@@ -383,6 +383,17 @@ impl Lab {
             .unwrap_or_else(|error| panic!("{node}: {all:?} wrote no JSON: {error}"))
     }
 
+    /// The leases that a node knows: subnet, node and epoch of each, sorted.
+    pub fn leases(&self, node: &str) -> Vec<Value> {
+        let list = self.weft(node, &["leases"])["leases"].as_array().cloned().unwrap_or_default();
+        let mut known: Vec<Value> = list
+            .iter()
+            .map(|lease| serde_json::json!([lease["subnet"], lease["node"], lease["epoch"]]))
+            .collect();
+        known.sort_by_key(Value::to_string);
+        known
+    }
+
     /// The address of a pod, IPv4 first.
     pub fn ip(&self, node: &str, pod: &str) -> IpAddr {
         let state = self.state();
