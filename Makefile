@@ -88,7 +88,7 @@ test-vm: deps-vm build ## run the tests of kernel WireGuard in a virtual machine
 
 # Built once into the user's cache from the Go modules that tests/kubernetes/go pins.
 KUBERNETES := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/weft-tests/kubernetes
-kubernetes: deps-kubernetes ## build a Kubernetes, containerd, etcd and CoreDNS for the tests, and images (minutes, once; 1 GB)
+kubernetes: deps-kubernetes ## build a Kubernetes, containerd and CoreDNS for the tests, and images (minutes, once; 1 GB)
 	tests/kubernetes/build $(KUBERNETES)
 
 kubernetes-e2e: kubernetes ## build Kubernetes's own tests of conformance too (minutes, once)

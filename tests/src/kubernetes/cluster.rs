@@ -15,7 +15,7 @@ use super::{cgroups, machine, plane};
 use crate::lab::{Families, Lab, LabOptions, Place};
 
 /// The CIDRs of pods, of Services, and the address of the cluster's DNS.
-pub(crate) const POD_CIDRS: &str = "10.32.0.0/16,fd00:32::/48";
+pub(crate) const POD_CIDRS: &str = "10.244.0.0/16,fd00:10:244::/48";
 pub(crate) const SERVICE_CIDRS: &str = "10.96.0.0/16,fd00:96::/112";
 pub(crate) const DNS_ADDRESS: &str = "10.96.0.10";
 

@@ -10,7 +10,7 @@ use nix::unistd::geteuid;
 pub struct Programs(PathBuf);
 
 /// What must be there.
-const PROGRAMS: [&str; 10] = [
+const PROGRAMS: [&str; 9] = [
     "kube-apiserver",
     "kube-controller-manager",
     "kube-scheduler",
@@ -20,7 +20,6 @@ const PROGRAMS: [&str; 10] = [
     "containerd",
     "containerd-shim-runc-v2",
     "ctr",
-    "etcd",
 ];
 /// The images of every node.
 pub(crate) const IMAGES: [&str; 3] = ["pause.tar", "agnhost.tar", "coredns.tar"];
@@ -66,7 +65,7 @@ pub fn missing() -> Option<String> {
         let search = format!("PATH=$PATH:/usr/sbin:/sbin command -v {tool}");
         Command::new("sh").args(["-c", &search]).output().is_ok_and(|output| output.status.success())
     };
-    if let Some(tool) = ["runc", "iptables", "nft", "conntrack"].iter().find(|tool| !found(tool)) {
+    if let Some(tool) = ["etcd", "runc", "iptables", "nft", "conntrack"].iter().find(|tool| !found(tool)) {
         return Some(format!("{tool} is not installed (make deps)"));
     }
     if !Path::new("/sys/fs/cgroup/cpu/cgroup.procs").exists() {

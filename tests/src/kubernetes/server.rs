@@ -10,7 +10,7 @@ use anyhow::{Context, bail};
 use super::programs::Programs;
 use crate::lab::{Lab, Place};
 
-/// Says its process id, enters the node's cgroups if there are any, and becomes the program.
+/// Says its process id, puts what was built before what is installed, enters the node's cgroups if there are any, and becomes the program.
 const START: &str = r#"
 set -eu
 echo $$ > "$1"; shift
@@ -43,10 +43,9 @@ impl Server {
         let handle = lab.handle();
         let log = File::options().create(true).append(true).open(handle.log(&format!("{place}-{name}")))?;
         fs::create_dir_all(handle.shared().join("pid"))?;
-        let (program, bin) =
-            (programs.path(name).display().to_string(), programs.bin().display().to_string());
+        let bin = programs.bin().display().to_string();
         let pid = pid_file(place, name);
-        let mut words = vec!["sh", "-c", START, "sh", &pid, &bin, &program];
+        let mut words = vec!["sh", "-c", START, "sh", &pid, &bin, name];
         words.extend(args.iter().map(String::as_str));
         let child = handle
             .command(Place::Node(place.to_owned()), &words)?
