@@ -18,7 +18,7 @@ NEEDS_VM := qemu-system-x86_64:qemu-system-x86 cpio:cpio modprobe:kmod objcopy:b
 NEEDS_TEST := c++:g++ etcd:etcd-server setpriv:util-linux iperf3:iperf3 tcpdump:tcpdump wg:wireguard-tools wireguard-go:wireguard-go containerd:containerd ctr:containerd runc:runc busybox:busybox-static
 
 .DEFAULT_GOAL := help
-.PHONY: help deps deps-lab deps-vm deps-kubernetes installed build lab lab-down test test-vm kubernetes kubernetes-e2e test-kubernetes lint bench peers interop bench-cni fuzz fuzz-build fuzz-short sim chaos mutants bench-control bench-scale bench-vxlan bench-wireguard bench-node
+.PHONY: help deps deps-lab deps-vm deps-kubernetes installed build lab lab-down test test-vm kubernetes kubernetes-e2e test-kubernetes conformance lint bench peers interop bench-cni fuzz fuzz-build fuzz-short sim chaos mutants bench-control bench-scale bench-vxlan bench-wireguard bench-node
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -96,6 +96,11 @@ kubernetes-e2e: kubernetes ## build Kubernetes's own tests of conformance too (m
 
 test-kubernetes: kubernetes build ## run the tests in a real Kubernetes on this machine (root, minutes); TEST_ARGS names cases
 	WEFT_BIN_DIR=$(BIN) cargo test --locked -p weft-tests --test kubernetes -- $(TEST_ARGS) </dev/null
+
+# One suite at a time: TEST_ARGS=weft_nftables, or =reference_nftables.
+conformance: TEST_ARGS := $(or $(TEST_ARGS),weft_nftables)
+conformance: kubernetes-e2e build ## run Kubernetes's own tests of conformance for networks, on the suite that TEST_ARGS names (root, an hour)
+	WEFT_BIN_DIR=$(BIN) cargo test --locked -p weft-tests --test kubernetes -- $(TEST_ARGS)::conformance </dev/null
 
 # What libFuzzer needs to see which way an input took; no nightly compiler. The targets are those of `cargo fuzz`.
 FUZZ_FLAGS := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \

@@ -15,7 +15,9 @@ mod network;
 mod plane;
 mod programs;
 mod server;
+mod weft;
 
 pub use cluster::{Cluster, ClusterOptions, Proxy, until};
 pub use network::{Network, Reference};
 pub use programs::{Programs, missing};
+pub use weft::{WEFT_IMAGE, Weft};
