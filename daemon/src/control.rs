@@ -23,6 +23,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_core::{RngCore, SeedableRng};
 use tracing::{debug, error, info, warn};
 use weft_ipam::lease::{self, LeaseConfig, LeaseConflict, LeaseEvent, Leasing};
+use weft_ipam::store::kubernetes::Mode;
 use weft_ipam::store::{Change, Key, PutError, Snapshot, StoreError};
 use weft_wire::mesh::{Authority, LeaseTable, Mesh, MeshConfig, MeshEvent, NodeKey, Timing};
 use weft_wire::record::Each;
@@ -135,6 +136,8 @@ pub struct Problems {
     pub wrong_key: Option<(SocketAddr, Instant)>,
     /// Who has this node's name, and when that last showed.
     pub duplicate_name: Option<(SocketAddr, PublicKey, Instant)>,
+    /// Who asked for this node's lease under this node's name, and when that last showed.
+    pub name_asked: Option<(Subnet, PublicKey, Instant)>,
     /// Subnets that two nodes claim: sentence and time.
     pub route_conflicts: BTreeMap<String, Instant>,
     /// What keeps the node from its leases: sentence and time.
@@ -450,6 +453,10 @@ impl Control {
                 }
                 sentence
             }
+            LeaseConflict::NameAsked { subnet, key } => {
+                self.problems.name_asked = Some((*subnet, *key, now));
+                return warn!(%subnet, key = key.short(), "another daemon under this node's name asked for its lease");
+            }
             LeaseConflict::FixedTaken { subnet, owner } => format!(
                 "the configured subnet overlaps {subnet}, which {owner} leases; choose another in store.subnets"
             ),
@@ -577,8 +584,13 @@ fn leasing(start: &Start, seeds: &mut ChaCha8Rng, now: Instant) -> Leasing {
     let (node, site) = (config.node.name.clone(), config.node.site.clone());
     let mut lease_config = LeaseConfig::new(node, site, key, config.cluster.carver.clone(), run)
         .with_ttl(config.store.lease_ttl);
-    if let StoreKind::Static(subnets) = &config.store.kind {
-        lease_config.fixed.clone_from(subnets);
+    match &config.store.kind {
+        StoreKind::Static(subnets) => lease_config.fixed.clone_from(subnets),
+        StoreKind::Kubernetes(options) => {
+            lease_config = lease_config.kept_by_store();
+            lease_config.only_fixed = options.mode == Mode::NodePodCidr;
+        }
+        StoreKind::Sqlite(_) | StoreKind::Etcd(_) => {}
     }
     let remembered = memory.held.iter().map(|held| held.key).filter(|held| *held != key);
     lease_config.old_keys.extend(remembered.chain(start.key.predecessors()));
