@@ -12,6 +12,7 @@ mod checksum;
 mod facts;
 mod probe;
 mod schedule;
+mod seeds;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -22,6 +23,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_core::{RngCore, SeedableRng};
 use tracing::{debug, error, info, warn};
 use weft_ipam::lease::{self, LeaseConfig, LeaseConflict, LeaseEvent, Leasing};
+use weft_ipam::store::kubernetes::Mode;
 use weft_ipam::store::{Change, Key, PutError, Snapshot, StoreError};
 use weft_wire::mesh::{Authority, LeaseTable, Mesh, MeshConfig, MeshEvent, NodeKey, Timing};
 use weft_wire::record::Each;
@@ -134,6 +136,8 @@ pub struct Problems {
     pub wrong_key: Option<(SocketAddr, Instant)>,
     /// Who has this node's name, and when that last showed.
     pub duplicate_name: Option<(SocketAddr, PublicKey, Instant)>,
+    /// Who asked for this node's lease under this node's name, and when that last showed.
+    pub name_asked: Option<(Subnet, PublicKey, Instant)>,
     /// Subnets that two nodes claim: sentence and time.
     pub route_conflicts: BTreeMap<String, Instant>,
     /// What keeps the node from its leases: sentence and time.
@@ -203,6 +207,9 @@ pub struct Control {
     /// A pass that waits for the memory.
     job: Option<Box<Inputs>>,
     leaving: bool,
+    /// When to draw seeds, and from what randomness.
+    seeds_due: Instant,
+    draws: ChaCha8Rng,
     outputs: VecDeque<Output>,
 }
 
@@ -239,6 +246,8 @@ impl Control {
             memory_first: None,
             job: None,
             leaving: false,
+            seeds_due: now,
+            draws: ChaCha8Rng::from_seed(random(&mut seeds)),
             outputs: VecDeque::new(),
         };
         control.take_lease_table(now);
@@ -260,6 +269,7 @@ impl Control {
         match answer {
             StoreAnswer::Listed(Ok(snapshot)) => {
                 self.leasing.handle_snapshot(&snapshot, now);
+                self.reconsider_seeds(now);
                 // A store that is full answers lists; what it refused to write stays to be told.
                 if !self.leasing.write_refused() {
                     self.store_error = None;
@@ -276,7 +286,10 @@ impl Control {
             StoreAnswer::Deleted(key, Err(PutError::Conflict(entry))) => {
                 self.leasing.handle_delete(key, Err(entry), now);
             }
-            StoreAnswer::Changed(change) => self.leasing.handle_change(&change, now),
+            StoreAnswer::Changed(change) => {
+                self.leasing.handle_change(&change, now);
+                self.reconsider_seeds(now);
+            }
             StoreAnswer::Listed(Err(error))
             | StoreAnswer::Put(_, Err(PutError::Store(error)))
             | StoreAnswer::Deleted(_, Err(PutError::Store(error))) => {
@@ -380,11 +393,21 @@ impl Control {
                 }
                 weft_wire::mesh::Output::Wait { until, .. } => until,
             };
-            if self.run_probe(now) || self.start_pass(now) || self.remember_if_due(now) {
+            if self.draw_seeds(now)
+                || self.run_probe(now)
+                || self.start_pass(now)
+                || self.remember_if_due(now)
+            {
                 continue;
             }
-            let wakes =
-                [Some(lease_wake), Some(mesh_wake), self.pass_wake(), self.memory_due, self.probe_wake()];
+            let wakes = [
+                Some(lease_wake),
+                Some(mesh_wake),
+                Some(self.seeds_due),
+                self.pass_wake(),
+                self.memory_due,
+                self.probe_wake(),
+            ];
             let until = wakes.into_iter().flatten().min().expect("the mesh always has a next time");
             return Output::Wait { until };
         }
@@ -429,6 +452,10 @@ impl Control {
                     return self.outputs.push_front(Output::Fatal(sentence));
                 }
                 sentence
+            }
+            LeaseConflict::NameAsked { subnet, key } => {
+                self.problems.name_asked = Some((*subnet, *key, now));
+                return warn!(%subnet, key = key.short(), "another daemon under this node's name asked for its lease");
             }
             LeaseConflict::FixedTaken { subnet, owner } => format!(
                 "the configured subnet overlaps {subnet}, which {owner} leases; choose another in store.subnets"
@@ -531,10 +558,6 @@ fn random(seeds: &mut ChaCha8Rng) -> [u8; 32] {
 
 fn mesh(start: &Start, seed: [u8; 32], now: Instant) -> Mesh {
     let Start { config, memory, .. } = start;
-    let mut seeds = config.gossip.seeds.clone();
-    seeds.extend(memory.peers.values().flat_map(|peer| peer.gossip.first().copied()));
-    seeds.sort_unstable();
-    seeds.dedup();
     let timing = Timing {
         probe_interval: config.gossip.probe_interval,
         probe_timeout: config.gossip.probe_interval / 2,
@@ -546,7 +569,7 @@ fn mesh(start: &Start, seed: [u8; 32], now: Instant) -> Mesh {
         site: config.node.site.clone(),
         key: start.key.clone(),
         ring: start.ring.clone(),
-        seeds,
+        seeds: Vec::new(), // `draw_seeds` gives the first before anything is sent.
         incarnation: memory.incarnation,
         timing,
         verify: Arc::new(Each),
@@ -561,8 +584,13 @@ fn leasing(start: &Start, seeds: &mut ChaCha8Rng, now: Instant) -> Leasing {
     let (node, site) = (config.node.name.clone(), config.node.site.clone());
     let mut lease_config = LeaseConfig::new(node, site, key, config.cluster.carver.clone(), run)
         .with_ttl(config.store.lease_ttl);
-    if let StoreKind::Static(subnets) = &config.store.kind {
-        lease_config.fixed.clone_from(subnets);
+    match &config.store.kind {
+        StoreKind::Static(subnets) => lease_config.fixed.clone_from(subnets),
+        StoreKind::Kubernetes(options) => {
+            lease_config = lease_config.kept_by_store();
+            lease_config.only_fixed = options.mode == Mode::NodePodCidr;
+        }
+        StoreKind::Sqlite(_) | StoreKind::Etcd(_) => {}
     }
     let remembered = memory.held.iter().map(|held| held.key).filter(|held| *held != key);
     lease_config.old_keys.extend(remembered.chain(start.key.predecessors()));

@@ -7,8 +7,9 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde::Deserialize;
 use weft_ipam::carve::{Carver, ClusterCidr};
-use weft_ipam::store::EtcdOptions;
 use weft_ipam::store::etcd::EtcdOptionsError;
+use weft_ipam::store::kubernetes::Mode;
+use weft_ipam::store::{EtcdOptions, KubernetesOptions};
 use weft_wire::types::{NodeName, SiteName, Subnet};
 
 use crate::kernel::Implementation;
@@ -79,9 +80,21 @@ impl Default for Cluster {
 #[serde(deny_unknown_fields)]
 struct Cidr {
     cidr: IpNet,
-    node_prefix: u8,
+    node_prefix: Option<u8>,
     #[serde(default)]
     reserved: Vec<IpNet>,
+}
+
+impl Cidr {
+    /// Checks that the size of blocks is known; where they are cut `elsewhere` any will do.
+    fn resolve(self, elsewhere: bool) -> Result<ClusterCidr, String> {
+        let whole = self.cidr.prefix_len();
+        let usual = if self.cidr.addr().is_ipv4() { whole.clamp(24, 30) } else { whole.clamp(64, 126) };
+        let node_prefix = self.node_prefix.or(elsewhere.then_some(usual)).ok_or_else(|| {
+            format!("cluster.cidrs: {} has no node_prefix: say how long the prefix of a node's block is, for example {usual}", self.cidr)
+        })?;
+        Ok(ClusterCidr { cidr: self.cidr, node_prefix, reserved: self.reserved })
+    }
 }
 
 #[derive(Debug, Default, Deserialize, PartialEq)]
@@ -90,7 +103,28 @@ enum Kind {
     #[default]
     Sqlite,
     Etcd,
+    Kubernetes,
     Static,
+}
+
+impl Kind {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Sqlite => "sqlite",
+            Self::Etcd => "etcd",
+            Self::Kubernetes => "kubernetes",
+            Self::Static => "static",
+        }
+    }
+}
+
+/// `store.mode`.
+#[derive(Debug, Clone, Copy, Deserialize)]
+enum Chooser {
+    #[serde(rename = "weft-ipam")]
+    WeftIpam,
+    #[serde(rename = "node-podcidr")]
+    NodePodCidr,
 }
 
 #[derive(Debug, Deserialize)]
@@ -105,6 +139,9 @@ struct Store {
     key_file: Option<PathBuf>,
     user: Option<String>,
     password_file: Option<PathBuf>,
+    mode: Option<Chooser>,
+    kubeconfig: Option<PathBuf>,
+    namespace: Option<String>,
     subnets: Vec<Subnet>,
     lease_ttl: Span,
 }
@@ -121,6 +158,9 @@ impl Default for Store {
             key_file: None,
             user: None,
             password_file: None,
+            mode: None,
+            kubeconfig: None,
+            namespace: None,
             subnets: Vec::new(),
             lease_ttl: Span(Duration::from_secs(3600)),
         }
@@ -324,33 +364,48 @@ fn distance(from: &str, to: &str) -> usize {
 
 impl Store {
     fn resolve(self, node: &NodeName) -> Result<StoreKind, String> {
-        let only_etcd = [
-            ("endpoints", !self.endpoints.is_empty()),
-            ("prefix", self.prefix.is_some()),
-            ("ca_file", self.ca_file.is_some()),
-            ("cert_file", self.cert_file.is_some()),
-            ("key_file", self.key_file.is_some()),
-            ("user", self.user.is_some()),
-            ("password_file", self.password_file.is_some()),
+        let only = [
+            ("endpoints", !self.endpoints.is_empty(), Kind::Etcd),
+            ("prefix", self.prefix.is_some(), Kind::Etcd),
+            ("ca_file", self.ca_file.is_some(), Kind::Etcd),
+            ("cert_file", self.cert_file.is_some(), Kind::Etcd),
+            ("key_file", self.key_file.is_some(), Kind::Etcd),
+            ("user", self.user.is_some(), Kind::Etcd),
+            ("password_file", self.password_file.is_some(), Kind::Etcd),
+            ("mode", self.mode.is_some(), Kind::Kubernetes),
+            ("kubeconfig", self.kubeconfig.is_some(), Kind::Kubernetes),
+            ("namespace", self.namespace.is_some(), Kind::Kubernetes),
+            ("subnets", !self.subnets.is_empty(), Kind::Static),
         ];
-        if let Some((key, _)) = only_etcd.iter().find(|(_, given)| *given && self.r#type != Kind::Etcd) {
+        if let Some((key, _, kind)) = only.iter().find(|(_, given, kind)| *given && self.r#type != *kind) {
             return Err(format!(
-                "store.{key} belongs to store.type = \"etcd\"; remove it, or change the type"
+                "store.{key} belongs to store.type = {:?}; remove it, or change the type",
+                kind.name()
             ));
-        }
-        if self.r#type != Kind::Static && !self.subnets.is_empty() {
-            return Err(
-                "store.subnets belongs to store.type = \"static\"; remove it, or change the type".into()
-            );
         }
         match self.r#type {
             Kind::Sqlite => Ok(StoreKind::Sqlite(self.path)),
             Kind::Etcd => self.etcd(node).map(StoreKind::Etcd),
+            Kind::Kubernetes => self.kubernetes(node).map(StoreKind::Kubernetes),
             Kind::Static if self.subnets.is_empty() => Err(
                 "store.type = \"static\" needs the node's subnets: set store.subnets, for example [\"10.32.4.0/24\"]".into(),
             ),
             Kind::Static => Ok(StoreKind::Static(self.subnets)),
         }
+    }
+
+    fn kubernetes(self, node: &NodeName) -> Result<KubernetesOptions, String> {
+        let options = KubernetesOptions {
+            kubeconfig: self.kubeconfig,
+            namespace: self.namespace.unwrap_or_else(|| "weft-system".into()),
+            node: node.clone(),
+            mode: match self.mode {
+                None | Some(Chooser::WeftIpam) => Mode::WeftIpam,
+                Some(Chooser::NodePodCidr) => Mode::NodePodCidr,
+            },
+        };
+        options.check().map_err(|error| error.to_string())?;
+        Ok(options)
     }
 
     fn etcd(self, node: &NodeName) -> Result<EtcdOptions, String> {
@@ -397,12 +452,10 @@ impl Raw {
         if self.cluster.id.is_empty() || self.cluster.id.len() > 64 {
             return Err("cluster.id must have 1 to 64 bytes".into());
         }
-        let cidrs = self.cluster.cidrs.into_iter().map(|cidr| ClusterCidr {
-            cidr: cidr.cidr,
-            node_prefix: cidr.node_prefix,
-            reserved: cidr.reserved,
-        });
-        let carver = Carver::new(cidrs.collect()).map_err(|error| format!("cluster.cidrs: {error}"))?;
+        let elsewhere = matches!(self.store.mode, Some(Chooser::NodePodCidr));
+        let cidrs = self.cluster.cidrs.into_iter().map(|cidr| cidr.resolve(elsewhere));
+        let carver = Carver::new(cidrs.collect::<Result<_, _>>()?);
+        let carver = carver.map_err(|error| format!("cluster.cidrs: {error}"))?;
         let lease_ttl = self.store.lease_ttl.0;
         let kind = self.store.resolve(&name)?;
         if let StoreKind::Static(subnets) = &kind

@@ -167,6 +167,7 @@ impl Node {
                 key,
             ));
         }
+        warnings.extend(self.asked_name(now));
         for member in self.control.mesh.members() {
             if let Verdict::Refused { why } | Verdict::Pending { why } = member.verdict
                 && member.state != MemberState::Left
@@ -177,6 +178,14 @@ impl Node {
         warnings.extend(self.too_small_for_ipv6());
         warnings.extend(self.control.pass.report.iter().flat_map(|report| report.warnings.iter().cloned()));
         warnings
+    }
+
+    /// Returns who asked for this node's lease under its name; it asks again every ten minutes while it runs.
+    pub(super) fn asked_name(&self, now: Instant) -> Option<String> {
+        let (subnet, key, at) = self.control.problems.name_asked.as_ref()?;
+        let recent = now.duration_since(*at) < MEMORY * 10;
+        let name = self.control.config.node.name.as_str();
+        recent.then(|| duplicate_name(name, &format!("asked for the lease of {subnet}"), key))
     }
 
     fn recent_route_conflicts(&self, now: Instant) -> impl Iterator<Item = String> + '_ {
@@ -260,7 +269,7 @@ impl Node {
             node: view.node.to_string(),
             site: view.site.to_string(),
             epoch: view.epoch.0,
-            expires_in_s: view.expires_in.as_secs(),
+            expires_in_s: view.expires_in.map(|left| left.as_secs()),
             own: view.own,
         });
         Leases { leases: leases.collect() }
