@@ -11,6 +11,7 @@
 mod checksum;
 mod facts;
 mod probe;
+mod ring;
 mod schedule;
 mod seeds;
 
@@ -74,6 +75,8 @@ pub enum Output {
     Subnets(Vec<Subnet>),
     /// Listen for gossip on these addresses.
     Listen(Vec<IpAddr>),
+    /// Write these cluster keys to the disk, and tell by [`Control::handle_ring_kept`].
+    KeepRing(KeyRing),
     /// Bring the kernel to this; the shell adds the pods. Answer by [`Control::handle_pass`].
     Reconcile(Box<Inputs>),
     /// A ping was answered.
@@ -145,6 +148,8 @@ pub struct Problems {
     pub underlay: Option<String>,
     /// Who announces this node's own tunnel key, as the last pass saw it.
     pub tunnel_twin: Option<NodeName>,
+    /// What keeps the node from the cluster keys that are wanted.
+    pub ring: Option<String>,
 }
 
 /// What a control plane starts from.
@@ -204,6 +209,8 @@ pub struct Control {
     /// A pass that waits for the memory.
     job: Option<Box<Inputs>>,
     leaving: bool,
+    /// To the cluster keys that are wanted, where something says which.
+    way: Option<ring::Way>,
     /// When to draw seeds, and from what randomness.
     seeds_due: Instant,
     draws: ChaCha8Rng,
@@ -243,6 +250,7 @@ impl Control {
             memory_first: None,
             job: None,
             leaving: false,
+            way: None,
             seeds_due: now,
             draws: ChaCha8Rng::from_seed(random(&mut seeds)),
             outputs: VecDeque::new(),
@@ -390,7 +398,8 @@ impl Control {
                 }
                 weft_wire::mesh::Output::Wait { until, .. } => until,
             };
-            if self.draw_seeds(now)
+            if self.go_on_with_keys(now)
+                || self.draw_seeds(now)
                 || self.run_probe(now)
                 || self.start_pass(now)
                 || self.remember_if_due(now)
@@ -401,6 +410,7 @@ impl Control {
                 Some(lease_wake),
                 Some(mesh_wake),
                 Some(self.seeds_due),
+                self.ring_wake(),
                 self.pass_wake(),
                 self.memory_due,
                 self.probe_wake(),
