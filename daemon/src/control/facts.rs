@@ -92,7 +92,7 @@ impl Control {
         for (node, remembered) in &self.memory.peers {
             let still_owned = match &self.config.store.kind {
                 StoreKind::Static(_) => young,
-                StoreKind::Sqlite(_) | StoreKind::Etcd(_) => remembered
+                StoreKind::Sqlite(_) | StoreKind::Etcd(_) | StoreKind::Kubernetes(_) => remembered
                     .peer
                     .subnets
                     .iter()
