@@ -24,6 +24,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_core::{RngCore, SeedableRng};
 use tracing::{debug, error, info, warn};
 use weft_ipam::lease::{self, LeaseConfig, LeaseConflict, LeaseEvent, Leasing};
+use weft_ipam::store::kubernetes::Mode;
 use weft_ipam::store::{Change, Key, PutError, Snapshot, StoreError};
 use weft_wire::mesh::{Authority, LeaseTable, Mesh, MeshConfig, MeshEvent, NodeKey, Timing};
 use weft_wire::record::Each;
@@ -311,6 +312,14 @@ impl Control {
         self.leasing.handle_timeout(now);
     }
 
+    /// Takes the subnets that the cluster chose for this node.
+    pub fn handle_node_subnets(&mut self, subnets: Vec<Subnet>, now: Instant) {
+        if self.leasing.set_fixed(subnets, now) {
+            // What was said of the former ones is over.
+            self.problems.lease.clear();
+        }
+    }
+
     /// Takes whether the node has pods: one without may move to another subnet.
     pub fn handle_pods(&mut self, none: bool, now: Instant) {
         self.leasing.set_may_renumber(none, now);
@@ -460,6 +469,12 @@ impl Control {
                 }
                 sentence
             }
+            LeaseConflict::FixedTaken { subnet, owner } if self.node_chooses() => format!(
+                "spec.podCIDRs of Node {name} overlaps {subnet}, which {owner} leases: see that one controller allocates them, then delete the Node of this or of the other node, so that it gets another"
+            ),
+            LeaseConflict::Outside { subnet } if self.node_chooses() => format!(
+                "spec.podCIDRs of Node {name} no longer has {subnet}, which this node holds; it is kept while pods use it, drain the node to renumber it"
+            ),
             LeaseConflict::FixedTaken { subnet, owner } => format!(
                 "the configured subnet overlaps {subnet}, which {owner} leases; choose another in store.subnets"
             ),
@@ -472,6 +487,11 @@ impl Control {
             other => format!("lease conflict: {other:?}"),
         };
         self.tell_lease_problem(sentence, now);
+    }
+
+    /// Whether the Node object names the node's subnets.
+    fn node_chooses(&self) -> bool {
+        matches!(&self.config.store.kind, StoreKind::Kubernetes(options) if options.mode == Mode::NodePodCidr)
     }
 
     fn tell_lease_problem(&mut self, sentence: String, now: Instant) {
@@ -587,8 +607,10 @@ fn leasing(start: &Start, seeds: &mut ChaCha8Rng, now: Instant) -> Leasing {
     let (node, site) = (config.node.name.clone(), config.node.site.clone());
     let mut lease_config = LeaseConfig::new(node, site, key, config.cluster.carver.clone(), run)
         .with_ttl(config.store.lease_ttl);
-    if let StoreKind::Static(subnets) = &config.store.kind {
-        lease_config.fixed.clone_from(subnets);
+    match &config.store.kind {
+        StoreKind::Static(subnets) => lease_config.fixed.clone_from(subnets),
+        StoreKind::Kubernetes(options) => lease_config.only_fixed = options.mode == Mode::NodePodCidr,
+        StoreKind::Sqlite(_) | StoreKind::Etcd(_) => {}
     }
     let remembered = memory.held.iter().map(|held| held.key).filter(|held| *held != key);
     lease_config.old_keys.extend(remembered.chain(start.key.predecessors()));

@@ -44,6 +44,9 @@ pub struct LeaseConfig {
     pub carver: Carver,
     /// Subnets that the operator chose for this node; a family named here leases nothing else.
     pub fixed: Vec<Subnet>,
+    /// Whether the node leases nothing else than `fixed`, of any family, even while that is empty: something else chooses
+    /// its subnets, and says so by [`Leasing::set_fixed`].
+    pub only_fixed: bool,
     /// How long a lease outlives its last renewal. Default 1 h.
     pub ttl: Duration,
     /// How often a lease is renewed. Default a third of `ttl`.
@@ -67,6 +70,7 @@ impl LeaseConfig {
             old_keys: Vec::new(),
             carver,
             fixed: Vec::new(),
+            only_fixed: false,
             ttl,
             renew_every: ttl / 3,
             list_every: ttl / 60,

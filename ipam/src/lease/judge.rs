@@ -245,6 +245,9 @@ impl Leasing {
         if !fixed.is_empty() {
             return self.seek_fixed(index, &fixed);
         }
+        if self.config.only_fixed {
+            return None;
+        }
         let leased = self.view.entries.keys().copied();
         if let Some(block) = self.config.carver.first_free(family, start, leased) {
             return Some(self.claim(index, block, None, None));
@@ -296,6 +299,9 @@ impl Leasing {
         let mut fixed = self.fixed(family).peekable();
         if fixed.peek().is_some() {
             fixed.any(|chosen| chosen == subnet)
+        } else if self.config.only_fixed {
+            // Nothing was said yet of either family, or of this one no more.
+            self.config.fixed.is_empty()
         } else {
             self.config.carver.allows(subnet)
         }

@@ -357,6 +357,20 @@ impl Leasing {
         }
     }
 
+    /// Says which subnets were chosen for this node. One that it holds and that is no longer among them is kept while pods
+    /// use it.
+    ///
+    /// Returns whether they are others than before.
+    pub fn set_fixed(&mut self, fixed: Vec<Subnet>, now: Instant) -> bool {
+        let others = fixed != self.config.fixed;
+        if others {
+            self.config.fixed = fixed;
+            self.slots.iter_mut().for_each(|slot| slot.told = None);
+            self.list_at = self.list_at.min(now);
+        }
+        others
+    }
+
     /// Says where the node receives gossip: its leases tell those who know nobody yet.
     pub fn set_gossip(&mut self, gossip: Vec<SocketAddr>, now: Instant) {
         if gossip != self.config.gossip {

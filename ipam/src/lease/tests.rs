@@ -684,3 +684,39 @@ fn a_claim_of_a_node_that_moves_meanwhile_becomes_a_lease() {
     assert_eq!(world.map.list("s").revision, 2, "the claim and one renewal");
     assert_eq!(world.value(key).expect("stored").gossip.len(), 1);
 }
+
+#[test]
+fn a_node_whose_subnets_are_chosen_elsewhere_leases_those_and_no_others() {
+    let mut world = World::new();
+    let chosen = |persisted, now| {
+        let config = LeaseConfig { only_fixed: true, ..config(1, DUAL, "boot-1") };
+        Leasing::new(config, persisted, SEED, now)
+    };
+    let mut a = chosen(Vec::new(), world.now);
+    let held = |node: &Leasing| node.held().iter().map(|held| held.subnet.to_string()).collect::<Vec<_>>();
+    world.pass(Duration::from_secs(200), &mut [&mut a]);
+    assert!(world.keys().is_empty(), "nothing was said yet");
+
+    assert!(a.set_fixed(vec![subnet("10.32.9.0/24")], world.now));
+    world.run(&mut a);
+    assert_eq!(held(&a), ["10.32.9.0/24"], "of the other family nothing was said");
+
+    // The daemon starts anew and is told nothing: what it has it keeps.
+    let mut a = chosen(a.held(), world.now);
+    world.pass(Duration::from_secs(200), &mut [&mut a]);
+    assert_eq!(held(&a), ["10.32.9.0/24"]);
+    assert!(!a.set_fixed(Vec::new(), world.now));
+    assert!(a.set_fixed(vec![subnet("10.32.9.0/24"), subnet("fd00:32:0:9::/64")], world.now));
+    world.run(&mut a);
+    assert_eq!(held(&a), ["10.32.9.0/24", "fd00:32:0:9::/64"]);
+
+    // Another one is chosen: the former goes once no pod uses it.
+    a.set_fixed(vec![subnet("10.32.7.0/24"), subnet("fd00:32:0:9::/64")], world.now);
+    let outside = LeaseConflict::Outside { subnet: subnet("10.32.9.0/24") };
+    assert_eq!(world.run(&mut a), [LeaseEvent::Conflict(outside)]);
+    assert_eq!(held(&a)[0], "10.32.9.0/24");
+    a.set_may_renumber(true, world.now);
+    world.pass(Duration::from_secs(100), &mut [&mut a]);
+    assert_eq!(held(&a), ["10.32.7.0/24", "fd00:32:0:9::/64"]);
+    assert_eq!(world.keys(), held(&a));
+}
