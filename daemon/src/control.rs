@@ -139,6 +139,8 @@ pub struct Problems {
     pub wrong_key: Option<(SocketAddr, Instant)>,
     /// Who has this node's name, and when that last showed.
     pub duplicate_name: Option<(SocketAddr, PublicKey, Instant)>,
+    /// Who asked for this node's lease under this node's name, and when that last showed.
+    pub name_asked: Option<(Subnet, PublicKey, Instant)>,
     /// Subnets that two nodes claim: sentence and time.
     pub route_conflicts: BTreeMap<String, Instant>,
     /// What keeps the node from its leases: sentence and time.
@@ -475,6 +477,10 @@ impl Control {
             LeaseConflict::Outside { subnet } if self.node_chooses() => format!(
                 "spec.podCIDRs of Node {name} no longer has {subnet}, which this node holds; it is kept while pods use it, drain the node to renumber it"
             ),
+            LeaseConflict::NameAsked { subnet, key } => {
+                self.problems.name_asked = Some((*subnet, *key, now));
+                return warn!(%subnet, key = key.short(), "another daemon under this node's name asked for its lease");
+            }
             LeaseConflict::FixedTaken { subnet, owner } => format!(
                 "the configured subnet overlaps {subnet}, which {owner} leases; choose another in store.subnets"
             ),
@@ -609,7 +615,10 @@ fn leasing(start: &Start, seeds: &mut ChaCha8Rng, now: Instant) -> Leasing {
         .with_ttl(config.store.lease_ttl);
     match &config.store.kind {
         StoreKind::Static(subnets) => lease_config.fixed.clone_from(subnets),
-        StoreKind::Kubernetes(options) => lease_config.only_fixed = options.mode == Mode::NodePodCidr,
+        StoreKind::Kubernetes(options) => {
+            lease_config = lease_config.kept_by_store();
+            lease_config.only_fixed = options.mode == Mode::NodePodCidr;
+        }
         StoreKind::Sqlite(_) | StoreKind::Etcd(_) => {}
     }
     let remembered = memory.held.iter().map(|held| held.key).filter(|held| *held != key);

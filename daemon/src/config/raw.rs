@@ -80,9 +80,21 @@ impl Default for Cluster {
 #[serde(deny_unknown_fields)]
 struct Cidr {
     cidr: IpNet,
-    node_prefix: u8,
+    node_prefix: Option<u8>,
     #[serde(default)]
     reserved: Vec<IpNet>,
+}
+
+impl Cidr {
+    /// Checks that the size of blocks is known; where they are cut `elsewhere` any will do.
+    fn resolve(self, elsewhere: bool) -> Result<ClusterCidr, String> {
+        let whole = self.cidr.prefix_len();
+        let usual = if self.cidr.addr().is_ipv4() { whole.clamp(24, 30) } else { whole.clamp(64, 126) };
+        let node_prefix = self.node_prefix.or(elsewhere.then_some(usual)).ok_or_else(|| {
+            format!("cluster.cidrs: {} has no node_prefix: say how long the prefix of a node's block is, for example {usual}", self.cidr)
+        })?;
+        Ok(ClusterCidr { cidr: self.cidr, node_prefix, reserved: self.reserved })
+    }
 }
 
 #[derive(Debug, Default, Deserialize, PartialEq)]
@@ -440,12 +452,10 @@ impl Raw {
         if self.cluster.id.is_empty() || self.cluster.id.len() > 64 {
             return Err("cluster.id must have 1 to 64 bytes".into());
         }
-        let cidrs = self.cluster.cidrs.into_iter().map(|cidr| ClusterCidr {
-            cidr: cidr.cidr,
-            node_prefix: cidr.node_prefix,
-            reserved: cidr.reserved,
-        });
-        let carver = Carver::new(cidrs.collect()).map_err(|error| format!("cluster.cidrs: {error}"))?;
+        let elsewhere = matches!(self.store.mode, Some(Chooser::NodePodCidr));
+        let cidrs = self.cluster.cidrs.into_iter().map(|cidr| cidr.resolve(elsewhere));
+        let carver = Carver::new(cidrs.collect::<Result<_, _>>()?);
+        let carver = carver.map_err(|error| format!("cluster.cidrs: {error}"))?;
         // Where a Secret names the keys the daemon writes the file, beside what else it remembers.
         let key_file = self.cluster.key_file.unwrap_or_else(|| match self.store.r#type {
             Kind::Kubernetes => self.node.state_dir.join("cluster.key"),

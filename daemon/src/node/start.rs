@@ -8,7 +8,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::info;
 use weft_ipam::pods::PodPool;
-use weft_ipam::store::{EtcdStore, SqliteStore, StaticStore, Store};
+use weft_ipam::store::{EtcdStore, KubernetesStore, SqliteStore, StaticStore, Store};
 
 use super::cluster::Cluster;
 use super::handover::OPEN_AFTER;
@@ -154,10 +154,7 @@ pub async fn start(config: Config, origin: Origin) -> Result<Node, Fatal> {
     let store: Box<dyn Store> = match &config.store.kind {
         StoreKind::Sqlite(path) => Box::new(SqliteStore::open(path.clone())),
         StoreKind::Etcd(options) => Box::new(EtcdStore::open(options.clone()).map_err(fatal)?),
-        StoreKind::Kubernetes(options) => {
-            options.check_files().map_err(fatal)?;
-            return Err(Fatal("this build has no store in Kubernetes yet".into()));
-        }
+        StoreKind::Kubernetes(options) => Box::new(KubernetesStore::open(options.clone()).map_err(fatal)?),
         StoreKind::Static(subnets) => Box::new(StaticStore::new(subnets.clone())),
     };
     let (cluster, news) = match &config.store.kind {

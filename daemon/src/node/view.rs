@@ -155,6 +155,7 @@ impl Node {
         warnings.extend(self.cluster_warnings());
         warnings.extend(self.foreign_gossip(now));
         warnings.extend(self.namesake(now));
+        warnings.extend(self.asked_name(now));
         for member in self.control.mesh.members() {
             if let Verdict::Refused { why } | Verdict::Pending { why } = member.verdict
                 && member.state != MemberState::Left
@@ -181,6 +182,14 @@ impl Node {
         let recent = now.duration_since(*at) < MEMORY;
         let name = self.control.config.node.name.as_str();
         recent.then(|| duplicate_name(name, &format!("gossips at {from}"), key))
+    }
+
+    /// Returns who asked for this node's lease under its name; it asks again every ten minutes while it runs.
+    pub(super) fn asked_name(&self, now: Instant) -> Option<String> {
+        let (subnet, key, at) = self.control.problems.name_asked.as_ref()?;
+        let recent = now.duration_since(*at) < MEMORY * 10;
+        let name = self.control.config.node.name.as_str();
+        recent.then(|| duplicate_name(name, &format!("asked for the lease of {subnet}"), key))
     }
 
     fn recent_route_conflicts(&self, now: Instant) -> impl Iterator<Item = String> + '_ {
@@ -264,7 +273,7 @@ impl Node {
             node: view.node.to_string(),
             site: view.site.to_string(),
             epoch: view.epoch.0,
-            expires_in_s: view.expires_in.as_secs(),
+            expires_in_s: view.expires_in.map(|left| left.as_secs()),
             own: view.own,
         });
         Leases { leases: leases.collect() }
