@@ -11,6 +11,7 @@
 mod checksum;
 mod facts;
 mod probe;
+mod ring;
 mod schedule;
 mod seeds;
 
@@ -75,6 +76,8 @@ pub enum Output {
     Subnets(Vec<Subnet>),
     /// Listen for gossip on these addresses.
     Listen(Vec<IpAddr>),
+    /// Write these cluster keys to the disk, and tell by [`Control::handle_ring_kept`].
+    KeepRing(KeyRing),
     /// Bring the kernel to this; the shell adds the pods. Answer by [`Control::handle_pass`].
     Reconcile(Box<Inputs>),
     /// A ping was answered.
@@ -148,6 +151,8 @@ pub struct Problems {
     pub underlay: Option<String>,
     /// Who announces this node's own tunnel key, as the last pass saw it.
     pub tunnel_twin: Option<NodeName>,
+    /// What keeps the node from the cluster keys that are wanted.
+    pub ring: Option<String>,
 }
 
 /// What a control plane starts from.
@@ -207,6 +212,8 @@ pub struct Control {
     /// A pass that waits for the memory.
     job: Option<Box<Inputs>>,
     leaving: bool,
+    /// To the cluster keys that are wanted, where something says which.
+    way: Option<ring::Way>,
     /// When to draw seeds, and from what randomness.
     seeds_due: Instant,
     draws: ChaCha8Rng,
@@ -246,6 +253,7 @@ impl Control {
             memory_first: None,
             job: None,
             leaving: false,
+            way: None,
             seeds_due: now,
             draws: ChaCha8Rng::from_seed(random(&mut seeds)),
             outputs: VecDeque::new(),
@@ -304,6 +312,14 @@ impl Control {
     pub fn handle_timeout(&mut self, now: Instant) {
         self.mesh.handle_timeout(now);
         self.leasing.handle_timeout(now);
+    }
+
+    /// Takes the subnets that the cluster chose for this node.
+    pub fn handle_node_subnets(&mut self, subnets: Vec<Subnet>, now: Instant) {
+        if self.leasing.set_fixed(subnets, now) {
+            // What was said of the former ones is over.
+            self.problems.lease.clear();
+        }
     }
 
     /// Takes whether the node has pods: one without may move to another subnet.
@@ -393,7 +409,8 @@ impl Control {
                 }
                 weft_wire::mesh::Output::Wait { until, .. } => until,
             };
-            if self.draw_seeds(now)
+            if self.go_on_with_keys(now)
+                || self.draw_seeds(now)
                 || self.run_probe(now)
                 || self.start_pass(now)
                 || self.remember_if_due(now)
@@ -404,6 +421,7 @@ impl Control {
                 Some(lease_wake),
                 Some(mesh_wake),
                 Some(self.seeds_due),
+                self.ring_wake(),
                 self.pass_wake(),
                 self.memory_due,
                 self.probe_wake(),
@@ -453,6 +471,12 @@ impl Control {
                 }
                 sentence
             }
+            LeaseConflict::FixedTaken { subnet, owner } if self.node_chooses() => format!(
+                "spec.podCIDRs of Node {name} overlaps {subnet}, which {owner} leases: see that one controller allocates them, then delete the Node of this or of the other node, so that it gets another"
+            ),
+            LeaseConflict::Outside { subnet } if self.node_chooses() => format!(
+                "spec.podCIDRs of Node {name} no longer has {subnet}, which this node holds; it is kept while pods use it, drain the node to renumber it"
+            ),
             LeaseConflict::NameAsked { subnet, key } => {
                 self.problems.name_asked = Some((*subnet, *key, now));
                 return warn!(%subnet, key = key.short(), "another daemon under this node's name asked for its lease");
@@ -469,6 +493,11 @@ impl Control {
             other => format!("lease conflict: {other:?}"),
         };
         self.tell_lease_problem(sentence, now);
+    }
+
+    /// Whether the Node object names the node's subnets.
+    fn node_chooses(&self) -> bool {
+        matches!(&self.config.store.kind, StoreKind::Kubernetes(options) if options.mode == Mode::NodePodCidr)
     }
 
     fn tell_lease_problem(&mut self, sentence: String, now: Instant) {

@@ -10,6 +10,7 @@ pub mod handover;
 pub mod install;
 pub mod journal;
 pub mod kernel;
+pub mod kubernetes;
 pub mod leases;
 pub mod metrics;
 pub mod node;

@@ -7,6 +7,7 @@
 //! Invariant: what holds of a lab holds of a cluster. When its keeper ends the kernel takes every process, mount and interface
 //! away with it. Cgroups are no process's: a dropped cluster removes its own, and the next one those of one that was interrupted.
 
+mod api;
 mod authority;
 mod cgroups;
 mod cluster;
@@ -17,6 +18,7 @@ mod programs;
 mod server;
 mod weft;
 
+pub use api::{Api, lab_options, no_api};
 pub use cluster::{Cluster, ClusterOptions, Proxy, until};
 pub use network::{Network, Reference};
 pub use programs::{Programs, missing};

@@ -14,7 +14,8 @@ use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
 use weft_daemon::config::{Config, LogConfig, NodeConfig, StoreKind};
 use weft_daemon::handover::{self, Heritage};
-use weft_daemon::node::{self, Ended, Origin};
+use weft_daemon::kubernetes;
+use weft_daemon::node::{self, Ended, Fatal, Origin};
 use weft_daemon::state;
 
 /// The node daemon of weft: leases, gossips, programs the kernel and attaches pods.
@@ -81,15 +82,11 @@ fn main() -> ExitCode {
 fn run(config: Config, origin: Origin, rest: bool) -> Result<Option<Heritage>, Box<dyn std::error::Error>> {
     let NodeConfig { state_dir, instance, .. } = config.node.clone();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let kind = config.store.kind.clone();
     let ended = runtime.block_on(async {
-        let node = node::start(config, origin)?;
-        // Fails only where no service manager waits for it; which process is the main one is news after a hand-over.
-        let states = [NotifyState::MainPid(std::process::id()), NotifyState::Ready];
-        let _ = sd_notify::notify(false, &states);
-        let ended = node.run().await;
-        if matches!(ended, Ok(Ended::Stopped)) {
-            // The answer to `weft leave` is still on its way out of the socket.
-            tokio::time::sleep(Duration::from_millis(100)).await;
+        let ended = live(config, origin).await;
+        if let (Err(Fatal(sentence)), StoreKind::Kubernetes(options)) = (&ended, &kind) {
+            kubernetes::last_words(options, sentence).await;
         }
         ended
     });
@@ -141,6 +138,27 @@ fn stopped() -> std::io::Result<impl Future<Output = ()>> {
             _ = interrupt.recv() => {}
         }
     })
+}
+
+/// Starts the node and runs it to its end.
+async fn live(config: Config, origin: Origin) -> Result<Ended, Fatal> {
+    if let StoreKind::Kubernetes(options) = &config.store.kind {
+        let stopped = stopped().map_err(|error| Fatal(format!("signals cannot be heard: {error}")))?;
+        tokio::select! {
+            outcome = kubernetes::ensure_keys(options, &config.cluster.key_file) => outcome.map_err(Fatal)?,
+            () = stopped => return Ok(Ended::Stopped),
+        }
+    }
+    let node = node::start(config, origin).await?;
+    // Fails only where no service manager waits for it; which process is the main one is news after a hand-over.
+    let states = [NotifyState::MainPid(std::process::id()), NotifyState::Ready];
+    let _ = sd_notify::notify(false, &states);
+    let ended = node.run().await;
+    if matches!(ended, Ok(Ended::Stopped)) {
+        // The answer to `weft leave` is still on its way out of the socket.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    ended
 }
 
 fn fail(error: &dyn std::fmt::Display) -> ExitCode {

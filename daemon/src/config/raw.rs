@@ -66,13 +66,13 @@ impl Default for Node {
 #[serde(deny_unknown_fields, default)]
 struct Cluster {
     id: String,
-    key_file: PathBuf,
+    key_file: Option<PathBuf>,
     cidrs: Vec<Cidr>,
 }
 
 impl Default for Cluster {
     fn default() -> Self {
-        Self { id: "weft".into(), key_file: "/etc/weft/cluster.key".into(), cidrs: Vec::new() }
+        Self { id: "weft".into(), key_file: None, cidrs: Vec::new() }
     }
 }
 
@@ -465,6 +465,11 @@ impl Raw {
         let cidrs = self.cluster.cidrs.into_iter().map(|cidr| cidr.resolve(elsewhere));
         let carver = Carver::new(cidrs.collect::<Result<_, _>>()?);
         let carver = carver.map_err(|error| format!("cluster.cidrs: {error}"))?;
+        // Where a Secret names the keys the daemon writes the file, beside what else it remembers.
+        let key_file = self.cluster.key_file.unwrap_or_else(|| match self.store.r#type {
+            Kind::Kubernetes => self.node.state_dir.join("cluster.key"),
+            Kind::Sqlite | Kind::Etcd | Kind::Static => "/etc/weft/cluster.key".into(),
+        });
         let lease_ttl = self.store.lease_ttl.0;
         let kind = self.store.resolve(&name)?;
         if let StoreKind::Static(subnets) = &kind
@@ -511,7 +516,7 @@ impl Raw {
                 socket: self.node.socket,
                 instance: None,
             },
-            cluster: ClusterConfig { id: self.cluster.id, key_file: self.cluster.key_file, carver },
+            cluster: ClusterConfig { id: self.cluster.id, key_file, carver },
             store: StoreConfig { kind, lease_ttl },
             gossip: GossipConfig {
                 port: self.gossip.listen_port,

@@ -13,7 +13,7 @@ use weft_daemon::kernel::UnderlayError;
 use weft_daemon::plan::model::Encryption;
 use weft_ipam::pods::AttachmentId;
 use weft_tests::sim::net::Net;
-use weft_wire::mesh::{Mesh, NodeKey};
+use weft_wire::mesh::{Mesh, NodeKey, Rejected};
 use weft_wire::seal::{ClusterKey, KeyRing};
 use weft_wire::types::{NodeName, TunnelKey};
 
@@ -394,6 +394,53 @@ impl World {
             let next = next.clone();
             self.with(number, move |machine, now| machine.set_ring(next, now));
         }
+    }
+
+    /// One text names the cluster keys of all, and is changed at once to another key alone. Each machine learns of it in its
+    /// own time, one while its disk is full, and one starts its daemon anew in between.
+    ///
+    /// # Errors
+    /// A datagram that somebody could not open, or machines that do not get there.
+    pub fn change_keys_in_one_place(&mut self) -> Result<(), String> {
+        let machines = self.places.len();
+        (0..machines).for_each(|number| self.with(number, Machine::start));
+        self.pass_time(Duration::from_secs(20))?;
+        let wanted = ring(&[2]);
+        let mut moment = || self.net.rng.next_u64() % 100;
+        let (mut learns, anew): (Vec<_>, u64) = ((0..machines).map(|_| moment()).collect(), moment());
+        self.machine(0).disk.full = true;
+        // Everybody else is there long before the last.
+        learns[1] = 150;
+        for second in 0..600 {
+            for number in (0..machines).filter(|number| learns[*number] == second) {
+                let wanted = wanted.clone();
+                self.with(number, |machine, now| machine.want_ring(wanted, now));
+            }
+            if second == 170 {
+                self.machine(0).disk.full = false;
+            }
+            if second == anew {
+                self.machine(2).kill();
+                self.with(2, Machine::start);
+            }
+            self.pass_time(Duration::from_secs(1))?;
+            let rings = || self.machines().into_iter().filter_map(|machine| machine.daemon.as_ref());
+            for daemon in rings() {
+                let unread = daemon.control.mesh.counters().rejected(Rejected::UnknownKey);
+                if unread > 0 {
+                    let node = &daemon.control.config.node.name;
+                    return Err(format!("{node} could not open {unread} datagrams after {second} s"));
+                }
+            }
+            if second < 150 && self.machines().iter().any(|machine| machine.disk.ring == wanted) {
+                return Err(format!("the old key was forgotten after {second} s, before n1 knew another"));
+            }
+            if rings().all(|daemon| *daemon.control.mesh.ring() == wanted) {
+                let same = |machine: &&Machine| machine.disk.ring == wanted;
+                return if self.machines().iter().all(same) { Ok(()) } else { Err("a disk lags".into()) };
+            }
+        }
+        Err("not everybody has the wanted keys after ten minutes".into())
     }
 
     /// Delivers datagrams again that were delivered before, as they were or changed: nobody may learn from them.

@@ -15,6 +15,7 @@ use serde_json::json;
 const INSIDE: &str = "/run/weft-lab/shared/pki";
 
 /// Signs, and writes what it signed into a directory that all machines of the lab share.
+#[derive(Debug)]
 pub(crate) struct Authority {
     issuer: CertifiedIssuer<'static, KeyPair>,
     directory: PathBuf,
@@ -57,13 +58,24 @@ impl Authority {
         let mut params = named(user, groups);
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
         self.sign(name, params)?;
+        let user = json!({
+            "client-certificate": self.file(&format!("{name}.pem")), "client-key": self.file(&format!("{name}.key")),
+        });
+        self.kubeconfig(name, &user, server)
+    }
+
+    /// Writes `NAME.kubeconfig` for who has a token.
+    pub(crate) fn bearer(&self, name: &str, token: &str, server: &str) -> anyhow::Result<()> {
+        self.write(&format!("{name}.token"), token)?;
+        self.kubeconfig(name, &json!({ "tokenFile": self.file(&format!("{name}.token")) }), server)
+    }
+
+    fn kubeconfig(&self, name: &str, user: &serde_json::Value, server: &str) -> anyhow::Result<()> {
         let config = json!({
             "apiVersion": "v1",
             "kind": "Config",
             "clusters": [{ "name": "lab", "cluster": { "server": server, "certificate-authority": self.file("ca.pem") } }],
-            "users": [{ "name": name, "user": {
-                "client-certificate": self.file(&format!("{name}.pem")), "client-key": self.file(&format!("{name}.key")),
-            } }],
+            "users": [{ "name": name, "user": user }],
             "contexts": [{ "name": "lab", "context": { "cluster": "lab", "user": name } }],
             "current-context": "lab",
         });

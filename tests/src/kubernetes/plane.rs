@@ -71,7 +71,7 @@ pub(crate) fn start(
 }
 
 /// Debian's, which is 3.4: kube-apiserver 1.36 does not insist on a newer one.
-fn etcd(lab: &Lab, programs: &Programs, place: &str) -> anyhow::Result<Server> {
+pub(crate) fn etcd(lab: &Lab, programs: &Programs, place: &str) -> anyhow::Result<Server> {
     // The machine's own /run is memory: nothing waits for a disk.
     let args = ["--data-dir=/run/etcd", "--logger=zap", "--log-level=warn"].map(str::to_owned);
     Server::start(lab, programs, place, "etcd", &args)

@@ -58,6 +58,8 @@ pub struct Record {
     pub tunnel_port: u32,
     #[prost(bytes = "vec", tag = "18")]
     pub tunnel_preshared: Vec<u8>,
+    #[prost(bytes = "vec", tag = "19")]
+    pub cluster_keys: Vec<u8>,
 }
 
 #[derive(Clone, PartialEq, Message)]

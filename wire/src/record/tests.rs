@@ -37,6 +37,7 @@ prop_compose! {
         vxlan_port in any::<u16>(),
         mtu in any::<u16>(),
         capabilities in any::<u64>().prop_map(Capabilities),
+        keys in vec(any::<[u8; 4]>().prop_map(KeyId), 0..=MAX_KEYS),
         tunnel in proptest::option::of((any::<[u8; 32]>(), 1..=u16::MAX, vec(any::<[u8; 4]>(), 0..=MAX_KEYS))),
     ) -> Facts {
         let tunnel = tunnel.map(|(key, port, preshared)| TunnelFacts {
@@ -44,7 +45,7 @@ prop_compose! {
             port,
             preshared: preshared.into_iter().map(KeyId).collect(),
         });
-        Facts { subnets, gossip, underlay, vtep_v4, vtep_v6, vni, vxlan_port, mtu, capabilities, tunnel }
+        Facts { subnets, gossip, underlay, vtep_v4, vtep_v6, vni, vxlan_port, mtu, capabilities, keys, tunnel }
     }
 }
 
