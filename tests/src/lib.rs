@@ -6,5 +6,6 @@
 
 pub mod figures;
 pub mod lab;
+pub mod manifest;
 pub mod plot;
 pub mod sim;
