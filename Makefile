@@ -18,7 +18,7 @@ NEEDS_VM := qemu-system-x86_64:qemu-system-x86 cpio:cpio modprobe:kmod objcopy:b
 NEEDS_TEST := c++:g++ etcd:etcd-server setpriv:util-linux iperf3:iperf3 tcpdump:tcpdump wg:wireguard-tools wireguard-go:wireguard-go containerd:containerd ctr:containerd runc:runc busybox:busybox-static
 
 .DEFAULT_GOAL := help
-.PHONY: help deps deps-lab deps-vm deps-kubernetes installed build lab lab-down test test-vm kubernetes kubernetes-e2e test-kubernetes conformance lint bench peers interop bench-cni fuzz fuzz-build fuzz-short sim chaos mutants bench-control bench-scale bench-vxlan bench-wireguard bench-node image install manifests deploy-tools
+.PHONY: help deps deps-lab deps-vm deps-kubernetes installed build lab lab-down test test-vm kubernetes kubernetes-e2e test-kubernetes conformance lint bench peers interop bench-cni fuzz fuzz-build fuzz-short sim chaos mutants bench-control bench-scale bench-vxlan bench-wireguard bench-node bench-kubernetes image install manifests deploy-tools
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -202,6 +202,9 @@ bench-wireguard: deps build $(addprefix $(PEERS)/bin/,wireguard boringtun-cli go
 
 bench-cni: deps build ## time CNI calls against the reference plugins; ratios last (root)
 	WEFT_BIN_DIR=$(BIN) cargo bench --locked -p weft-tests --bench cni
+
+bench-kubernetes: kubernetes build ## weft in a real Kubernetes: apply to Ready, pod starts against the reference plugins, memory; ratios last (root)
+	WEFT_BIN_DIR=$(BIN) cargo bench --locked -p weft-tests --bench kubernetes </dev/null
 
 bench-node: deps build ## memory and processor time of a daemon with 3 and 999 peers, and start to ready
 	WEFT_BIN_DIR=$(BIN) cargo bench --locked -p weft-tests --bench node </dev/null

@@ -22,6 +22,8 @@ set -eu
 parent=$1 cluster=$2 node=$3
 mount --make-rshared /
 rm -rf /etc/cni/net.d/* /etc/weft /opt/cni/bin/weft-cni
+# The lab's are links, which lead nowhere inside a container that has the directory mounted.
+for plugin in /opt/cni/bin/*; do cp --remove-destination "$(readlink -f "$plugin")" "$plugin"; done
 rm -f /etc/machine-id
 head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \n' > /etc/machine-id
 mkdir -p /var/lib/kubelet /etc/kubernetes /run/weft-lab/log /run/weft-lab/sys
