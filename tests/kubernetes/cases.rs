@@ -5,6 +5,7 @@ mod life;
 mod names;
 mod pods;
 mod rollout;
+mod secrecy;
 mod services;
 mod waves;
 
@@ -37,6 +38,13 @@ pub fn of_weft() -> Vec<Case> {
         ("a_rolling_restart_loses_nothing", rollout::a_rolling_restart_loses_nothing),
         ("an_upgrade_loses_nothing", rollout::an_upgrade_loses_nothing),
     ]);
+    all
+}
+
+/// What holds where everything between nodes is encrypted.
+pub fn of_encrypted_weft() -> Vec<Case> {
+    let mut all = of_any_network();
+    all.push(("nothing_is_in_clear_between_nodes", secrecy::nothing_is_in_clear_between_nodes));
     all
 }
 

@@ -52,7 +52,7 @@ fn suites() -> Vec<Suite> {
             name: "weft_encrypted",
             network: Box::new(Weft(Backend::Wireguard)),
             proxy: Proxy::Nftables,
-            cases: cases::of_any_network(),
+            cases: cases::of_encrypted_weft(),
         },
     ]
 }
