@@ -53,6 +53,7 @@ impl Node {
         }
         let report = self.control.pass.report.as_ref();
         Status {
+            instance: self.control.config.node.instance.clone().unwrap_or_default(),
             node: self.control.config.node.name.to_string(),
             site: self.control.config.node.site.to_string(),
             subnets: self.control.subnets().iter().map(ToString::to_string).collect(),
