@@ -45,6 +45,18 @@ pub fn missing() -> bool {
     missing.is_some()
 }
 
+/// Is [`missing`] for tests that need controllers as well.
+pub fn without_controllers() -> bool {
+    let missing = program("kube-controller-manager").is_none();
+    if missing {
+        println!(
+            "SKIP: kube-controller-manager is not there: build Kubernetes' programs with `make kubernetes`, or set WEFT_KUBERNETES_BIN"
+        );
+        assert!(std::env::var_os("CI").is_none(), "SKIP is a failure under CI: kube-controller-manager");
+    }
+    missing || self::missing()
+}
+
 fn manifest(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/kubernetes/base").join(name)
 }
@@ -132,12 +144,12 @@ impl Cluster {
         self.apiserver = Some(self.spawn("kube-apiserver", &arguments));
     }
 
-    /// Starts the controller that removes what belongs to objects that are gone.
-    pub fn collect_garbage(&mut self) {
+    /// Starts one of the controllers.
+    pub fn control(&mut self, controller: &str) {
         let file = |name: &str| self.directory.join(name).display().to_string();
         let arguments = [
             format!("--kubeconfig={}", file("admin.kubeconfig")),
-            "--controllers=garbage-collector-controller".into(),
+            format!("--controllers={controller}"),
             "--leader-elect=false".into(),
             "--secure-port=0".into(),
         ];

@@ -759,6 +759,8 @@ fn a_node_tells_of_its_own_network_and_of_nothing_else() {
         ("n1", json!({"status": {"capacity": {"cpu": "64"}}})),
         ("n1", json!({"status": {"allocatable": {"cpu": "64"}}})),
         ("n1", json!({"status": {"nodeInfo": {"bootID": "b"}}})),
+        ("n1", json!({"status": {"images": [{"names": ["a"], "sizeBytes": 1}]}})),
+        ("n1", json!({"status": {"runtimeHandlers": [{"name": "r"}]}})),
         ("n1", json!({"metadata": {"labels": {"a": "b"}}})),
         ("n1", json!({"metadata": {"annotations": {"a": "b"}}})),
         ("n1", json!({"metadata": {"finalizers": ["weft.dev/stay"]}})),
@@ -772,21 +774,35 @@ fn a_node_tells_of_its_own_network_and_of_nothing_else() {
 }
 
 #[test]
-fn the_entries_of_a_node_that_is_deleted_go_with_it_and_others_stay() {
-    if apiserver::missing() {
+fn the_policies_of_admission_fit_what_they_are_about() {
+    if apiserver::without_controllers() {
         return;
     }
-    if apiserver::program("kube-controller-manager").is_none() {
-        println!(
-            "SKIP: kube-controller-manager is not there: build Kubernetes' programs, or set WEFT_KUBERNETES_BIN"
-        );
-        return assert!(
-            std::env::var_os("CI").is_none(),
-            "SKIP is a failure under CI: kube-controller-manager"
-        );
+    let mut cluster = Cluster::start();
+    cluster.control("validatingadmissionpolicy-status-controller");
+    let bound = Instant::now() + Duration::from_secs(60);
+    loop {
+        let all = cluster.kubectl(&["get", "validatingadmissionpolicies", "-o", "json"]);
+        let all: Value = serde_json::from_str(&all).expect("JSON");
+        let policies = all["items"].as_array().expect("a list");
+        assert!(!policies.is_empty());
+        let warnings: Vec<_> =
+            policies.iter().map(|policy| &policy["status"]["typeChecking"]["expressionWarnings"]).collect();
+        assert!(warnings.iter().all(|warnings| warnings.is_null()), "{warnings:?}");
+        if policies.iter().all(|policy| policy["status"]["observedGeneration"].is_number()) {
+            return;
+        }
+        assert!(Instant::now() < bound, "nobody checked the policies: {all}");
+    }
+}
+
+#[test]
+fn the_entries_of_a_node_that_is_deleted_go_with_it_and_others_stay() {
+    if apiserver::without_controllers() {
+        return;
     }
     let mut cluster = Cluster::start();
-    cluster.collect_garbage();
+    cluster.control("garbage-collector-controller");
     let (one, two) = (open(cluster.options("n1")), open(cluster.options("n2")));
     runtime().block_on(async {
         let mut watch = one.watch();
