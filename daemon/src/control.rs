@@ -151,6 +151,8 @@ pub struct Problems {
     pub underlay: Option<String>,
     /// Who announces this node's own tunnel key, as the last pass saw it.
     pub tunnel_twin: Option<NodeName>,
+    /// What is wrong with the subnets that the cluster chose for this node.
+    pub chosen: Vec<String>,
     /// What keeps the node from the cluster keys that are wanted.
     pub ring: Option<String>,
 }
@@ -315,7 +317,13 @@ impl Control {
     }
 
     /// Takes the subnets that the cluster chose for this node.
-    pub fn handle_node_subnets(&mut self, subnets: Vec<Subnet>, now: Instant) {
+    ///
+    /// `wrong` says what keeps it from others.
+    pub fn handle_node_subnets(&mut self, subnets: Vec<Subnet>, wrong: Vec<String>, now: Instant) {
+        for sentence in wrong.iter().filter(|sentence| !self.problems.chosen.contains(sentence)) {
+            warn!("{sentence}");
+        }
+        self.problems.chosen = wrong;
         if self.leasing.set_fixed(subnets, now) {
             // What was said of the former ones is over.
             self.problems.lease.clear();

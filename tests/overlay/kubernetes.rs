@@ -19,12 +19,12 @@ struct Scene {
 
 impl Scene {
     /// Nothing runs yet but the API.
-    fn quiet(name: &str, mode: &str, pods: usize) -> Option<Self> {
+    fn quiet(name: &str, mode: &str) -> Option<Self> {
         if let Some(why) = no_api() {
             skip(&why);
             return None;
         }
-        let lab = Lab::up(lab_options(name, NODES.len(), mode).pods(pods));
+        let lab = Lab::up(lab_options(name, NODES.len(), mode).pods(0));
         for node in NODES {
             lab.sh(node, "rm /etc/weft/cluster.key");
         }
@@ -33,16 +33,21 @@ impl Scene {
     }
 
     fn up(name: &str) -> Option<Self> {
-        let scene = Self::quiet(name, "weft-ipam", 1)?;
-        scene.start_all();
+        let scene = Self::quiet(name, "weft-ipam")?;
+        NODES.iter().for_each(|node| scene.lab.start(node));
+        scene.wait_until_ready();
+        scene.add_pods();
         scene.lab.meet();
         Some(scene)
     }
 
-    fn start_all(&self) {
+    fn add_pods(&self) {
         for node in NODES {
-            self.lab.start(node);
+            self.lab.tell(Request::PodAdd { node: node.into(), pod: "a".into() });
         }
+    }
+
+    fn wait_until_ready(&self) {
         self.wait("the nodes know each other", || {
             NODES
                 .iter()
@@ -135,14 +140,6 @@ fn nodes_come_up_without_seeds_and_keys_and_say_so_on_their_nodes() {
     ] } });
     scene.api.patch_status(&scene.lab, "n1", &reset);
     scene.wait("the condition is back", || scene.condition("n1")["reason"] == "WeftIsUp");
-    // What keeps pods from talking is said there.
-    scene.lab.sh("n2", "ip link set eth0 down; ip address flush dev eth0");
-    scene.lab.kill("n2");
-    scene.lab.tell(Request::Start { node: "n2".into(), ahead_s: 0 });
-    scene.wait("the Node of n2 says which step is missing", || {
-        let condition = scene.condition("n2");
-        condition["status"] == "False" || condition["message"].to_string().contains("underlay")
-    });
 }
 
 #[test]
@@ -214,21 +211,23 @@ fn a_node_object_that_goes_and_comes_back_is_told_and_used() {
 
 #[test]
 fn pod_cidrs_are_leased_and_their_trouble_told() {
-    let Some(scene) = Scene::quiet("kubecidr", "node-podcidr", 0) else { return };
-    for node in NODES {
-        scene.lab.start(node);
-    }
+    let Some(scene) = Scene::quiet("kubecidr", "node-podcidr") else { return };
+    // The lab's own start waits until a node is ready.
+    let daemon = |node: &&str| scene.lab.background(*node, &["weftd", "--config", "/etc/weft/weft.toml"]);
+    let _daemons: Vec<_> = NODES.iter().map(daemon).collect();
     scene.wait("the lack of it is told", || scene.is_told("n1", "WeftPodCIDR", "--allocate-node-cidrs=true"));
-    scene.wait("and is in the condition", || scene.condition("n1")["status"] == "True");
+    scene.wait("and is in the condition", || {
+        let condition = scene.condition("n1");
+        condition["status"] == "True" && condition["message"].to_string().contains("has no spec.podCIDRs")
+    });
     for (node, cidr) in [("n1", "10.32.71.0/24"), ("n2", "10.32.72.0/24")] {
         let patch = json!({ "spec": { "podCIDR": cidr, "podCIDRs": [cidr] } }).to_string();
         scene.api.kubectl(&scene.lab, &["patch", "node", node, "-p", &patch]);
     }
-    scene.wait("the nodes are ready", || NODES.iter().all(|node| scene.status(node)["ready"] == true));
+    scene.wait_until_ready();
     assert_eq!(scene.status("n1")["subnets"], json!(["10.32.71.0/24"]));
-    for node in NODES {
-        scene.lab.tell(Request::PodAdd { node: node.into(), pod: "a".into() });
-    }
+    scene.wait("the condition follows", || scene.condition("n1")["status"] == "False");
+    scene.add_pods();
     assert!(scene.lab.ip("n2", "a").to_string().starts_with("10.32.72."));
     scene.lab.meet();
 }
@@ -251,4 +250,78 @@ fn what_is_not_permitted_is_named_verb_by_verb() {
     scene.wait("an Event names them", || scene.is_told("n1", "WeftMissingPermission", missing));
     let events = scene.events("n1").len();
     assert!(events <= 6, "{:?}", scene.events("n1"));
+}
+
+#[test]
+fn a_node_that_may_not_read_the_keys_says_so_and_comes_up_once_it_may() {
+    let Some(scene) = Scene::quiet("kubefirstkey", "weft-ipam") else { return };
+    let role = scene.api.get(&scene.lab, &["role", "weft", "-n", "weft-system"]);
+    scene.api.kubectl(&scene.lab, &["delete", "role", "weft", "-n", "weft-system"]);
+    let daemon = |node: &&str| scene.lab.background(*node, &["weftd", "--config", "/etc/weft/weft.toml"]);
+    let _daemons: Vec<_> = NODES.iter().map(daemon).collect();
+    let missing =
+        "may not get secrets in weft-system, watch secrets in weft-system, create secrets in weft-system:";
+    scene.wait("each Node hears of it", || {
+        NODES.iter().all(|node| scene.is_told(node, "WeftMissingPermission", missing))
+    });
+    assert!(
+        scene.is_told("n1", "WeftClusterKey", "does not let weft get secrets"),
+        "{:?}",
+        scene.events("n1")
+    );
+    let rules = json!({ "apiVersion": role["apiVersion"], "kind": "Role", "rules": role["rules"],
+        "metadata": { "name": "weft", "namespace": "weft-system" } });
+    scene.api.apply(&scene.lab, &rules);
+    scene.wait("the daemons answer", || {
+        NODES
+            .iter()
+            .all(|node| scene.lab.exec(*node, &["weft", "status"]).status.code().is_some_and(|code| code < 2))
+    });
+    scene.wait_until_ready();
+    assert_eq!(scene.ids("n1"), scene.ids("n2"));
+}
+
+/// Gives n2 the state of n1, as a disk image would: its keys, and what it remembers.
+fn clone_n1(scene: &Scene) {
+    scene.lab.stop("n2");
+    scene.lab.sh("n1", "cp -r /var/lib/weft /run/weft-lab/shared/image");
+    // The journal of the pods is of another boot.
+    let copy = "rm -rf /var/lib/weft/*; cp -r /run/weft-lab/shared/image/. /var/lib/weft/; rm -f /var/lib/weft/pods.db*";
+    scene.lab.sh("n2", copy);
+}
+
+#[test]
+fn a_second_machine_under_a_nodes_name_is_named_on_that_node() {
+    let Some(scene) = Scene::up("kubetwin") else { return };
+    clone_n1(&scene);
+    let name = "sed -i 's/name = \"n2\"/name = \"n1\"/; s/weft-n2.kubeconfig/weft-n1.kubeconfig/' /etc/weft/weft.toml";
+    scene.lab.sh("n2", name);
+    let twin = scene.lab.background("n2", &["weftd", "--config", "/etc/weft/weft.toml"]);
+    scene.wait("the Node hears of it", || {
+        scene.events("n1").iter().any(|(reason, message)| {
+            ["WeftDuplicateNode", "WeftEnded"].contains(&reason.as_str())
+                && message.contains("another node named n1")
+                && message.contains("node.name")
+        })
+    });
+    drop(twin);
+}
+
+#[test]
+fn a_machine_from_the_image_of_another_node_takes_nothing_from_it() {
+    let Some(scene) = Scene::up("kubeimage") else { return };
+    let subnets = scene.status("n1")["subnets"].clone();
+    scene.lab.tell(Request::PodRemove { node: "n2".into(), pod: "a".into() });
+    clone_n1(&scene);
+    let _daemon = scene.lab.background("n2", &["weftd", "--config", "/etc/weft/weft.toml"]);
+    scene.wait("n2 has a subnet of its own", || {
+        scene.lab.exec("n2", &["weft", "status"]).status.code().is_some_and(|code| code < 2)
+            && scene.status("n2")["ready"] == true
+            && scene.status("n2")["subnets"] != subnets
+    });
+    assert_eq!(scene.status("n1")["subnets"], subnets);
+    assert_eq!(scene.status("n1")["ready"], true);
+    scene.wait("its Node hears that it had one of n1", || scene.is_told("n2", "WeftPodSubnet", "lost to n1"));
+    scene.lab.tell(Request::PodAdd { node: "n2".into(), pod: "b".into() });
+    scene.lab.meet();
 }

@@ -61,6 +61,7 @@ fn kubernetes_needs_no_more_than_its_name() {
         let node = "host-1".parse().expect("a name");
         let options = KubernetesOptions { kubeconfig, namespace: "weft-system".into(), node, mode };
         assert_eq!(config.store.kind, StoreKind::Kubernetes(options));
+        assert_eq!(config.cluster.key_file.to_str(), Some("/var/lib/weft/cluster.key"));
     }
 }
 

@@ -4,11 +4,11 @@ use std::net::IpAddr;
 use std::time::Instant;
 
 use tracing::{info, warn};
+use weft_ipam::store::kubernetes::Mode;
 
 use super::Node;
 use crate::config::StoreKind;
 use crate::kubernetes::{Kubernetes, News, NodeView, Reason, Remark, Said, moved, pod_cidrs};
-use weft_ipam::store::kubernetes::Mode;
 
 /// The cluster as it is known.
 #[derive(Debug)]
@@ -19,27 +19,20 @@ pub(super) struct Cluster {
     gone: bool,
     /// What the Secret holds instead of keys.
     keys: Option<String>,
-    /// What is wrong with `spec.podCIDRs`.
-    pod_cidrs: Vec<String>,
     /// What the tasks found.
     remarks: Vec<Remark>,
 }
 
 impl Cluster {
     pub(super) fn new(kubernetes: Kubernetes) -> Self {
-        Self { kubernetes, view: None, gone: false, keys: None, pod_cidrs: Vec::new(), remarks: Vec::new() }
+        Self { kubernetes, view: None, gone: false, keys: None, remarks: Vec::new() }
     }
 
     /// Returns what is wrong with the cluster, or between the cluster and the node.
     fn remarks(&self, node: &str, used: &[IpAddr]) -> Vec<Remark> {
         let mut remarks = self.remarks.clone();
         let mut add = |reason, sentence| remarks.push(Remark { reason, sentence });
-        for sentence in self.keys.iter() {
-            add(Reason::ClusterKey, sentence.clone());
-        }
-        for sentence in &self.pod_cidrs {
-            add(Reason::PodCidr, sentence.clone());
-        }
+        self.keys.iter().for_each(|sentence| add(Reason::ClusterKey, sentence.clone()));
         if let Some(sentence) = self.view.as_ref().and_then(|view| moved(node, &view.addresses, used)) {
             add(Reason::NodeAddress, sentence);
         }
@@ -86,11 +79,7 @@ impl Node {
                 if let (Mode::NodePodCidr, Some(view)) = (options.mode, &view) {
                     let carver = &self.control.config.cluster.carver;
                     let (subnets, wrong) = pod_cidrs(options.node.as_str(), &view.pod_cidrs, carver);
-                    for sentence in wrong.iter().filter(|sentence| !cluster.pod_cidrs.contains(sentence)) {
-                        warn!("{sentence}");
-                    }
-                    cluster.pod_cidrs = wrong;
-                    self.control.handle_node_subnets(subnets, now);
+                    self.control.handle_node_subnets(subnets, wrong, now);
                 }
                 // A Node that is gone leaves the last one's addresses: nothing can be said of them.
                 if view.is_some() {
@@ -109,29 +98,19 @@ impl Node {
 
     /// Returns what is wrong with the cluster, one sentence each.
     pub(super) fn cluster_warnings(&self) -> impl Iterator<Item = String> {
-        let used: Vec<_> = self
-            .control
-            .underlay
-            .iter()
-            .flat_map(|underlay| &underlay.addresses)
-            .map(|net| net.addr())
-            .collect();
-        let node = self.control.config.node.name.as_str();
-        let remarks = self.cluster.as_ref().map(|cluster| cluster.remarks(node, &used));
-        remarks.unwrap_or_default().into_iter().map(|remark| remark.sentence)
+        self.cluster_remarks().into_iter().map(|remark| remark.sentence)
+    }
+
+    fn cluster_remarks(&self) -> Vec<Remark> {
+        let Some(cluster) = &self.cluster else { return Vec::new() };
+        let addresses = self.control.underlay.iter().flat_map(|underlay| &underlay.addresses);
+        let used: Vec<_> = addresses.map(|net| net.addr()).collect();
+        cluster.remarks(self.control.config.node.name.as_str(), &used)
     }
 
     /// Everything that becomes an Event. What changes its words all the time is left to `weft status`.
     fn remarks(&self, now: Instant) -> Vec<Remark> {
-        let Some(cluster) = &self.cluster else { return Vec::new() };
-        let used: Vec<_> = self
-            .control
-            .underlay
-            .iter()
-            .flat_map(|underlay| &underlay.addresses)
-            .map(|net| net.addr())
-            .collect();
-        let mut remarks = cluster.remarks(self.control.config.node.name.as_str(), &used);
+        let mut remarks = self.cluster_remarks();
         let problems = &self.control.problems;
         let mut add = |reason, sentence: &String| remarks.push(Remark { reason, sentence: sentence.clone() });
         self.control.store_error.iter().for_each(|sentence| add(Reason::Store, sentence));
@@ -139,6 +118,8 @@ impl Node {
             let twin = sentence.starts_with("another node named ");
             add(if twin { Reason::DuplicateNode } else { Reason::PodSubnet }, sentence);
         }
+        problems.chosen.iter().for_each(|sentence| add(Reason::PodCidr, sentence));
+        self.asked_name(now).iter().for_each(|sentence| add(Reason::DuplicateNode, sentence));
         problems.ring.iter().for_each(|sentence| add(Reason::ClusterKey, sentence));
         problems.underlay.iter().for_each(|sentence| add(Reason::Machine, sentence));
         self.preflight.iter().for_each(|sentence| add(Reason::Machine, sentence));

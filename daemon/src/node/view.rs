@@ -153,6 +153,7 @@ impl Node {
         warnings.extend(self.recent_route_conflicts(now));
         warnings.extend(self.control.problems.memory.iter().cloned());
         warnings.extend(self.control.problems.ring.iter().cloned());
+        warnings.extend(self.control.problems.chosen.iter().cloned());
         warnings.extend(self.cluster_warnings());
         warnings.extend(self.foreign_gossip(now));
         warnings.extend(self.namesake(now));
