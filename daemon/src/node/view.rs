@@ -189,7 +189,7 @@ impl Node {
     /// Returns who asked for this node's lease under its name; it asks again every ten minutes while it runs.
     pub(super) fn asked_name(&self, now: Instant) -> Option<String> {
         let (subnet, key, at) = self.control.problems.name_asked.as_ref()?;
-        let recent = now.duration_since(*at) < MEMORY * 10;
+        let recent = now.duration_since(*at) < MEMORY * 12;
         let name = self.control.config.node.name.as_str();
         recent.then(|| duplicate_name(name, &format!("asked for the lease of {subnet}"), key))
     }
