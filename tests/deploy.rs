@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::Duration;
 
 use serde_json::Value;
 use weft_daemon::config::Config;
-use weft_tests::lab::{Backend, Lab, LabOptions, executable};
+use weft_tests::lab::{Backend, Background, Lab, LabOptions, executable, wait_until};
 use weft_tests::manifest::{self, objects};
 
 fn root() -> PathBuf {
@@ -242,4 +243,74 @@ fn make_install_puts_everything_in_its_place() {
     let unit = fs::read_to_string(dir.join("usr/lib/systemd/system/weftd.service")).expect("it is there");
     assert!(unit.contains("ExecStart=/usr/bin/weftd ") && !unit.contains("/usr/local"), "{unit}");
     fs::remove_dir_all(&dir).expect("cleaned");
+}
+
+/// A Kubernetes API server in a lab's node, with an etcd of its own, and no one else.
+struct Api<'a> {
+    lab: &'a Lab,
+    kubectl: String,
+    _servers: [Background; 2],
+}
+
+impl<'a> Api<'a> {
+    fn start(lab: &'a Lab, server: &Path, kubectl: &Path) -> Self {
+        let key = rcgen::KeyPair::generate().expect("a key for service accounts");
+        lab.feed("n1", &["sh", "-c", "mkdir /run/api; cat >/run/api/sa.key"], &key.serialize_pem());
+        lab.feed("n1", &["sh", "-c", "cat >/run/api/sa.pub"], &key.public_key_pem());
+        lab.sh("n1", "echo 'secret,admin,1,system:masters' >/run/api/tokens");
+        let etcd = "etcd --data-dir /run/api/etcd --unsafe-no-fsync";
+        let server = format!(
+            "{} --etcd-servers=http://127.0.0.1:2379 --cert-dir=/run/api --secure-port=6443 --advertise-address=192.0.2.1 \
+             --service-account-issuer=https://api --service-account-key-file=/run/api/sa.pub \
+             --service-account-signing-key-file=/run/api/sa.key --authorization-mode=RBAC \
+             --token-auth-file=/run/api/tokens --service-cluster-ip-range=198.51.100.0/24",
+            server.display()
+        );
+        let background = |name: &str, command: &str| {
+            lab.background("n1", &["sh", "-c", &format!("exec {command} >/run/api/{name}.log 2>&1")])
+        };
+        let servers = [background("etcd", etcd), background("server", &server)];
+        let kubectl = format!(
+            "{} --server=https://127.0.0.1:6443 --insecure-skip-tls-verify --token=secret",
+            kubectl.display()
+        );
+        let api = Self { lab, kubectl, _servers: servers };
+        let answers = || api.kubectl("get --raw /readyz", "").status.success();
+        wait_until("the API server is ready", Duration::from_secs(120), answers);
+        api
+    }
+
+    fn kubectl(&self, words: &str, input: &str) -> Output {
+        // An empty HOME would be the machine's.
+        let script = format!("HOME=/run/api {} {words}", self.kubectl);
+        self.lab.feed("n1", &["sh", "-c", &script], input)
+    }
+}
+
+#[test]
+fn an_api_server_takes_every_object_and_knows_every_field() {
+    let Some(server) = manifest::kubernetes("kube-apiserver") else { return };
+    let Some(kubectl) = manifest::kubernetes("kubectl") else { return };
+    let (Some(kustomize), Some(tool)) = (manifest::tool("kustomize"), manifest::tool("helm")) else { return };
+    let lab = Lab::up(LabOptions::new("api").nodes(1).started(0).pods(0));
+    let api = Api::start(&lab, &server, &kubectl);
+    let apply = |text: &str| {
+        let output = api.kubectl("apply --server-side --force-conflicts --validate=strict -f -", text);
+        let said =
+            format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success() && !said.contains("Warning"), "{said}");
+    };
+    apply(&read("deploy/weft.yaml"));
+    for overlay in ["wireguard", "dual-stack", "node-podcidr"] {
+        let path = format!("deploy/kubernetes/overlays/{overlay}");
+        apply(&text_of(&run(Command::new(&kustomize).args(["build", &path]))));
+    }
+    apply(&text_of(&helm(&tool, &["--set", "encryption.policy=always,cni.exclusive=true"])));
+    let shown = text_of(&api.kubectl("-n weft-system get daemonset weft -o json", ""));
+    let shown: Value = serde_json::from_str(&shown).expect("kubectl writes JSON");
+    assert_eq!(shown["spec"]["updateStrategy"]["rollingUpdate"]["maxSurge"], 1);
+    // A field that it does not know would have been refused.
+    let wrong = read("deploy/weft.yaml").replace("maxSurge", "maxSurges");
+    let refused = api.kubectl("apply --server-side --force-conflicts --validate=strict -f -", &wrong);
+    assert!(!refused.status.success() && String::from_utf8_lossy(&refused.stderr).contains("maxSurges"));
 }

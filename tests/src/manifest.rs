@@ -20,11 +20,23 @@ pub fn objects(text: &str) -> Vec<Value> {
 /// # Panics
 /// As [`skip`].
 pub fn tool(name: &str) -> Option<PathBuf> {
+    cached(&format!("bin/{name}"), "make deploy-tools")
+}
+
+/// Finds a program of Kubernetes there, as [`tool`] does.
+///
+/// # Panics
+/// As [`skip`].
+pub fn kubernetes(name: &str) -> Option<PathBuf> {
+    cached(&format!("kubernetes/bin/{name}"), "make kubernetes")
+}
+
+fn cached(name: &str, target: &str) -> Option<PathBuf> {
     let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let cache = cache.or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")));
-    let found = cache.map(|cache| cache.join("weft-tests/bin").join(name)).filter(|path| path.is_file());
+    let found = cache.map(|cache| cache.join("weft-tests").join(name)).filter(|path| path.is_file());
     if found.is_none() {
-        skip(&format!("{name} is not built (make deploy-tools, which needs Go)"));
+        skip(&format!("{name} is not built ({target}, which needs Go)"));
     }
     found
 }
