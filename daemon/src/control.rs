@@ -452,7 +452,7 @@ impl Control {
 
     fn handle_mesh_event(&mut self, event: MeshEvent, now: Instant) {
         match event {
-            MeshEvent::RoutesChanged => self.wake(now),
+            MeshEvent::RoutesChanged | MeshEvent::StatementsChanged => self.wake(now),
             MeshEvent::MemberChanged { node, state } => {
                 info!(peer = %node, %state, "peer changed");
                 self.wake(now);

@@ -212,6 +212,7 @@ impl Control {
             vxlan_port: self.config.overlay.port,
             mtu: u16::try_from(underlay.mtu).unwrap_or(u16::MAX),
             capabilities,
+            certificate: None,
             tunnel: self.announced.map(|key| TunnelFacts {
                 key,
                 port: self.config.encryption.port,
