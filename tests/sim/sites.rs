@@ -96,7 +96,7 @@ fn sites_believe_each_other_once_both_have_said_so() {
     assert!(routes(&net, 0, 0) && routes(&net, 1, 1), "WEFT_SEED={}", net.seed);
     assert!(routes_nothing(&net, 0, 1) && routes_nothing(&net, 1, 0), "WEFT_SEED={}", net.seed);
     admit(&mut net, 0, 1);
-    net.run_until("one way", seconds(20), |net| routes(net, 0, 1));
+    net.run_until("one way", seconds(60), |net| routes(net, 0, 1));
     assert!(routes_nothing(&net, 1, 0));
     admit(&mut net, 1, 0);
     net.run_until("both ways", seconds(20), |net| net.converged(&all(2)));

@@ -204,9 +204,7 @@ impl Mesh {
                 self.outputs.push_back(Output::Event(MeshEvent::DuplicateName { from, key }));
             }
             Checked::Statement(signed) => {
-                if self.merge_statement(signed) && sync {
-                    self.sync_soon();
-                }
+                self.merge_statement(signed);
             }
             Checked::RefusedKey => self.counters.refused_keys += 1,
             Checked::Full => self.counters.refused_full += 1,

@@ -167,6 +167,8 @@ pub struct SyncRoot {
     pub count: u32,
     #[prost(fixed64, tag = "3")]
     pub statements: u64,
+    #[prost(bool, tag = "4")]
+    pub answers: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]

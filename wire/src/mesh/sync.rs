@@ -131,14 +131,26 @@ impl Mesh {
 
     pub(super) fn sync_with(&mut self, id: Id) {
         self.counters.syncs += 1;
+        let root = self.root(false);
+        self.send_to_member(id, Body::SyncRoot(root), Vec::new());
+    }
+
+    fn root(&self, answers: bool) -> proto::SyncRoot {
         let Sum { hash, count } = self.table.sums.root;
-        let statements = self.sites.sum();
-        self.send_to_member(id, Body::SyncRoot(proto::SyncRoot { hash, count, statements }), Vec::new());
+        proto::SyncRoot { hash, count, statements: self.sites.sum(), answers }
     }
 
     pub(super) fn on_sync_root(&mut self, reply: &super::ReplyTo, root: &proto::SyncRoot) {
         if root.statements != 0 && self.sites.judges() && root.statements != self.sites.sum() {
             self.push_statements(reply);
+            if !root.answers {
+                // Which side lacks something no sum tells.
+                let root = self.root(true);
+                self.reply(reply, Body::SyncRoot(root), Vec::new());
+            }
+        }
+        if root.answers {
+            return;
         }
         let sum = self.table.sums.root;
         if (sum.hash, sum.count) == (root.hash, root.count) {

@@ -148,8 +148,8 @@ fn arb_body() -> impl Strategy<Value = Body> {
         (any::<u64>(), ".{0,9}|m[0-3]")
             .prop_map(|(token, target)| Body::PingRequest(proto::PingRequest { token, target })),
         any::<bool>().prop_map(|sync| Body::Push(proto::Push { sync })),
-        any::<(u64, u32, u64)>().prop_map(|(hash, count, statements)| {
-            Body::SyncRoot(proto::SyncRoot { hash, count, statements })
+        any::<(u64, u32, u64, bool)>().prop_map(|(hash, count, statements, answers)| {
+            Body::SyncRoot(proto::SyncRoot { hash, count, statements, answers })
         }),
         vec(any::<u8>(), 70..74).prop_map(|certificate| Body::Certify(proto::Certify { certificate })),
         (0..3u32, 0..20u32, vec(any::<u64>(), 15..18), vec(any::<u32>(), 15..18)).prop_map(

@@ -165,6 +165,8 @@ impl Mesh {
             return false;
         }
         self.queue.push(Topic::Statement(subject));
+        // Whoever is let in now said what it has to say long ago, and nobody kept it.
+        self.sync_soon();
         self.outputs.push_back(Output::Event(MeshEvent::StatementsChanged));
         if !std::mem::replace(&mut self.rejudge, true) {
             self.timers.set(self.now + JUDGE, Timer::Judge);
