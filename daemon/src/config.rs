@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use weft_ipam::carve::Carver;
-use weft_ipam::store::EtcdOptions;
+use weft_ipam::store::{EtcdOptions, KubernetesOptions};
 use weft_wire::types::{NodeName, SiteName, Subnet};
 
 use crate::kernel::Implementation;
@@ -84,6 +84,8 @@ pub enum StoreKind {
     Sqlite(PathBuf),
     /// An etcd cluster.
     Etcd(EtcdOptions),
+    /// The API of a Kubernetes cluster.
+    Kubernetes(KubernetesOptions),
     /// The operator names the node's subnets.
     Static(Vec<Subnet>),
 }

@@ -11,7 +11,9 @@
 mod checksum;
 mod facts;
 mod probe;
+mod ring;
 mod schedule;
+mod seeds;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -73,6 +75,8 @@ pub enum Output {
     Subnets(Vec<Subnet>),
     /// Listen for gossip on these addresses.
     Listen(Vec<IpAddr>),
+    /// Write these cluster keys to the disk, and tell by [`Control::handle_ring_kept`].
+    KeepRing(KeyRing),
     /// Bring the kernel to this; the shell adds the pods. Answer by [`Control::handle_pass`].
     Reconcile(Box<Inputs>),
     /// A ping was answered.
@@ -144,6 +148,8 @@ pub struct Problems {
     pub underlay: Option<String>,
     /// Who announces this node's own tunnel key, as the last pass saw it.
     pub tunnel_twin: Option<NodeName>,
+    /// What keeps the node from the cluster keys that are wanted.
+    pub ring: Option<String>,
 }
 
 /// What a control plane starts from.
@@ -203,6 +209,11 @@ pub struct Control {
     /// A pass that waits for the memory.
     job: Option<Box<Inputs>>,
     leaving: bool,
+    /// To the cluster keys that are wanted, where something says which.
+    way: Option<ring::Way>,
+    /// When to draw seeds, and from what randomness.
+    seeds_due: Instant,
+    draws: ChaCha8Rng,
     outputs: VecDeque<Output>,
 }
 
@@ -239,6 +250,9 @@ impl Control {
             memory_first: None,
             job: None,
             leaving: false,
+            way: None,
+            seeds_due: now,
+            draws: ChaCha8Rng::from_seed(random(&mut seeds)),
             outputs: VecDeque::new(),
         };
         control.take_lease_table(now);
@@ -260,6 +274,7 @@ impl Control {
         match answer {
             StoreAnswer::Listed(Ok(snapshot)) => {
                 self.leasing.handle_snapshot(&snapshot, now);
+                self.reconsider_seeds(now);
                 // A store that is full answers lists; what it refused to write stays to be told.
                 if !self.leasing.write_refused() {
                     self.store_error = None;
@@ -276,7 +291,10 @@ impl Control {
             StoreAnswer::Deleted(key, Err(PutError::Conflict(entry))) => {
                 self.leasing.handle_delete(key, Err(entry), now);
             }
-            StoreAnswer::Changed(change) => self.leasing.handle_change(&change, now),
+            StoreAnswer::Changed(change) => {
+                self.leasing.handle_change(&change, now);
+                self.reconsider_seeds(now);
+            }
             StoreAnswer::Listed(Err(error))
             | StoreAnswer::Put(_, Err(PutError::Store(error)))
             | StoreAnswer::Deleted(_, Err(PutError::Store(error))) => {
@@ -380,11 +398,23 @@ impl Control {
                 }
                 weft_wire::mesh::Output::Wait { until, .. } => until,
             };
-            if self.run_probe(now) || self.start_pass(now) || self.remember_if_due(now) {
+            if self.go_on_with_keys(now)
+                || self.draw_seeds(now)
+                || self.run_probe(now)
+                || self.start_pass(now)
+                || self.remember_if_due(now)
+            {
                 continue;
             }
-            let wakes =
-                [Some(lease_wake), Some(mesh_wake), self.pass_wake(), self.memory_due, self.probe_wake()];
+            let wakes = [
+                Some(lease_wake),
+                Some(mesh_wake),
+                Some(self.seeds_due),
+                self.ring_wake(),
+                self.pass_wake(),
+                self.memory_due,
+                self.probe_wake(),
+            ];
             let until = wakes.into_iter().flatten().min().expect("the mesh always has a next time");
             return Output::Wait { until };
         }
@@ -531,10 +561,6 @@ fn random(seeds: &mut ChaCha8Rng) -> [u8; 32] {
 
 fn mesh(start: &Start, seed: [u8; 32], now: Instant) -> Mesh {
     let Start { config, memory, .. } = start;
-    let mut seeds = config.gossip.seeds.clone();
-    seeds.extend(memory.peers.values().flat_map(|peer| peer.gossip.first().copied()));
-    seeds.sort_unstable();
-    seeds.dedup();
     let timing = Timing {
         probe_interval: config.gossip.probe_interval,
         probe_timeout: config.gossip.probe_interval / 2,
@@ -546,7 +572,7 @@ fn mesh(start: &Start, seed: [u8; 32], now: Instant) -> Mesh {
         site: config.node.site.clone(),
         key: start.key.clone(),
         ring: start.ring.clone(),
-        seeds,
+        seeds: Vec::new(), // `draw_seeds` gives the first before anything is sent.
         incarnation: memory.incarnation,
         timing,
         verify: Arc::new(Each),

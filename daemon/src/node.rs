@@ -249,6 +249,7 @@ impl Node {
                         warn!("{problem}");
                     }
                 }
+                Output::KeepRing(ring) => self.keep_ring(ring, now),
                 Output::Reconcile(inputs) => self.reconcile(inputs),
                 Output::Pong { token, rtt } => self.finish_ping(token, rtt),
                 Output::Fatal(sentence) => return Err(Fatal(sentence)),

@@ -10,6 +10,7 @@
 //! or (any of them failed) `handle_store_error`.
 
 use std::fmt;
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -51,6 +52,8 @@ pub struct LeaseConfig {
     pub list_every: Duration,
     /// Differs at every start of the daemon: tells the node's own writes from those of a clone.
     pub boot: String,
+    /// Where the node receives gossip, for those who know nobody yet; [`Leasing::set_gossip`] changes it.
+    pub gossip: Vec<SocketAddr>,
 }
 
 impl LeaseConfig {
@@ -68,6 +71,7 @@ impl LeaseConfig {
             renew_every: ttl / 3,
             list_every: ttl / 60,
             boot,
+            gossip: Vec::new(),
         }
     }
 
@@ -107,6 +111,8 @@ pub struct LeaseView {
     pub expired: bool,
     /// Whether the lease is this node's.
     pub own: bool,
+    /// Where the owner said that it receives gossip.
+    pub gossip: Vec<SocketAddr>,
 }
 
 /// What happened to this node's leases.

@@ -17,11 +17,13 @@ use tokio::sync::mpsc;
 use weft_wire::types::Subnet;
 
 pub mod etcd;
+pub mod kubernetes;
 pub mod memory;
 pub mod sqlite;
 pub mod static_;
 
 pub use etcd::{EtcdOptions, EtcdStore};
+pub use kubernetes::KubernetesOptions;
 pub use memory::MemoryStore;
 pub use sqlite::SqliteStore;
 pub use static_::StaticStore;

@@ -1,8 +1,11 @@
 //! Who reaches whom, and with which address.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
-use weft_tests::lab::{Backend, Families, Lab, LabOptions, Store};
+use weft_tests::lab::{Backend, Families, Lab, LabOptions, Request, Store, wait_until};
+
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Counts the echo requests a pod gets, and those of them that come from this address.
 fn count_pings(lab: &Lab, place: &str, from: IpAddr) {
@@ -200,4 +203,23 @@ fn neighbours_that_are_one_hop_away_are_reached_without_a_tunnel_when_asked() {
         let route = lab.json("n1", &["ip", "-j", "route", "get", &ip.to_string()]);
         assert_eq!(route[0]["dev"], "eth0", "{ip} goes through a tunnel");
     }
+}
+
+#[test]
+fn nodes_without_seeds_find_each_other_through_their_leases() {
+    let lab = Lab::up(LabOptions::new("seedless").pods(1).started(2).config("[gossip]\nseeds = []"));
+    lab.ping_all();
+    // Nobody whom n3 knew is where it was: the one that it finds is at an address that n3 never had from anyone.
+    lab.stop("n2");
+    lab.sh("n1", "ip address del 192.0.2.1/24 dev eth0; ip address add 192.0.2.77/24 dev eth0");
+    lab.sh("n1", "sed -i '/^address/s/192.0.2.1/192.0.2.77/' /etc/weft/weft.toml && grep 192.0.2.77 /etc/weft/weft.toml");
+    lab.stop("n1");
+    lab.start("n1");
+    lab.start("n3");
+    wait_until("n3 knows n1", PATIENCE, || lab.weft("n3", &["status"])["peers"]["alive"] == 1);
+    lab.start("n2");
+    let alive = |node: &str| lab.weft(node, &["status"])["peers"]["alive"] == 2;
+    wait_until("all know each other", PATIENCE, || ["n1", "n2", "n3"].into_iter().all(alive));
+    lab.tell(Request::PodAdd { node: "n3".into(), pod: "a".into() });
+    lab.meet();
 }

@@ -116,6 +116,16 @@ fn what_once_failed_holds() {
 }
 
 #[test]
+fn cluster_keys_change_in_one_place_and_every_datagram_is_read() {
+    let first = weft_tests::sim::seed::of("cluster_keys_change_in_one_place");
+    for seed in first..first + 6 {
+        let secrecy = [Secrecy::Clear, Secrecy::Sealed][(seed % 2) as usize];
+        let outcome = World::new(seed, 3 + (seed % 4) as usize, secrecy).change_keys_in_one_place();
+        assert!(outcome.is_ok(), "WEFT_SEED={seed}: {outcome:?}");
+    }
+}
+
+#[test]
 fn the_same_seed_gives_the_same_run() {
     let seed = weft_tests::sim::seed::of("the_same_seed_gives_the_same_run");
     assert_eq!(check(seed), check(seed));

@@ -58,6 +58,8 @@ pub struct Facts {
     pub mtu: u16,
     /// What the node can do.
     pub capabilities: Capabilities,
+    /// The cluster keys that the node opens datagrams with, the one that it seals with first; at most [`MAX_KEYS`].
+    pub keys: Vec<KeyId>,
     /// How to speak WireGuard with the node, if it does.
     pub tunnel: Option<TunnelFacts>,
     /// The word of the node's site for the key and the subnets; the mesh puts it in.
@@ -261,6 +263,7 @@ impl SignedRecord {
         facts.subnets.truncate(MAX_SUBNETS);
         facts.gossip.truncate(MAX_GOSSIP);
         facts.underlay.truncate(MAX_UNDERLAY);
+        facts.keys.truncate(MAX_KEYS);
         let endorsements = key.endorsements.clone();
         let mut record = NodeRecord { node, site, key: key.public(), version, facts, endorsements, left };
         let mut bytes = to_proto(&record).encode_to_vec();
@@ -425,6 +428,7 @@ fn to_proto(record: &NodeRecord) -> proto::Record {
             .flat_map(|tunnel| &tunnel.preshared)
             .flat_map(|id| id.0)
             .collect(),
+        cluster_keys: facts.keys.iter().flat_map(|id| id.0).collect(),
         endorsements: record
             .endorsements
             .iter()
@@ -460,6 +464,7 @@ fn from_proto(record: proto::Record) -> Result<NodeRecord, RecordError> {
         vxlan_port: record.vxlan_port.try_into().map_err(|_| Field("vxlan_port"))?,
         mtu: record.mtu.try_into().map_err(|_| Field("mtu"))?,
         capabilities: Capabilities(record.capabilities),
+        keys: ids_from_bytes(&record.cluster_keys).ok_or(Field("cluster_keys"))?,
         tunnel: tunnel_from_proto(&record.tunnel_key, record.tunnel_port, &record.tunnel_preshared)?,
         certificate: match &record.certificate[..] {
             [] => None,
@@ -487,11 +492,13 @@ fn tunnel_from_proto(key: &[u8], port: u32, preshared: &[u8]) -> Result<Option<T
     }
     let key = key.try_into().map(TunnelKey).map_err(|_| RecordError::Field("tunnel_key"))?;
     let port = u16::try_from(port).ok().filter(|port| *port > 0).ok_or(RecordError::Field("tunnel_port"))?;
-    let (ids, []) = preshared.as_chunks() else { return Err(RecordError::Field("tunnel_preshared")) };
-    if ids.len() > MAX_KEYS {
-        return Err(RecordError::Field("tunnel_preshared"));
-    }
-    Ok(Some(TunnelFacts { key, port, preshared: ids.iter().copied().map(KeyId).collect() }))
+    let preshared = ids_from_bytes(preshared).ok_or(RecordError::Field("tunnel_preshared"))?;
+    Ok(Some(TunnelFacts { key, port, preshared }))
+}
+
+fn ids_from_bytes(bytes: &[u8]) -> Option<Vec<KeyId>> {
+    let (ids, []) = bytes.as_chunks() else { return None };
+    (ids.len() <= MAX_KEYS).then(|| ids.iter().copied().map(KeyId).collect())
 }
 
 pub(crate) fn parse_all<T>(list: &[Vec<u8>], parse: fn(&[u8]) -> Option<T>) -> Option<Vec<T>> {

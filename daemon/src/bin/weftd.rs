@@ -36,9 +36,12 @@ fn main() -> ExitCode {
         Err(error) => return fail(&error),
     };
     if arguments.check_config {
-        if let StoreKind::Etcd(options) = &config.store.kind
-            && let Err(error) = options.check_files()
-        {
+        let checked = match &config.store.kind {
+            StoreKind::Etcd(options) => options.check_files().map_err(|error| error.to_string()),
+            StoreKind::Kubernetes(options) => options.check_files().map_err(|error| error.to_string()),
+            StoreKind::Sqlite(_) | StoreKind::Static(_) => Ok(()),
+        };
+        if let Err(error) = checked {
             return fail(&error);
         }
         println!("{}: ok", arguments.config.display());

@@ -7,8 +7,9 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde::Deserialize;
 use weft_ipam::carve::{Carver, ClusterCidr};
-use weft_ipam::store::EtcdOptions;
 use weft_ipam::store::etcd::EtcdOptionsError;
+use weft_ipam::store::kubernetes::Mode;
+use weft_ipam::store::{EtcdOptions, KubernetesOptions};
 use weft_wire::types::{NodeName, SiteName, Subnet};
 
 use crate::kernel::Implementation;
@@ -90,7 +91,28 @@ enum Kind {
     #[default]
     Sqlite,
     Etcd,
+    Kubernetes,
     Static,
+}
+
+impl Kind {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Sqlite => "sqlite",
+            Self::Etcd => "etcd",
+            Self::Kubernetes => "kubernetes",
+            Self::Static => "static",
+        }
+    }
+}
+
+/// `store.mode`.
+#[derive(Debug, Clone, Copy, Deserialize)]
+enum Chooser {
+    #[serde(rename = "weft-ipam")]
+    WeftIpam,
+    #[serde(rename = "node-podcidr")]
+    NodePodCidr,
 }
 
 #[derive(Debug, Deserialize)]
@@ -105,6 +127,9 @@ struct Store {
     key_file: Option<PathBuf>,
     user: Option<String>,
     password_file: Option<PathBuf>,
+    mode: Option<Chooser>,
+    kubeconfig: Option<PathBuf>,
+    namespace: Option<String>,
     subnets: Vec<Subnet>,
     lease_ttl: Span,
 }
@@ -121,6 +146,9 @@ impl Default for Store {
             key_file: None,
             user: None,
             password_file: None,
+            mode: None,
+            kubeconfig: None,
+            namespace: None,
             subnets: Vec::new(),
             lease_ttl: Span(Duration::from_secs(3600)),
         }
@@ -324,33 +352,48 @@ fn distance(from: &str, to: &str) -> usize {
 
 impl Store {
     fn resolve(self, node: &NodeName) -> Result<StoreKind, String> {
-        let only_etcd = [
-            ("endpoints", !self.endpoints.is_empty()),
-            ("prefix", self.prefix.is_some()),
-            ("ca_file", self.ca_file.is_some()),
-            ("cert_file", self.cert_file.is_some()),
-            ("key_file", self.key_file.is_some()),
-            ("user", self.user.is_some()),
-            ("password_file", self.password_file.is_some()),
+        let only = [
+            ("endpoints", !self.endpoints.is_empty(), Kind::Etcd),
+            ("prefix", self.prefix.is_some(), Kind::Etcd),
+            ("ca_file", self.ca_file.is_some(), Kind::Etcd),
+            ("cert_file", self.cert_file.is_some(), Kind::Etcd),
+            ("key_file", self.key_file.is_some(), Kind::Etcd),
+            ("user", self.user.is_some(), Kind::Etcd),
+            ("password_file", self.password_file.is_some(), Kind::Etcd),
+            ("mode", self.mode.is_some(), Kind::Kubernetes),
+            ("kubeconfig", self.kubeconfig.is_some(), Kind::Kubernetes),
+            ("namespace", self.namespace.is_some(), Kind::Kubernetes),
+            ("subnets", !self.subnets.is_empty(), Kind::Static),
         ];
-        if let Some((key, _)) = only_etcd.iter().find(|(_, given)| *given && self.r#type != Kind::Etcd) {
+        if let Some((key, _, kind)) = only.iter().find(|(_, given, kind)| *given && self.r#type != *kind) {
             return Err(format!(
-                "store.{key} belongs to store.type = \"etcd\"; remove it, or change the type"
+                "store.{key} belongs to store.type = {:?}; remove it, or change the type",
+                kind.name()
             ));
-        }
-        if self.r#type != Kind::Static && !self.subnets.is_empty() {
-            return Err(
-                "store.subnets belongs to store.type = \"static\"; remove it, or change the type".into()
-            );
         }
         match self.r#type {
             Kind::Sqlite => Ok(StoreKind::Sqlite(self.path)),
             Kind::Etcd => self.etcd(node).map(StoreKind::Etcd),
+            Kind::Kubernetes => self.kubernetes(node).map(StoreKind::Kubernetes),
             Kind::Static if self.subnets.is_empty() => Err(
                 "store.type = \"static\" needs the node's subnets: set store.subnets, for example [\"10.32.4.0/24\"]".into(),
             ),
             Kind::Static => Ok(StoreKind::Static(self.subnets)),
         }
+    }
+
+    fn kubernetes(self, node: &NodeName) -> Result<KubernetesOptions, String> {
+        let options = KubernetesOptions {
+            kubeconfig: self.kubeconfig,
+            namespace: self.namespace.unwrap_or_else(|| "weft-system".into()),
+            node: node.clone(),
+            mode: match self.mode {
+                None | Some(Chooser::WeftIpam) => Mode::WeftIpam,
+                Some(Chooser::NodePodCidr) => Mode::NodePodCidr,
+            },
+        };
+        options.check().map_err(|error| error.to_string())?;
+        Ok(options)
     }
 
     fn etcd(self, node: &NodeName) -> Result<EtcdOptions, String> {

@@ -1,3 +1,5 @@
+use weft_ipam::store::kubernetes::Mode;
+
 use super::*;
 
 const CIDR: &str = "[cluster]\ncidrs = [{ cidr = \"10.32.0.0/12\", node_prefix = 24 }]\n";
@@ -34,6 +36,25 @@ fn entries_in_etcd_outlive_a_lease_by_far() {
     }
 }
 
+/// A configuration with Kubernetes and these lines.
+fn kubernetes(lines: &str) -> String {
+    format!("{CIDR}[store]\ntype = \"kubernetes\"\n{lines}\n")
+}
+
+#[test]
+fn kubernetes_needs_no_more_than_its_name() {
+    for (lines, mode, kubeconfig) in [
+        ("", Mode::WeftIpam, None),
+        ("mode = \"weft-ipam\"\nkubeconfig = \"/k\"", Mode::WeftIpam, Some("/k".into())),
+        ("mode = \"node-podcidr\"", Mode::NodePodCidr, None),
+    ] {
+        let config = parse(&kubernetes(lines)).expect("valid");
+        let node = "host-1".parse().expect("a name");
+        let options = KubernetesOptions { kubeconfig, namespace: "weft-system".into(), node, mode };
+        assert_eq!(config.store.kind, StoreKind::Kubernetes(options));
+    }
+}
+
 #[test]
 fn every_mistake_is_one_sentence_with_its_place() {
     for (text, sentence) in [
@@ -67,6 +88,13 @@ fn every_mistake_is_one_sentence_with_its_place() {
         (&etcd("endpoints = [\"http://a:1\"]\nuser = \"u\""), "store.user needs store.password_file too"),
         (&etcd("endpoints = [\"http://a:1\"]\nprefix = \"weft/\""), "store.prefix \"weft/\" cannot be used"),
         (&etcd("endpoints = [\"http://a:1\"]\nsubnets = [\"10.32.1.0/24\"]"), "belongs to store.type"),
+        (&kubernetes("namespace = \"Weft\""), "store.namespace \"Weft\" is no name of a namespace"),
+        (&kubernetes("mode = \"both\""), "unknown variant"),
+        (&kubernetes("prefix = \"/a\""), "store.prefix belongs to store.type = \"etcd\""),
+        (
+            &format!("{CIDR}[store]\nmode = \"weft-ipam\""),
+            "store.mode belongs to store.type = \"kubernetes\"",
+        ),
         (&format!("{CIDR}[metrics]\nlisten = \"7118\"\n"), "no address with a port"),
         ("", "cluster.cidrs: no cluster CIDR is configured"),
     ] {

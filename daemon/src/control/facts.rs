@@ -92,7 +92,7 @@ impl Control {
         for (node, remembered) in &self.memory.peers {
             let still_owned = match &self.config.store.kind {
                 StoreKind::Static(_) => young,
-                StoreKind::Sqlite(_) | StoreKind::Etcd(_) => remembered
+                StoreKind::Sqlite(_) | StoreKind::Etcd(_) | StoreKind::Kubernetes(_) => remembered
                     .peer
                     .subnets
                     .iter()
@@ -212,6 +212,7 @@ impl Control {
             vxlan_port: self.config.overlay.port,
             mtu: u16::try_from(underlay.mtu).unwrap_or(u16::MAX),
             capabilities,
+            keys: self.mesh.ring().ids().collect(),
             certificate: None,
             tunnel: self.announced.map(|key| TunnelFacts {
                 key,

@@ -1,5 +1,6 @@
 //! When a pass over the kernel is due, and what its report means for the node.
 
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
@@ -131,7 +132,9 @@ impl Control {
     /// After the underlay changed: gossip listens there, and peers hear of it.
     fn underlay_changed(&mut self, now: Instant) {
         let Ok(underlay) = &self.underlay else { return };
-        let addresses = underlay.addresses.iter().map(|address| address.addr()).collect();
+        let addresses: Vec<_> = underlay.addresses.iter().map(|address| address.addr()).collect();
+        let gossip = addresses.iter().map(|address| SocketAddr::new(*address, self.config.gossip.port));
+        self.leasing.set_gossip(gossip.collect(), now);
         self.outputs.push_back(Output::Listen(addresses));
         self.announce(now);
         self.wake(now);

@@ -26,24 +26,34 @@ pub(super) fn read_ring(path: &Path) -> Result<KeyRing, String> {
             path.display()
         )
     })?;
+    parse_ring(&text, &path.display().to_string())
+}
+
+/// Reads the text of cluster keys; `place` is where it is from.
+pub(crate) fn parse_ring(text: &str, place: &str) -> Result<KeyRing, String> {
     let keys = text
         .lines()
         .enumerate()
         .map(|(line, key)| (line + 1, key.split('#').next().unwrap_or_default().trim()))
         .filter(|(_, key)| !key.is_empty())
-        .map(|(line, key)| {
-            key.parse::<ClusterKey>().map_err(|error| format!("{}:{line}: {error}", path.display()))
-        })
+        .map(|(line, key)| key.parse::<ClusterKey>().map_err(|error| format!("{place}:{line}: {error}")))
         .collect::<Result<Vec<_>, _>>()?;
-    KeyRing::new(keys).map_err(|error| format!("{}: {error}", path.display()))
+    KeyRing::new(keys).map_err(|error| format!("{place}: {error}"))
 }
 
-fn write_ring(path: &Path, ring: &KeyRing) -> Result<(), StateError> {
+/// Replaces the file of cluster keys.
+pub(crate) fn write_ring(path: &Path, ring: &KeyRing) -> Result<(), StateError> {
     let text: String = ring.keys().map(|key| key.to_secret_text() + "\n").collect();
     state::replace(path, text.as_bytes())
 }
 
 impl Node {
+    /// Writes the cluster keys that the control plane goes on with.
+    pub(super) fn keep_ring(&mut self, ring: KeyRing, now: Instant) {
+        let written = write_ring(&self.control.config.cluster.key_file, &ring);
+        self.control.handle_ring_kept(written.map(|()| ring).map_err(|error| error.to_string()), now);
+    }
+
     /// Lists, adds, uses or removes a cluster key.
     pub(super) fn change_cluster_keys(&mut self, request: &ClusterKeyRequest, now: Instant) -> Reply {
         match self.changed_ring(request) {
@@ -68,6 +78,12 @@ impl Node {
             || (2, format!("no key {:?} in the ring; `weft cluster-key list` shows the ids", request.key));
         match request.action.as_str() {
             "" | "list" => return Ok(None),
+            _ if self.control.follows() => {
+                return Err((
+                    1,
+                    "the cluster keys are those of the Secret weft-cluster-key: edit that, and every node follows".into(),
+                ));
+            }
             "add" => {
                 let key: ClusterKey = request.key.parse().map_err(|error| (1, format!("{error}")))?;
                 if keys.contains(&key) {

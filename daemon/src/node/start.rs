@@ -152,6 +152,10 @@ pub fn start(config: Config, origin: Origin) -> Result<Node, Fatal> {
     let store: Box<dyn Store> = match &config.store.kind {
         StoreKind::Sqlite(path) => Box::new(SqliteStore::open(path.clone())),
         StoreKind::Etcd(options) => Box::new(EtcdStore::open(options.clone()).map_err(fatal)?),
+        StoreKind::Kubernetes(options) => {
+            options.check_files().map_err(fatal)?;
+            return Err(Fatal("this build has no store in Kubernetes yet".into()));
+        }
         StoreKind::Static(subnets) => Box::new(StaticStore::new(subnets.clone())),
     };
     let (store_done, store_inbox) = mpsc::channel(EVENTS);

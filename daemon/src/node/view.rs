@@ -151,6 +151,7 @@ impl Node {
         warnings.extend(self.control.problems.lease.keys().cloned());
         warnings.extend(self.recent_route_conflicts(now));
         warnings.extend(self.control.problems.memory.iter().cloned());
+        warnings.extend(self.control.problems.ring.iter().cloned());
         if let Some((from, at)) = self.control.problems.wrong_key
             && now.duration_since(at) < MEMORY
         {

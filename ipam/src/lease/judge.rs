@@ -52,7 +52,8 @@ impl Leasing {
         let (Step::Claimed(claim) | Step::Raise(claim) | Step::Withdraw(claim)) = step else { return };
         let subnet = claim.lease.subnet;
         let seen = self.view.entries.get(&subnet).filter(|seen| seen.revision == claim.created);
-        if seen.and_then(|seen| seen.value.as_ref().ok()) != Some(&self.value(claim.lease, 0)) {
+        let value = seen.and_then(|seen| seen.value.as_ref().ok());
+        if !value.is_some_and(|value| self.is_claim(value, claim.lease)) {
             // Gone or overwritten: whatever is there now is judged like any other entry.
             self.slots[index].step = Step::Rest;
             return;
@@ -82,7 +83,8 @@ impl Leasing {
         }
         let Claim { lease, created, .. } = claim;
         let renew_at = now + self.jittered(self.config.renew_every);
-        let renew_at = if lease.key == self.config.key { renew_at } else { now };
+        let up_to_date = lease.key == self.config.key && claim.moves == self.moves;
+        let renew_at = if up_to_date { renew_at } else { now };
         let slot = &mut self.slots[index];
         slot.held = Some(Held { lease, proof: Proof::Entry(created), written: true, renewals: 0, renew_at });
         slot.step = Step::Rest;
@@ -372,7 +374,14 @@ impl Leasing {
             ttl: self.config.ttl,
             renewals,
             boot: self.config.boot.clone(),
+            gossip: self.config.gossip.clone(),
         }
+    }
+
+    /// Returns whether an entry is this run's claim, wherever the node has moved since.
+    fn is_claim(&self, value: &LeaseValue, lease: HeldLease) -> bool {
+        let claim = LeaseValue { gossip: value.gossip.clone(), ..self.value(lease, 0) };
+        *value == claim
     }
 
     fn tell(&mut self, index: usize, event: LeaseEvent) {

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::fmt;
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use rand_chacha::ChaCha8Rng;
@@ -53,6 +54,8 @@ pub(super) struct Claim {
     pub(super) created: u64,
     /// When the write was asked for: others count from then at the earliest.
     pub(super) asked: Instant,
+    /// How often the node had moved by then.
+    pub(super) moves: u64,
 }
 
 /// The one request that waits for its answer.
@@ -62,6 +65,7 @@ pub(super) struct InFlight {
     /// What it writes or deletes.
     key: Option<Key>,
     asked: Instant,
+    moves: u64,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -124,6 +128,8 @@ pub struct Leasing {
     pub(super) may_renumber: bool,
     pub(super) releasing: bool,
     pub(super) told: BTreeSet<(Subnet, String)>,
+    /// How often the node's gossip addresses changed: what was written before names the former ones.
+    pub(super) moves: u64,
 }
 
 impl fmt::Debug for Leasing {
@@ -181,6 +187,7 @@ impl Leasing {
             may_renumber: persisted.is_empty(),
             releasing: false,
             told: BTreeSet::new(),
+            moves: 0,
             config,
         }
     }
@@ -212,7 +219,7 @@ impl Leasing {
 
     /// Takes the answer to `Put`: the new revision, or what the store holds instead.
     pub fn handle_put(&mut self, key: Key, result: Result<u64, Option<Entry>>, now: Instant) {
-        let Some(InFlight { request, asked, .. }) = self.take_request(key) else { return };
+        let Some(InFlight { request, asked, moves, .. }) = self.take_request(key) else { return };
         self.refused = 0;
         let revision = match result {
             Ok(revision) => revision,
@@ -223,23 +230,24 @@ impl Leasing {
             Request::Claim(slot, lease) => {
                 self.wrote(lease, 0, revision);
                 self.slots[slot].established.get_or_insert(revision);
-                self.slots[slot].step = Step::Claimed(Claim { lease, created: revision, asked });
+                self.slots[slot].step = Step::Claimed(Claim { lease, created: revision, asked, moves });
                 // Acquired only when a list that includes this write shows nothing that overlaps.
                 self.list_now = true;
             }
             Request::Raise(slot, lease) => {
                 self.wrote(lease, 0, revision);
-                self.settle(slot, Claim { lease, created: revision, asked }, now);
+                self.settle(slot, Claim { lease, created: revision, asked, moves }, now);
             }
             Request::Renew(slot, key) => {
                 let renew_at = now + self.jittered(self.config.renew_every);
+                let up_to_date = key == self.config.key && moves == self.moves;
                 self.slots[slot].established.get_or_insert(revision);
                 let Some(held) = &mut self.slots[slot].held else { return };
                 held.lease.key = key;
                 held.proof = Proof::Entry(revision);
                 held.written = true;
                 held.renewals += 1;
-                held.renew_at = if key == self.config.key { renew_at } else { now };
+                held.renew_at = if up_to_date { renew_at } else { now };
                 let (lease, renewals) = (held.lease, held.renewals);
                 self.wrote(lease, renewals, revision);
                 self.events.push_back(LeaseEvent::Renewed(lease));
@@ -349,6 +357,15 @@ impl Leasing {
         }
     }
 
+    /// Says where the node receives gossip: its leases tell those who know nobody yet.
+    pub fn set_gossip(&mut self, gossip: Vec<SocketAddr>, now: Instant) {
+        if gossip != self.config.gossip {
+            self.config.gossip = gossip;
+            self.moves += 1;
+            self.slots.iter_mut().filter_map(|slot| slot.held.as_mut()).for_each(|held| held.renew_at = now);
+        }
+    }
+
     /// Returns what to do next.
     pub fn poll_output(&mut self, now: Instant) -> Output {
         if self.in_flight.is_none() && self.retry_at.is_none_or(|at| at <= now) {
@@ -361,7 +378,7 @@ impl Leasing {
                         None
                     }
                 };
-                self.in_flight = Some(InFlight { request, key, asked: now });
+                self.in_flight = Some(InFlight { request, key, asked: now, moves: self.moves });
                 return output;
             }
             // A write whose answer was lost had happened: there is nothing left to write.
@@ -391,6 +408,7 @@ impl Leasing {
             expires_in: value.ttl.saturating_sub(seen.quiet() + watched),
             expired: seen.expired(),
             own: value.node == self.config.node && self.is_own_key(value.key),
+            gossip: value.gossip.clone(),
         };
         readable.map(lease).collect()
     }

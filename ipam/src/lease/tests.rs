@@ -631,3 +631,56 @@ fn the_lease_value_is_the_documented_json() {
     let entry = Entry { value: text.into_bytes(), revision: 1 };
     assert!(LeaseValue::decode(subnet("10.32.4.0/24"), &entry.value[1..]).is_err());
 }
+
+#[test]
+fn a_lease_says_where_its_owner_gossips_now() {
+    let mut world = World::new();
+    let mut a = node(&world, 1, DUAL);
+    let mut b = node(&world, 2, DUAL);
+    let place = |text: &str| vec![text.parse().expect("an address")];
+    let told = |world: &World, node: &Leasing| -> Vec<Vec<SocketAddr>> {
+        node.held().iter().map(|held| world.value(held.subnet).expect("stored").gossip).collect()
+    };
+    world.run(&mut a);
+    assert_eq!(told(&world, &a), [vec![], vec![]], "an owner that has no address yet names none");
+
+    a.set_gossip(place("192.0.2.1:7117"), world.now);
+    world.run(&mut a);
+    assert_eq!(told(&world, &a), [place("192.0.2.1:7117"), place("192.0.2.1:7117")]);
+    world.run(&mut b);
+    let of_a = b.table(world.now).into_iter().filter(|view| view.node.as_str() == "n1");
+    assert!(of_a.map(|view| view.gossip).eq([place("192.0.2.1:7117"), place("192.0.2.1:7117")]));
+
+    // It moves while a write is under way, which names the former address.
+    world.now += TTL / 2;
+    let output = loop {
+        match a.poll_output(world.now) {
+            Output::List => a.handle_snapshot(&world.map.list("s"), world.now),
+            output => break output,
+        }
+    };
+    let Output::Put { key, expect, value } = output else { panic!("no renewal: {output:?}") };
+    a.set_gossip(place("192.0.2.9:7117"), world.now);
+    a.handle_put(key, world.map.put_if(key, expect, value), world.now);
+    world.run(&mut a);
+    assert_eq!(told(&world, &a), [place("192.0.2.9:7117"), place("192.0.2.9:7117")]);
+    let before = world.map.list("s").revision;
+    a.set_gossip(place("192.0.2.9:7117"), world.now);
+    world.run(&mut a);
+    assert_eq!(world.map.list("s").revision, before, "who has not moved writes nothing");
+}
+
+#[test]
+fn a_claim_of_a_node_that_moves_meanwhile_becomes_a_lease() {
+    let mut world = World::new();
+    let mut a = node(&world, 1, ONE);
+    a.poll_output(world.now);
+    a.handle_snapshot(&world.map.list("s"), world.now);
+    let Output::Put { key, expect, value } = a.poll_output(world.now) else { panic!("no claim") };
+    a.handle_put(key, world.map.put_if(key, expect, value), world.now);
+    a.set_gossip(vec!["192.0.2.1:7117".parse().expect("an address")], world.now);
+    let events = world.run(&mut a);
+    assert_eq!(acquired(&events).len(), 1);
+    assert_eq!(world.map.list("s").revision, 2, "the claim and one renewal");
+    assert_eq!(world.value(key).expect("stored").gossip.len(), 1);
+}

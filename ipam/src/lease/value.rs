@@ -2,18 +2,22 @@
 //!
 //! ```json
 //! {"subnet":"10.32.4.0/24","node":"n1","site":"default","key":"<64 hex>","epoch":17,
-//!  "ttl_ms":3600000,"renewals":4,"boot":"<text>"}
+//!  "ttl_ms":3600000,"renewals":4,"boot":"<text>","gossip":["192.0.2.1:7117"]}
 //! ```
-//! Unknown members are ignored, so later versions may add some. There is no time of day in it: expiry is
+//! Unknown members are ignored, so later versions may add some; `gossip` may be missing, as it is in what earlier
+//! versions wrote. There is no time of day in it: expiry is
 //! judged by each observer's own clock (docs/decisions/0002-lease-expiry-without-clocks.md).
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use weft_wire::types::{Epoch, NodeName, PublicKey, SiteName, Subnet};
 
 /// Epochs from outside stay below this, so that there is always a later one.
 pub(super) const MOST_EPOCH: u64 = 1 << 63;
+/// The most gossip addresses that are read from an entry: as many as a node's record names.
+const MOST_GOSSIP: usize = weft_wire::record::MAX_GOSSIP;
 
 /// One lease as written in the store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +39,9 @@ pub struct LeaseValue {
     pub renewals: u64,
     /// Names the run of the owner's daemon that wrote it.
     pub boot: String,
+    /// Where the owner receives gossip, for nodes that know nobody yet: a hint, which proves nothing.
+    #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "addresses")]
+    pub gossip: Vec<SocketAddr>,
 }
 
 /// An entry that is no lease of this version.
@@ -68,6 +75,19 @@ impl LeaseValue {
     }
 }
 
+/// Reads what is an address with a port and leaves the rest out: a lease is no worse for a hint that cannot be used.
+fn addresses<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<SocketAddr>, D::Error> {
+    let value = serde_json::Value::deserialize(deserializer)?;
+    let texts = value.as_array().into_iter().flatten().filter_map(serde_json::Value::as_str);
+    Ok(texts.filter_map(|text| text.parse().ok()).filter(is_somewhere).take(MOST_GOSSIP).collect())
+}
+
+/// Returns whether another node can be there at all.
+fn is_somewhere(address: &SocketAddr) -> bool {
+    let ip = address.ip();
+    address.port() != 0 && !ip.is_unspecified() && !ip.is_loopback() && !ip.is_multicast()
+}
+
 mod millis {
     use std::time::Duration;
 
@@ -85,6 +105,30 @@ mod millis {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lease_is_read_with_any_gossip_addresses_or_none() {
+        let key: Subnet = "10.32.4.0/24".parse().expect("a subnet");
+        let read = |gossip: &str| {
+            let text = format!(
+                r#"{{"subnet":"10.32.4.0/24","node":"n1","site":"s1","key":"{}","epoch":1,"ttl_ms":1,"renewals":0,"boot":"b"{gossip}}}"#,
+                "ab".repeat(32)
+            );
+            let value = LeaseValue::decode(key, text.as_bytes()).expect("a lease");
+            assert_eq!(LeaseValue::decode(key, &value.encode()), Ok(value.clone()));
+            value.gossip.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert!(read("").is_empty());
+        assert!(read(r#","gossip":null"#).is_empty());
+        assert!(read(r#","gossip":{"no":"list"}"#).is_empty());
+        let mixed = r#","gossip":["n1","192.0.2.1:0","0.0.0.0:7117","127.0.0.1:7117","224.0.0.1:7117",7,"192.0.2.1:7117"]"#;
+        assert_eq!(read(mixed), ["192.0.2.1:7117"]);
+        assert_eq!(read(r#","gossip":["192.0.2.1:7117","[2001:db8::1]:7117"]"#).len(), 2);
+        assert_eq!(
+            read(&format!(r#","gossip":[{}"[2001:db8::1]:7117"]"#, r#""192.0.2.1:7117","#.repeat(9))).len(),
+            MOST_GOSSIP
+        );
+    }
 
     #[test]
     fn an_epoch_that_no_later_one_could_follow_is_refused() {

@@ -117,6 +117,8 @@ pub struct Machine {
     rng: ChaCha8Rng,
     /// What a law did not hold of.
     pub broken: Vec<String>,
+    /// The cluster keys that it was told are wanted everywhere.
+    wanted_ring: Option<KeyRing>,
 }
 
 /// Returns the name of the host's end of an attachment.
@@ -163,6 +165,7 @@ impl Machine {
             outbox: VecDeque::new(),
             rng: ChaCha8Rng::seed_from_u64(rng.next_u64()),
             broken: Vec::new(),
+            wanted_ring: None,
         }
     }
 
@@ -200,6 +203,9 @@ impl Machine {
         let local = self.clock.read(now);
         let mut control = Control::new(start, local);
         control.handle_pods(self.disk.journal.is_empty(), local);
+        if let Some(ring) = &self.wanted_ring {
+            control.follow_ring(ring.clone(), local);
+        }
         self.daemon = Some(Daemon {
             control,
             pool,
@@ -309,6 +315,15 @@ impl Machine {
             daemon.control.mesh.set_ring(ring.clone(), local);
         }
         self.disk.ring = ring;
+    }
+
+    /// Tells the machine which cluster keys are wanted everywhere.
+    pub fn want_ring(&mut self, ring: KeyRing, now: Instant) {
+        let local = self.clock.read(now);
+        if let Some(daemon) = &mut self.daemon {
+            daemon.control.follow_ring(ring.clone(), local);
+        }
+        self.wanted_ring = Some(ring);
     }
 
     /// Returns the pods whose addresses are of a subnet that the node no longer holds.
@@ -473,6 +488,13 @@ impl Machine {
                     daemon.control.handle_remembered(outcome, local);
                 }
                 Output::Store(request) => self.put_off(now, 40, Todo::Ask(request)),
+                Output::KeepRing(_) if self.disk.full => {
+                    daemon.control.handle_ring_kept(Err("the disk is full".to_owned()), local);
+                }
+                Output::KeepRing(ring) => {
+                    self.disk.ring = ring.clone();
+                    daemon.control.handle_ring_kept(Ok(ring), local);
+                }
                 Output::Send { to, datagram } => self.outbox.push_back((to, datagram)),
                 Output::Probe { .. } | Output::Listen(_) | Output::Pong { .. } => {}
                 Output::Subnets(subnets) => daemon.pool.set_subnets(&subnets),

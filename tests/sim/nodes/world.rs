@@ -13,7 +13,7 @@ use weft_daemon::kernel::UnderlayError;
 use weft_daemon::plan::model::Encryption;
 use weft_ipam::pods::AttachmentId;
 use weft_tests::sim::net::Net;
-use weft_wire::mesh::{Mesh, NodeKey};
+use weft_wire::mesh::{Mesh, NodeKey, Rejected};
 use weft_wire::seal::{ClusterKey, KeyRing};
 use weft_wire::types::{NodeName, TunnelKey};
 
@@ -47,6 +47,7 @@ pub struct World {
     phase: usize,
     began: std::time::Instant,
     tunnels: bool,
+    seeded: bool,
 }
 
 /// Which pairs of machines speak encrypted.
@@ -65,19 +66,21 @@ fn ring(keys: &[u8]) -> KeyRing {
         .expect("there are keys")
 }
 
-fn config(number: usize, dual_stack: bool, secrecy: Secrecy) -> Config {
+fn config(number: usize, dual_stack: bool, secrecy: Secrecy, seeded: bool) -> Config {
     let policy = match secrecy {
         Secrecy::Sealed => Encryption::Always,
         Secrecy::Mixed if number.is_multiple_of(2) => Encryption::Always,
         Secrecy::Clear | Secrecy::Mixed => Encryption::Never,
     };
     let tunnels = secrecy != Secrecy::Clear;
+    let seeds = format!("seeds = [\"192.0.2.1:{PORT}\", \"192.0.2.2:{PORT}\"]\n");
     let v6 = "{ cidr = \"fd00:32::/61\", node_prefix = 64 }";
     let text = format!(
         "[node]\nname = \"n{number}\"\n[cluster]\nid = \"sim\"\ncidrs = [{{ cidr = \"10.32.0.0/24\", node_prefix = 27 }}, {}]\n\
-         [store]\nlease_ttl = \"60s\"\n[gossip]\nseeds = [\"192.0.2.1:{PORT}\", \"192.0.2.2:{PORT}\"]\n\
+         [store]\nlease_ttl = \"60s\"\n[gossip]\n{}\
          [encryption]\npolicy = \"{policy}\"\ntunnels = {tunnels}\n",
-        if dual_stack { v6 } else { "" }
+        if dual_stack { v6 } else { "" },
+        if seeded { &seeds } else { "" },
     );
     Config::parse(&text, Path::new("weft.toml"), "host").expect("the configuration is valid")
 }
@@ -119,6 +122,8 @@ impl World {
     pub fn new(seed: u64, machines: usize, secrecy: Secrecy) -> Self {
         let mut net = Net::new(seed);
         let store = Rc::new(RefCell::new(SharedStore::default()));
+        // Most runs leave it to the store to say where others are.
+        let seeded = seed.is_multiple_of(4);
         let dual_stack = net.rng.next_u32().is_multiple_of(2);
         let mut places = Vec::new();
         for number in 0..machines {
@@ -127,7 +132,7 @@ impl World {
             let place = place_of(number);
             let machine = Machine::new(
                 number,
-                config(number, dual_stack, secrecy),
+                config(number, dual_stack, secrecy, seeded),
                 address(place),
                 disk,
                 store.clone(),
@@ -141,6 +146,7 @@ impl World {
         Self {
             began: net.now,
             tunnels: secrecy != Secrecy::Clear,
+            seeded,
             net,
             store,
             revision: 0,
@@ -306,7 +312,7 @@ impl World {
                 machine.notify_of_kernel(now);
             }),
             // The seeds stay where everyone looks for them.
-            Step::Move(a) if a < 2 => {}
+            Step::Move(a) if self.seeded && a < 2 => {}
             Step::Move(a) => self.relocate(a),
             Step::LoseUnderlay(a) => self.with(a, |machine, now| {
                 machine.kernel.underlay = Err(UnderlayError::Down("eth0".into()));
@@ -390,6 +396,53 @@ impl World {
         }
     }
 
+    /// One text names the cluster keys of all, and is changed at once to another key alone. Each machine learns of it in its
+    /// own time, one while its disk is full, and one starts its daemon anew in between.
+    ///
+    /// # Errors
+    /// A datagram that somebody could not open, or machines that do not get there.
+    pub fn change_keys_in_one_place(&mut self) -> Result<(), String> {
+        let machines = self.places.len();
+        (0..machines).for_each(|number| self.with(number, Machine::start));
+        self.pass_time(Duration::from_secs(20))?;
+        let wanted = ring(&[2]);
+        let mut moment = || self.net.rng.next_u64() % 100;
+        let (mut learns, anew): (Vec<_>, u64) = ((0..machines).map(|_| moment()).collect(), moment());
+        self.machine(0).disk.full = true;
+        // Everybody else is there long before the last.
+        learns[1] = 150;
+        for second in 0..600 {
+            for number in (0..machines).filter(|number| learns[*number] == second) {
+                let wanted = wanted.clone();
+                self.with(number, |machine, now| machine.want_ring(wanted, now));
+            }
+            if second == 170 {
+                self.machine(0).disk.full = false;
+            }
+            if second == anew {
+                self.machine(2).kill();
+                self.with(2, Machine::start);
+            }
+            self.pass_time(Duration::from_secs(1))?;
+            let rings = || self.machines().into_iter().filter_map(|machine| machine.daemon.as_ref());
+            for daemon in rings() {
+                let unread = daemon.control.mesh.counters().rejected(Rejected::UnknownKey);
+                if unread > 0 {
+                    let node = &daemon.control.config.node.name;
+                    return Err(format!("{node} could not open {unread} datagrams after {second} s"));
+                }
+            }
+            if second < 150 && self.machines().iter().any(|machine| machine.disk.ring == wanted) {
+                return Err(format!("the old key was forgotten after {second} s, before n1 knew another"));
+            }
+            if rings().all(|daemon| *daemon.control.mesh.ring() == wanted) {
+                let same = |machine: &&Machine| machine.disk.ring == wanted;
+                return if self.machines().iter().all(same) { Ok(()) } else { Err("a disk lags".into()) };
+            }
+        }
+        Err("not everybody has the wanted keys after ten minutes".into())
+    }
+
     /// Delivers datagrams again that were delivered before, as they were or changed: nobody may learn from them.
     fn attack(&mut self, count: usize, change: bool) -> Result<(), String> {
         for _ in 0..count {
@@ -427,8 +480,8 @@ impl World {
         self.apply(&calm)?;
         self.net.slow.clear();
         for number in 0..self.places.len() {
-            // The seeds stay on: a node that knows no one must find someone.
-            let off = number > 1 && self.net.rng.next_u32().is_multiple_of(8);
+            // Configured seeds stay on: a node that knows no one must find someone.
+            let off = number > usize::from(self.seeded) && self.net.rng.next_u32().is_multiple_of(8);
             self.with(number, move |machine, now| {
                 machine.link = Link::default();
                 machine.disk.full = false;

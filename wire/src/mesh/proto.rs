@@ -59,6 +59,8 @@ pub struct Record {
     #[prost(bytes = "vec", tag = "18")]
     pub tunnel_preshared: Vec<u8>,
     #[prost(bytes = "vec", tag = "19")]
+    pub cluster_keys: Vec<u8>,
+    #[prost(bytes = "vec", tag = "22")]
     pub certificate: Vec<u8>,
 }
 
