@@ -7,6 +7,7 @@ mod calls;
 mod handover;
 mod keys;
 pub mod pods;
+mod sites;
 mod start;
 mod view;
 mod worker;

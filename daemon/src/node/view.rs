@@ -150,6 +150,7 @@ impl Node {
         warnings.extend(self.unheard.iter().cloned());
         warnings.extend(self.control.problems.lease.keys().cloned());
         warnings.extend(self.recent_route_conflicts(now));
+        warnings.extend(self.site_problems());
         warnings.extend(self.control.problems.memory.iter().cloned());
         warnings.extend(self.control.problems.ring.iter().cloned());
         if let Some((from, at)) = self.control.problems.wrong_key

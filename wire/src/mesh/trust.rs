@@ -66,6 +66,16 @@ impl Mesh {
         news
     }
 
+    /// Returns whether other sites are judged by what they say.
+    pub fn judges_sites(&self) -> bool {
+        self.sites.judges()
+    }
+
+    /// Returns the key of the own site, if other sites are judged, and whether this node speaks for it.
+    pub fn own_site(&self) -> Option<(PublicKey, bool)> {
+        Some((self.sites.own_key()?, self.signer.is_some()))
+    }
+
     /// Returns what sites say, to be remembered.
     pub fn statements(&self) -> impl Iterator<Item = &SignedStatement> {
         self.sites.all().map(|signed| &**signed)
