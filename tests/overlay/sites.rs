@@ -3,49 +3,23 @@
 use std::time::Duration;
 
 use serde_json::Value;
-use weft_tests::lab::{Capture, Lab, LabOptions, Ping, wait_until};
+use weft_tests::lab::{Capture, Families, Lab, LabOptions, sites, wait_until};
 use weft_wire::site::SiteKey;
 
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Each with its range of pods; node n1 speaks for the first, n3 for the second.
-const BERLIN: (&str, &str, [&str; 2]) = ("berlin", "10.32.0.0/12", ["n1", "n2"]);
-const OSLO: (&str, &str, [&str; 2]) = ("oslo", "10.64.0.0/12", ["n3", "n4"]);
-
-fn key(site: &str) -> SiteKey {
-    let mut secret = [7; 32];
-    secret[..site.len()].copy_from_slice(site.as_bytes());
-    SiteKey::from_secret(secret)
-}
-
-fn config((site, range, _): (&str, &str, [&str; 2])) -> String {
-    format!(
-        "[node]\nsite = \"{site}\"\n[site]\nkey = \"{key}\"\n\
-         [cluster]\ncidrs = [{{ cidr = \"{range}\", node_prefix = 24 }}]\n\
-         [store]\npath = \"/run/weft-lab/shared/{site}.db\"\n\
-         [encryption]\npolicy = \"cross-site\"\n",
-        key = key(site).public(),
-    )
-}
+/// Nodes n1 and n2 are site s1, n3 and n4 are s2; n1 and n3 speak for them.
+const FIRST: [&str; 2] = ["n1", "n2"];
+const SECOND: [&str; 2] = ["n3", "n4"];
 
 fn two_sites(name: &str) -> Lab {
-    let options = [BERLIN, OSLO].into_iter().fold(LabOptions::new(name).nodes(4).pods(1), |options, site| {
-        site.2.into_iter().fold(options, |options, node| options.node_config(node, &config(site)))
-    });
-    let lab = Lab::up(options);
-    for (site, _, nodes) in [BERLIN, OSLO] {
-        let secret = key(site).to_secret_text();
-        let write = "umask 077; cat > /etc/weft/site.key; \
-                     sed -i 's|^\\[site\\]$|[site]\\nkey_file = \"/etc/weft/site.key\"|' /etc/weft/weft.toml";
-        assert!(lab.feed(nodes[0], &["sh", "-c", write], &secret).status.success());
-        lab.stop(nodes[0]);
-        lab.start(nodes[0]);
-    }
-    lab
+    Lab::up(LabOptions::new(name).nodes(4).sites(2).pods(1).overlay(Families::V4))
 }
 
-fn admit(lab: &Lab, at: (&str, &str, [&str; 2]), other: (&str, &str, [&str; 2])) {
-    let key = key(other.0).public().to_string();
-    lab.run(at.2[0], &["weft", "site", "admit", other.0, &key, other.1]);
+fn admit(lab: &Lab, site: usize, other: usize) {
+    let state = lab.state();
+    let key = sites::key(lab.handle(), other).expect("a key of the lab").public().to_string();
+    let speaker = sites::speaker(&state.options, site);
+    lab.run(speaker.as_str(), &["weft", "site", "admit", &sites::name(other), &key, &sites::ranges(other).0]);
 }
 
 fn reaches(lab: &Lab, from: &str, to: &str) -> bool {
@@ -84,21 +58,25 @@ fn refusal(lab: &Lab, node: &str, words: &[&str]) -> String {
 #[test]
 fn sites_with_stores_of_their_own_join_keep_their_peers_and_part() {
     let lab = two_sites("sites");
-    let (berlin, oslo) = (BERLIN.2, OSLO.2);
-    wait_until("each site is whole", PATIENCE, || {
-        all_reach(&lab, berlin, berlin) && all_reach(&lab, oslo, oslo)
-    });
-    assert!(has_no_way(&lab, berlin, oslo) && has_no_way(&lab, oslo, berlin));
+    assert!(all_reach(&lab, FIRST, SECOND) && all_reach(&lab, SECOND, FIRST));
+    assert_eq!((device(&lab, "n1", "n2"), device(&lab, "n1", "n4")), ("weft-vx4".into(), "weft-wg".into()));
 
     // One word alone is not enough for an answer to come back.
-    admit(&lab, BERLIN, OSLO);
-    wait_until("one site has routes", PATIENCE, || device(&lab, "n2", "n4") == "weft-wg");
-    assert!(has_no_way(&lab, oslo, berlin));
-    admit(&lab, OSLO, BERLIN);
-    wait_until("the sites reach each other", PATIENCE, || {
-        all_reach(&lab, berlin, oslo) && all_reach(&lab, oslo, berlin)
+    for (speaker, other) in [("n1", "s2"), ("n3", "s1")] {
+        lab.run(speaker, &["weft", "site", "expel", other]);
+    }
+    wait_until("the sites are apart", PATIENCE, || {
+        has_no_way(&lab, FIRST, SECOND) && has_no_way(&lab, SECOND, FIRST)
     });
-    assert_eq!(device(&lab, "n1", "n2"), "weft-vx4", "inside a site nothing is encrypted");
+    assert_eq!(site(&lab, "n2", "s2")["standing"], "expelled");
+    assert!(all_reach(&lab, FIRST, FIRST) && !reaches(&lab, "n1", "n3"));
+    admit(&lab, 1, 2);
+    wait_until("one site has routes", PATIENCE, || device(&lab, "n2", "n4") == "weft-wg");
+    assert!(has_no_way(&lab, SECOND, FIRST));
+    admit(&lab, 2, 1);
+    wait_until("the sites reach each other", PATIENCE, || {
+        all_reach(&lab, FIRST, SECOND) && all_reach(&lab, SECOND, FIRST)
+    });
 
     // Pods of the other site see the pod's own address.
     let capture = Capture::start(&lab, "n4/a", "eth0");
@@ -106,64 +84,56 @@ fn sites_with_stores_of_their_own_join_keep_their_peers_and_part() {
     let filter = format!("icmp and src host {}", lab.ip("n1", "a"));
     assert!(capture.finish(2, &filter, "no such text").matching > 0);
 
-    // A daemon that is killed, and one that comes back while the speaker is away, change nothing for pods.
-    let pings: Vec<Ping> = [("n2", "n3"), ("n4", "n1")]
-        .map(|(from, to)| lab.background_ping(format!("{from}/a").as_str(), lab.ip(to, "a")))
-        .into();
-    lab.stop("n1");
+    // A daemon that starts while the other site and the speaker are away believes what it did.
     let routes = || lab.sh("n2", "ip route show proto 117 | sort");
     let before = routes();
-    assert!(before.contains("10.64."), "{before}");
-    lab.weft("n2", &["status"]);
-    lab.start("n1");
-    wait_until("the speaker is back", PATIENCE, || site(&lab, "n1", "oslo")["standing"] == "member");
+    assert_eq!(before.lines().count(), 3, "{before}");
+    ["n1", "n3", "n4"].into_iter().for_each(|node| lab.kill(node));
+    lab.kill("n2");
+    lab.sh("n2", "ip route flush proto 117");
+    lab.start("n2");
+    wait_until("what was believed is", PATIENCE, || routes() == before);
+    ["n1", "n3", "n4"].into_iter().for_each(|node| lab.start(node));
+    wait_until("all is as before", PATIENCE, || all_reach(&lab, FIRST, SECOND));
     assert_eq!(routes(), before);
-    drop(pings);
 
     // What cannot be is said at once.
-    let third = key("third").public().to_string();
-    let overlap = refusal(&lab, "n1", &["weft", "site", "admit", "third", &third, "10.70.0.0/16"]);
-    assert!(overlap.contains("10.70.0.0/16 overlaps 10.64.0.0/12 of site oslo"), "{overlap}");
+    let third = SiteKey::from_secret([3; 32]).public().to_string();
+    let overlap = refusal(&lab, "n1", &["weft", "site", "admit", "third", &third, "10.50.0.0/16"]);
+    assert!(overlap.contains("10.50.0.0/16 overlaps 10.48.0.0/12 of site s2"), "{overlap}");
     let own = refusal(&lab, "n1", &["weft", "site", "admit", "third", &third, "10.32.0.0/16"]);
-    assert!(own.contains("10.32.0.0/16 overlaps 10.32.0.0/12 of site berlin"), "{own}");
-    let name = refusal(&lab, "n1", &["weft", "site", "admit", "oslo", &third, "10.96.0.0/16"]);
-    assert!(name.contains("a site named oslo is in already"), "{name}");
-    let silent = refusal(&lab, "n2", &["weft", "site", "expel", "oslo"]);
+    assert!(own.contains("10.32.0.0/16 overlaps 10.32.0.0/12 of site s1"), "{own}");
+    let name = refusal(&lab, "n1", &["weft", "site", "admit", "s2", &third, "10.96.0.0/16"]);
+    assert!(name.contains("a site named s2 is in already"), "{name}");
+    let silent = refusal(&lab, "n2", &["weft", "site", "expel", "s2"]);
     assert!(silent.contains("does not have the key of its site"), "{silent}");
 
     // A stolen key of a node is void in both sites; the rest goes on.
     lab.run("n3", &["weft", "site", "void", "n4"]);
-    wait_until("the node is out", PATIENCE, || has_no_way(&lab, berlin, ["n4", "n4"]));
+    wait_until("the node is out", PATIENCE, || has_no_way(&lab, FIRST, ["n4", "n4"]));
     assert!(reaches(&lab, "n1", "n3") && reaches(&lab, "n3", "n2"));
-
-    // Put out, nothing of the other site is believed.
-    lab.run("n1", &["weft", "site", "expel", "oslo"]);
-    wait_until("the site is out", PATIENCE, || has_no_way(&lab, berlin, oslo));
-    assert_eq!(site(&lab, "n2", "oslo")["standing"], "expelled");
-    assert!(all_reach(&lab, berlin, berlin) && !reaches(&lab, "n1", "n3"));
 }
 
 #[test]
 fn a_site_key_that_does_not_fit_is_named_before_anything_starts() {
     let lab = Lab::up(LabOptions::new("sitekeys").nodes(1).pods(0));
     lab.stop("n1");
+    let secret = SiteKey::from_secret([1; 32]).to_secret_text();
+    let other = SiteKey::from_secret([2; 32]).public().to_string();
     let start = |key: &str, file: &str, mode: &str| {
-        let other = self::key("other").public();
         let script = format!(
-            "printf '%s' '{file}' > /tmp/site.key; chmod {mode} /tmp/site.key; \
-             {{ cat /etc/weft/weft.toml; printf '[site]\\nkey = \"%s\"\\nkey_file = \"/tmp/site.key\"\\n' \
-             {key}; }} > /tmp/weft.toml; timeout 20 weftd --config /tmp/weft.toml 2>&1; true",
-            key = if key.is_empty() { other.to_string() } else { key.to_owned() },
+            "printf '%s' '{file}' > /run/site.key; chmod {mode} /run/site.key; \
+             {{ cat /etc/weft/weft.toml; printf '[site]\nkey = \"%s\"\nkey_file = \"/run/site.key\"\n' \
+             {key}; }} > /run/weft.toml; timeout 20 weftd --config /run/weft.toml 2>&1; true",
         );
         lab.sh("n1", &script)
     };
-    let secret = key("berlin").to_secret_text();
-    let told = start("", &secret, "600");
-    assert!(told.contains("site.key is not the public key of /tmp/site.key"), "{told}");
-    let told = start("", "nonsense", "600");
-    assert!(told.contains("/tmp/site.key: a site key file has 64 hexadecimal digits"), "{told}");
-    let told = start("", &secret, "644");
-    assert!(told.contains("chmod 600 /tmp/site.key"), "{told}");
+    let told = start(&other, &secret, "600");
+    assert!(told.contains("site.key is not the public key of /run/site.key"), "{told}");
+    let told = start(&other, "nonsense", "600");
+    assert!(told.contains("/run/site.key: a site key file has 64 hexadecimal digits"), "{told}");
+    let told = start(&other, &secret, "644");
+    assert!(told.contains("chmod 600 /run/site.key"), "{told}");
     let told = start("short", &secret, "600");
     assert!(told.contains("a key is 64 hexadecimal digits"), "{told}");
 }

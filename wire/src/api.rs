@@ -13,7 +13,7 @@ pub const SCHEMA_VERSION: u32 = 1;
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Request {
     /// What it carries.
-    #[prost(oneof = "RequestBody", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13")]
+    #[prost(oneof = "RequestBody", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 20, 21")]
     pub body: Option<RequestBody>,
 }
 
