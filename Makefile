@@ -11,15 +11,17 @@ TEST_ARGS ?=
 
 # What is run beside cargo, "command:debian-package": by the build and the lab, and by the tests in addition.
 NEEDS_LAB := cc:gcc ip:iproute2 unshare:util-linux nsenter:util-linux ping:iputils-ping nft:nftables ethtool:ethtool
+# By the images and nodes of `make test-kubernetes`; Go, which builds the rest of it, is taken from PATH or from PyPI.
+NEEDS_KUBERNETES := curl:curl dig:bind9-dnsutils nc.openbsd:netcat-openbsd iptables:iptables conntrack:conntrack
 # By the guest of `make test-vm`; its kernel is downloaded and not installed.
 NEEDS_VM := qemu-system-x86_64:qemu-system-x86 cpio:cpio modprobe:kmod objcopy:binutils tc:iproute2 mawk:mawk
 NEEDS_TEST := c++:g++ etcd:etcd-server setpriv:util-linux iperf3:iperf3 tcpdump:tcpdump wg:wireguard-tools wireguard-go:wireguard-go containerd:containerd ctr:containerd runc:runc busybox:busybox-static
 
 .DEFAULT_GOAL := help
-.PHONY: help deps deps-lab deps-vm installed build lab lab-down test test-vm lint bench peers interop bench-cni fuzz fuzz-build fuzz-short sim chaos mutants bench-control bench-scale bench-vxlan bench-wireguard bench-node
+.PHONY: help deps deps-lab deps-vm deps-kubernetes installed build lab lab-down test test-vm kubernetes kubernetes-e2e test-kubernetes lint bench peers interop bench-cni fuzz fuzz-build fuzz-short sim chaos mutants bench-control bench-scale bench-vxlan bench-wireguard bench-node
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 deps: NEEDS := $(NEEDS_LAB) $(NEEDS_TEST)
 deps: NEEDS_FILES := /usr/lib/cni/bridge:containernetworking-plugins
@@ -31,6 +33,10 @@ deps-lab: installed
 deps-vm: NEEDS := $(NEEDS_LAB) $(NEEDS_TEST) $(NEEDS_VM)
 deps-vm: NEEDS_FILES := /usr/lib/cni/bridge:containernetworking-plugins
 deps-vm: installed
+
+deps-kubernetes: NEEDS := $(NEEDS_LAB) $(NEEDS_TEST) $(NEEDS_KUBERNETES)
+deps-kubernetes: NEEDS_FILES := /usr/lib/cni/bridge:containernetworking-plugins
+deps-kubernetes: installed
 
 installed:
 	@command -v cargo >/dev/null || { echo "make deps: cargo is missing: install Rust 1.95 or newer (https://rustup.rs)"; exit 1; }
@@ -79,6 +85,17 @@ test-vm: deps-vm build ## run the tests of kernel WireGuard in a virtual machine
 		path=$$(sed -n 's/^ *Executable .*(\(.*\))$$/\1/p' <<<"$$built"); \
 		case $$wanted in *:*) path=$$path:$${wanted#*:};; esac; tests+=("$$path"); done; \
 	tests/vm/run $(BIN) "$${tests[@]}"
+
+# Built once into the user's cache from the Go modules that tests/kubernetes/go pins.
+KUBERNETES := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/weft-tests/kubernetes
+kubernetes: deps-kubernetes ## build a Kubernetes, containerd and CoreDNS for the tests, and images (minutes, once; 1 GB)
+	tests/kubernetes/build $(KUBERNETES)
+
+kubernetes-e2e: kubernetes ## build Kubernetes's own tests of conformance too (minutes, once)
+	tests/kubernetes/build $(KUBERNETES) e2e
+
+test-kubernetes: kubernetes build ## run the tests in a real Kubernetes on this machine (root, minutes); TEST_ARGS names cases
+	WEFT_BIN_DIR=$(BIN) cargo test --locked -p weft-tests --test kubernetes -- $(TEST_ARGS) </dev/null
 
 # What libFuzzer needs to see which way an input took; no nightly compiler. The targets are those of `cargo fuzz`.
 FUZZ_FLAGS := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \

@@ -25,6 +25,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_core::{RngCore, SeedableRng};
 use tracing::{debug, error, info, warn};
 use weft_ipam::lease::{self, LeaseConfig, LeaseConflict, LeaseEvent, Leasing};
+use weft_ipam::store::kubernetes::Mode;
 use weft_ipam::store::{Change, Key, PutError, Snapshot, StoreError};
 use weft_wire::mesh::{Authority, LeaseTable, Mesh, MeshConfig, MeshEvent, NodeKey, Timing, Trust};
 use weft_wire::record::Each;
@@ -139,6 +140,8 @@ pub struct Problems {
     pub wrong_key: Option<(SocketAddr, Instant)>,
     /// Who has this node's name, and when that last showed.
     pub duplicate_name: Option<(SocketAddr, PublicKey, Instant)>,
+    /// Who asked for this node's lease under this node's name, and when that last showed.
+    pub name_asked: Option<(Subnet, PublicKey, Instant)>,
     /// Subnets that two nodes claim: sentence and time.
     pub route_conflicts: BTreeMap<String, Instant>,
     /// Why this node cannot say what its site announces.
@@ -151,6 +154,8 @@ pub struct Problems {
     pub underlay: Option<String>,
     /// Who announces this node's own tunnel key, as the last pass saw it.
     pub tunnel_twin: Option<NodeName>,
+    /// What is wrong with the subnets that the cluster chose for this node.
+    pub chosen: Vec<String>,
     /// What keeps the node from the cluster keys that are wanted.
     pub ring: Option<String>,
 }
@@ -317,6 +322,20 @@ impl Control {
         self.leasing.handle_timeout(now);
     }
 
+    /// Takes the subnets that the cluster chose for this node.
+    ///
+    /// `wrong` says what keeps it from others.
+    pub fn handle_node_subnets(&mut self, subnets: Vec<Subnet>, wrong: Vec<String>, now: Instant) {
+        for sentence in wrong.iter().filter(|sentence| !self.problems.chosen.contains(sentence)) {
+            warn!("{sentence}");
+        }
+        self.problems.chosen = wrong;
+        if self.leasing.set_fixed(subnets, now) {
+            // What was said of the former ones is over.
+            self.problems.lease.clear();
+        }
+    }
+
     /// Takes whether the node has pods: one without may move to another subnet.
     pub fn handle_pods(&mut self, none: bool, now: Instant) {
         self.leasing.set_may_renumber(none, now);
@@ -466,6 +485,16 @@ impl Control {
                 }
                 sentence
             }
+            LeaseConflict::FixedTaken { subnet, owner } if self.node_chooses() => format!(
+                "spec.podCIDRs of Node {name} overlaps {subnet}, which {owner} leases: see that one controller allocates them, then delete the Node of this or of the other node, so that it gets another"
+            ),
+            LeaseConflict::Outside { subnet } if self.node_chooses() => format!(
+                "spec.podCIDRs of Node {name} no longer has {subnet}, which this node holds; it is kept while pods use it, drain the node to renumber it"
+            ),
+            LeaseConflict::NameAsked { subnet, key } => {
+                self.problems.name_asked = Some((*subnet, *key, now));
+                return warn!(%subnet, key = key.short(), "another daemon under this node's name asked for its lease");
+            }
             LeaseConflict::FixedTaken { subnet, owner } => format!(
                 "the configured subnet overlaps {subnet}, which {owner} leases; choose another in store.subnets"
             ),
@@ -478,6 +507,11 @@ impl Control {
             other => format!("lease conflict: {other:?}"),
         };
         self.tell_lease_problem(sentence, now);
+    }
+
+    /// Whether the Node object names the node's subnets.
+    fn node_chooses(&self) -> bool {
+        matches!(&self.config.store.kind, StoreKind::Kubernetes(options) if options.mode == Mode::NodePodCidr)
     }
 
     fn tell_lease_problem(&mut self, sentence: String, now: Instant) {
@@ -594,8 +628,13 @@ fn leasing(start: &Start, seeds: &mut ChaCha8Rng, now: Instant) -> Leasing {
     let (node, site) = (config.node.name.clone(), config.node.site.clone());
     let mut lease_config = LeaseConfig::new(node, site, key, config.cluster.carver.clone(), run)
         .with_ttl(config.store.lease_ttl);
-    if let StoreKind::Static(subnets) = &config.store.kind {
-        lease_config.fixed.clone_from(subnets);
+    match &config.store.kind {
+        StoreKind::Static(subnets) => lease_config.fixed.clone_from(subnets),
+        StoreKind::Kubernetes(options) => {
+            lease_config = lease_config.kept_by_store();
+            lease_config.only_fixed = options.mode == Mode::NodePodCidr;
+        }
+        StoreKind::Sqlite(_) | StoreKind::Etcd(_) => {}
     }
     let remembered = memory.held.iter().map(|held| held.key).filter(|held| *held != key);
     lease_config.old_keys.extend(remembered.chain(start.key.predecessors()));

@@ -9,6 +9,7 @@ pub mod gossip;
 pub mod handover;
 pub mod journal;
 pub mod kernel;
+pub mod kubernetes;
 pub mod leases;
 pub mod metrics;
 pub mod node;

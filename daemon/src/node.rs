@@ -4,6 +4,7 @@
 //! Invariants: nothing in here blocks for long; stopping leaves the data plane as it is.
 
 mod calls;
+mod cluster;
 mod handover;
 mod keys;
 pub mod pods;
@@ -26,11 +27,13 @@ use crate::control::{Control, Output, StoreAnswer};
 use crate::gossip::{Received, Sockets};
 use crate::handover::{Heritage, Talk};
 use crate::kernel::TunnelLook;
+use crate::kubernetes::News;
 use crate::leases::Leases;
 use crate::plan::model::{HostVeth, Inputs};
 use crate::server::{Call, Door};
 use crate::state::StateDir;
 
+pub(crate) use keys::{parse_ring, read_ring, write_ring};
 pub use start::{Origin, start};
 
 /// Between two looks for pods that vanished without a DEL.
@@ -53,6 +56,8 @@ enum Event {
     Kernel(worker::Done),
     /// Something of ours or of the underlay may have changed in the kernel.
     KernelChanged,
+    /// The cluster that the node is in said something.
+    News(News),
     /// A worker finished with a pod.
     Pod(pods::Done),
     /// A person or the shim asks.
@@ -116,6 +121,8 @@ pub struct Node {
     local: UnixListener,
     metrics: Option<TcpListener>,
     handing: Option<handover::Handing>,
+    /// The Kubernetes cluster that the node is in, where its leases are there.
+    cluster: Option<cluster::Cluster>,
     /// A daemon that was taken over from and has nothing left to do, until it is told so.
     predecessor: Option<Talk>,
 }
@@ -128,6 +135,7 @@ struct Inbox {
     store: mpsc::Receiver<StoreAnswer>,
     kernel: mpsc::Receiver<worker::Done>,
     kernel_changed: mpsc::Receiver<()>,
+    news: mpsc::Receiver<News>,
     pods: mpsc::Receiver<pods::Done>,
     calls: mpsc::Receiver<Call>,
     take_overs: mpsc::Receiver<Talk>,
@@ -173,6 +181,7 @@ impl Node {
             Some(done) = inbox.pods.recv() => Event::Pod(done),
             Some(done) = inbox.kernel.recv() => Event::Kernel(done),
             Some(answer) = inbox.store.recv() => Event::Store(answer),
+            Some(news) = inbox.news.recv() => Event::News(news),
             Some(talk) = inbox.take_overs.recv() => Event::TakeOver(talk),
             () = self.door.quiet(), if closed => Event::Quiet,
             Some(()) = inbox.kernel_changed.recv() => Event::KernelChanged,
@@ -208,6 +217,7 @@ impl Node {
                     self.pods_changed(now);
                 }
             }
+            Event::News(news) => self.handle_news(news, now),
             Event::Call(call) => self.handle_call(call, now),
             Event::TakeOver(talk) => self.handle_take_over(talk, now),
             Event::Quiet => {
@@ -235,6 +245,7 @@ impl Node {
         if self.look <= now {
             self.look = now + LOOK;
             self.note_active_peers();
+            self.tell_cluster(now);
         }
         let until = loop {
             match self.control.poll_output(now) {

@@ -27,7 +27,7 @@ mod value;
 mod view;
 
 pub use machine::Leasing;
-pub use value::{LeaseValue, ValueError};
+pub use value::{Asked, LeaseValue, ValueError};
 
 /// What a node needs to lease its subnets.
 #[derive(Debug, Clone)]
@@ -44,10 +44,12 @@ pub struct LeaseConfig {
     pub carver: Carver,
     /// Subnets that the operator chose for this node; a family named here leases nothing else.
     pub fixed: Vec<Subnet>,
-    /// How long a lease outlives its last renewal. Default 1 h.
-    pub ttl: Duration,
-    /// How often a lease is renewed. Default a third of `ttl`.
-    pub renew_every: Duration,
+    /// Whether the node leases nothing else than `fixed`, of any family, even while that is empty: something else chooses
+    /// its subnets, and says so by [`Leasing::set_fixed`].
+    pub only_fixed: bool,
+    /// How long a lease outlives its last renewal, by default 1 h; `None` where the store ends the leases of a node that
+    /// is gone, lets nobody else do so, and knows by its credentials who a node is.
+    pub ttl: Option<Duration>,
     /// How often the store is listed when nothing wakes the node. Default a sixtieth of `ttl`.
     pub list_every: Duration,
     /// Differs at every start of the daemon: tells the node's own writes from those of a clone.
@@ -67,8 +69,8 @@ impl LeaseConfig {
             old_keys: Vec::new(),
             carver,
             fixed: Vec::new(),
-            ttl,
-            renew_every: ttl / 3,
+            only_fixed: false,
+            ttl: Some(ttl),
             list_every: ttl / 60,
             boot,
             gossip: Vec::new(),
@@ -77,7 +79,20 @@ impl LeaseConfig {
 
     /// Returns the configuration with this time to live, and the other times derived from it.
     pub fn with_ttl(self, ttl: Duration) -> Self {
-        Self { ttl, renew_every: ttl / 3, list_every: ttl / 60, ..self }
+        Self { ttl: Some(ttl), list_every: ttl / 60, ..self }
+    }
+
+    /// Returns the configuration for a store that ends the leases of a node itself, as Kubernetes does with its Node.
+    ///
+    /// Leases are not renewed: each write of one of 5,000 nodes is told to all of them. Nor is the store listed much, for
+    /// its watch tells everything.
+    pub fn kept_by_store(self) -> Self {
+        Self { ttl: None, list_every: Duration::from_secs(6 * 3600), ..self }
+    }
+
+    /// How often a lease is renewed.
+    fn renew_every(&self) -> Option<Duration> {
+        self.ttl.map(|ttl| ttl / 3)
     }
 }
 
@@ -105,8 +120,8 @@ pub struct LeaseView {
     pub key: PublicKey,
     /// The fencing number.
     pub epoch: Epoch,
-    /// How much longer the lease lives without a renewal; zero once expired.
-    pub expires_in: Duration,
+    /// How much longer the lease lives without a renewal, zero once expired; `None` if it lives as long as its node.
+    pub expires_in: Option<Duration>,
     /// Whether another node may take the subnet.
     pub expired: bool,
     /// Whether the lease is this node's.
@@ -156,7 +171,14 @@ pub enum LeaseConflict {
         /// The other daemon's key.
         key: PublicKey,
     },
-    /// The subnet that the operator chose is leased by another node.
+    /// Another daemon under this node's name asked whether this one runs, to have its lease. It was answered.
+    NameAsked {
+        /// The subnet.
+        subnet: Subnet,
+        /// The other daemon's key.
+        key: PublicKey,
+    },
+    /// The subnet that was chosen for the node is leased by another node.
     FixedTaken {
         /// The subnet that overlaps.
         subnet: Subnet,
@@ -235,9 +257,14 @@ impl fmt::Display for LeaseConflict {
                 "{subnet} is leased under this node's name by another daemon (key {}): give one of them another name; the lease of a reinstalled node expires by itself",
                 key.short()
             ),
+            Self::NameAsked { subnet, key } => write!(
+                f,
+                "another daemon under this node's name (key {}) asked for {subnet}: stop it, or give it another name",
+                key.short()
+            ),
             Self::FixedTaken { subnet, owner } => write!(
                 f,
-                "{subnet} is leased by {owner} and overlaps the subnet configured for this node: change one of the two"
+                "{subnet} is leased by {owner} and overlaps the subnet chosen for this node: change one of the two"
             ),
             Self::Outside { subnet } => write!(
                 f,

@@ -16,14 +16,17 @@ use std::pin::Pin;
 use tokio::sync::mpsc;
 use weft_wire::types::Subnet;
 
+mod cause;
+mod desk;
 pub mod etcd;
 pub mod kubernetes;
 pub mod memory;
 pub mod sqlite;
 pub mod static_;
+mod watchers;
 
 pub use etcd::{EtcdOptions, EtcdStore};
-pub use kubernetes::KubernetesOptions;
+pub use kubernetes::{KubernetesOptions, KubernetesStore};
 pub use memory::MemoryStore;
 pub use sqlite::SqliteStore;
 pub use static_::StaticStore;
@@ -114,7 +117,7 @@ pub enum PutError {
 /// Calls return at once and are answered in the order made. None blocks the caller's thread: a store
 /// that touches a disk does so on a thread of its own.
 pub trait Store: fmt::Debug + Send + Sync + 'static {
-    /// Names the kind of store for status: `sqlite`, `etcd`, `static`, `memory`.
+    /// Names the kind of store for status: `sqlite`, `etcd`, `kubernetes`, `static`, `memory`.
     fn kind(&self) -> &'static str;
 
     /// Returns all entries at one revision that includes every write answered before the call.

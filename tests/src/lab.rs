@@ -26,6 +26,7 @@ mod witness;
 
 pub use capture::{CLEAR, Capture, Found};
 pub use enter::Place;
+pub(crate) use harness::keep_log_of_failure as show_logs;
 pub use harness::{Background, Lab, LabOptions, Ping, executable, skip, wait_until};
 pub use home::{Handle, Presence};
 pub use keeper::keep;

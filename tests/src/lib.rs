@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod figures;
+pub mod kubernetes;
 pub mod lab;
 pub mod plot;
 pub mod sim;

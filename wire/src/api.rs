@@ -529,9 +529,9 @@ pub struct Lease {
     /// `epoch`.
     #[prost(uint64, tag = "4")]
     pub epoch: u64,
-    /// `expires_in_s`.
-    #[prost(uint64, tag = "5")]
-    pub expires_in_s: u64,
+    /// `expires_in_s`; absent for a lease that lives as long as its node.
+    #[prost(uint64, optional, tag = "5")]
+    pub expires_in_s: Option<u64>,
     /// `own`.
     #[prost(bool, tag = "6")]
     pub own: bool,

@@ -12,7 +12,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use weft_daemon::config::{Config, LogConfig, StoreKind};
 use weft_daemon::handover::{self, Heritage};
-use weft_daemon::node::{self, Ended, Origin};
+use weft_daemon::kubernetes;
+use weft_daemon::node::{self, Ended, Fatal, Origin};
 
 /// The node daemon of weft: leases, gossips, programs the kernel and attaches pods.
 #[derive(Debug, Parser)]
@@ -64,15 +65,11 @@ fn main() -> ExitCode {
 /// that one did not take over.
 fn run(config: Config, origin: Origin) -> Result<Option<Heritage>, Box<dyn std::error::Error>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let kind = config.store.kind.clone();
     let ended = runtime.block_on(async {
-        let node = node::start(config, origin)?;
-        // Fails only where no service manager waits for it; which process is the main one is news after a hand-over.
-        let states = [NotifyState::MainPid(std::process::id()), NotifyState::Ready];
-        let _ = sd_notify::notify(false, &states);
-        let ended = node.run().await;
-        if matches!(ended, Ok(Ended::Stopped)) {
-            // The answer to `weft leave` is still on its way out of the socket.
-            tokio::time::sleep(Duration::from_millis(100)).await;
+        let ended = live(config, origin).await;
+        if let (Err(Fatal(sentence)), StoreKind::Kubernetes(options)) = (&ended, &kind) {
+            kubernetes::last_words(options, sentence).await;
         }
         ended
     });
@@ -95,6 +92,30 @@ fn run(config: Config, origin: Origin) -> Result<Option<Heritage>, Box<dyn std::
         handed.await.map_err(std::io::Error::other)
     })?;
     Ok(outcome.err())
+}
+
+/// Starts the node and runs it to its end.
+async fn live(config: Config, origin: Origin) -> Result<Ended, Fatal> {
+    if let StoreKind::Kubernetes(options) = &config.store.kind {
+        let listen = |kind| signal(kind).map_err(|error| Fatal(format!("signals cannot be heard: {error}")));
+        let mut signals = [listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?];
+        let [term, int] = &mut signals;
+        tokio::select! {
+            outcome = kubernetes::ensure_keys(options, &config.cluster.key_file) => outcome.map_err(Fatal)?,
+            _ = term.recv() => return Ok(Ended::Stopped),
+            _ = int.recv() => return Ok(Ended::Stopped),
+        }
+    }
+    let node = node::start(config, origin).await?;
+    // Fails only where no service manager waits for it; which process is the main one is news after a hand-over.
+    let states = [NotifyState::MainPid(std::process::id()), NotifyState::Ready];
+    let _ = sd_notify::notify(false, &states);
+    let ended = node.run().await;
+    if matches!(ended, Ok(Ended::Stopped)) {
+        // The answer to `weft leave` is still on its way out of the socket.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    ended
 }
 
 fn fail(error: &dyn std::fmt::Display) -> ExitCode {

@@ -189,7 +189,7 @@ pub(super) fn leases(leases: &Leases) -> String {
                 format!("{}{}", lease.node, if lease.own { " (this node)" } else { "" }),
                 lease.site.clone(),
                 lease.epoch.to_string(),
-                format!("in {} s", lease.expires_in_s),
+                lease.expires_in_s.map_or_else(|| "with its node".into(), |left| format!("in {left} s")),
             ]
         }),
     )

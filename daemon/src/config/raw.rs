@@ -74,13 +74,13 @@ struct Site {
 #[serde(deny_unknown_fields, default)]
 struct Cluster {
     id: String,
-    key_file: PathBuf,
+    key_file: Option<PathBuf>,
     cidrs: Vec<Cidr>,
 }
 
 impl Default for Cluster {
     fn default() -> Self {
-        Self { id: "weft".into(), key_file: "/etc/weft/cluster.key".into(), cidrs: Vec::new() }
+        Self { id: "weft".into(), key_file: None, cidrs: Vec::new() }
     }
 }
 
@@ -88,9 +88,21 @@ impl Default for Cluster {
 #[serde(deny_unknown_fields)]
 struct Cidr {
     cidr: IpNet,
-    node_prefix: u8,
+    node_prefix: Option<u8>,
     #[serde(default)]
     reserved: Vec<IpNet>,
+}
+
+impl Cidr {
+    /// Checks that the size of blocks is known; where they are cut `elsewhere` any will do.
+    fn resolve(self, elsewhere: bool) -> Result<ClusterCidr, String> {
+        let whole = self.cidr.prefix_len();
+        let usual = if self.cidr.addr().is_ipv4() { whole.clamp(24, 30) } else { whole.clamp(64, 126) };
+        let node_prefix = self.node_prefix.or(elsewhere.then_some(usual)).ok_or_else(|| {
+            format!("cluster.cidrs: {} has no node_prefix: say how long the prefix of a node's block is, for example {usual}", self.cidr)
+        })?;
+        Ok(ClusterCidr { cidr: self.cidr, node_prefix, reserved: self.reserved })
+    }
 }
 
 #[derive(Debug, Default, Deserialize, PartialEq)]
@@ -448,12 +460,15 @@ impl Raw {
         if self.cluster.id.is_empty() || self.cluster.id.len() > 64 {
             return Err("cluster.id must have 1 to 64 bytes".into());
         }
-        let cidrs = self.cluster.cidrs.into_iter().map(|cidr| ClusterCidr {
-            cidr: cidr.cidr,
-            node_prefix: cidr.node_prefix,
-            reserved: cidr.reserved,
+        let elsewhere = matches!(self.store.mode, Some(Chooser::NodePodCidr));
+        let cidrs = self.cluster.cidrs.into_iter().map(|cidr| cidr.resolve(elsewhere));
+        let carver = Carver::new(cidrs.collect::<Result<_, _>>()?);
+        let carver = carver.map_err(|error| format!("cluster.cidrs: {error}"))?;
+        // Where a Secret names the keys the daemon writes the file, beside what else it remembers.
+        let key_file = self.cluster.key_file.unwrap_or_else(|| match self.store.r#type {
+            Kind::Kubernetes => self.node.state_dir.join("cluster.key"),
+            Kind::Sqlite | Kind::Etcd | Kind::Static => "/etc/weft/cluster.key".into(),
         });
-        let carver = Carver::new(cidrs.collect()).map_err(|error| format!("cluster.cidrs: {error}"))?;
         let lease_ttl = self.store.lease_ttl.0;
         let kind = self.store.resolve(&name)?;
         if let StoreKind::Static(subnets) = &kind
@@ -500,7 +515,7 @@ impl Raw {
                 socket: self.node.socket,
             },
             site: SiteConfig { key: self.site.key, key_file: self.site.key_file },
-            cluster: ClusterConfig { id: self.cluster.id, key_file: self.cluster.key_file, carver },
+            cluster: ClusterConfig { id: self.cluster.id, key_file, carver },
             store: StoreConfig { kind, lease_ttl },
             gossip: GossipConfig {
                 port: self.gossip.listen_port,

@@ -36,6 +36,15 @@ fn entries_in_etcd_outlive_a_lease_by_far() {
     }
 }
 
+#[test]
+fn blocks_that_the_cluster_cuts_need_no_size_here() {
+    let cidrs = "[cluster]\ncidrs = [{ cidr = \"10.32.0.0/12\" }, { cidr = \"fd00:32::/48\" }]\n";
+    let store = "[store]\ntype = \"kubernetes\"\nmode = \"node-podcidr\"\n";
+    let carver = parse(&format!("{cidrs}{store}")).expect("valid").cluster.carver;
+    assert!(carver.allows("10.32.4.0/23".parse().expect("a subnet")), "of whatever size");
+    assert!(!carver.allows("10.48.4.0/24".parse().expect("a subnet")));
+}
+
 /// A configuration with Kubernetes and these lines.
 fn kubernetes(lines: &str) -> String {
     format!("{CIDR}[store]\ntype = \"kubernetes\"\n{lines}\n")
@@ -52,6 +61,7 @@ fn kubernetes_needs_no_more_than_its_name() {
         let node = "host-1".parse().expect("a name");
         let options = KubernetesOptions { kubeconfig, namespace: "weft-system".into(), node, mode };
         assert_eq!(config.store.kind, StoreKind::Kubernetes(options));
+        assert_eq!(config.cluster.key_file.to_str(), Some("/var/lib/weft/cluster.key"));
     }
 }
 
@@ -88,6 +98,10 @@ fn every_mistake_is_one_sentence_with_its_place() {
         (&etcd("endpoints = [\"http://a:1\"]\nuser = \"u\""), "store.user needs store.password_file too"),
         (&etcd("endpoints = [\"http://a:1\"]\nprefix = \"weft/\""), "store.prefix \"weft/\" cannot be used"),
         (&etcd("endpoints = [\"http://a:1\"]\nsubnets = [\"10.32.1.0/24\"]"), "belongs to store.type"),
+        (
+            "[cluster]\ncidrs = [{ cidr = \"10.32.0.0/12\" }]\n",
+            "10.32.0.0/12 has no node_prefix: say how long the prefix of a node's block is, for example 24",
+        ),
         (&kubernetes("namespace = \"Weft\""), "store.namespace \"Weft\" is no name of a namespace"),
         (&kubernetes("mode = \"both\""), "unknown variant"),
         (&kubernetes("prefix = \"/a\""), "store.prefix belongs to store.type = \"etcd\""),

@@ -151,6 +151,7 @@ impl Control {
                 .lease
                 .keys()
                 .next()
+                .or(self.problems.chosen.first())
                 .cloned()
                 .or_else(|| self.store_error.clone())
                 .unwrap_or_else(|| "the store has not answered yet".into());

@@ -19,7 +19,7 @@ const RETRY: Duration = Duration::from_secs(60);
 const FOLLOWED: Duration = Duration::from_secs(5);
 
 /// Reads the cluster keys: one of 64 hexadecimal digits a line, `#` starts a comment, the first one seals.
-pub(super) fn read_ring(path: &Path) -> Result<KeyRing, String> {
+pub(crate) fn read_ring(path: &Path) -> Result<KeyRing, String> {
     let text = state::read_secret(path).map_err(|error| error.to_string())?.ok_or_else(|| {
         format!(
             "{} does not exist: make one with `weft cluster-key generate` and copy it to every node of the cluster",

@@ -8,8 +8,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::info;
 use weft_ipam::pods::PodPool;
-use weft_ipam::store::{EtcdStore, SqliteStore, StaticStore, Store};
+use weft_ipam::store::{EtcdStore, KubernetesStore, SqliteStore, StaticStore, Store};
 
+use super::cluster::Cluster;
 use super::handover::OPEN_AFTER;
 use super::{Fatal, Inbox, Node, keys, pods, sites, worker};
 use crate::config::{Config, StoreKind};
@@ -20,6 +21,7 @@ use crate::journal::{self, Journal};
 use crate::kernel::linux::Linux;
 use crate::kernel::netlink::Conn;
 use crate::kernel::{Kernel as _, UnderlaySpec, monitor, preflight};
+use crate::kubernetes::Kubernetes;
 use crate::leases::Leases;
 use crate::metrics;
 use crate::plan::model::WIREGUARD;
@@ -100,7 +102,7 @@ fn fitting(config: &Config, heritage: Inherited, talk: Option<Talk>) -> (Inherit
 ///
 /// # Errors
 /// The first thing that a person must resolve.
-pub fn start(config: Config, origin: Origin) -> Result<Node, Fatal> {
+pub async fn start(config: Config, origin: Origin) -> Result<Node, Fatal> {
     let now = Instant::now();
     if let Some(sentence) = preflight::missing_capability() {
         return Err(Fatal(sentence));
@@ -153,11 +155,17 @@ pub fn start(config: Config, origin: Origin) -> Result<Node, Fatal> {
     let store: Box<dyn Store> = match &config.store.kind {
         StoreKind::Sqlite(path) => Box::new(SqliteStore::open(path.clone())),
         StoreKind::Etcd(options) => Box::new(EtcdStore::open(options.clone()).map_err(fatal)?),
-        StoreKind::Kubernetes(options) => {
-            options.check_files().map_err(fatal)?;
-            return Err(Fatal("this build has no store in Kubernetes yet".into()));
-        }
+        StoreKind::Kubernetes(options) => Box::new(KubernetesStore::open(options.clone()).map_err(fatal)?),
         StoreKind::Static(subnets) => Box::new(StaticStore::new(subnets.clone())),
+    };
+    let (cluster, news) = match &config.store.kind {
+        StoreKind::Kubernetes(options) => {
+            let client = options.client().await.map_err(fatal)?;
+            let (kubernetes, news) = Kubernetes::start(client, options, &config.cluster.key_file);
+            (Some(Cluster::new(kubernetes)), news)
+        }
+        // Nobody sends.
+        _ => (None, mpsc::channel(1).1),
     };
     let (store_done, store_inbox) = mpsc::channel(EVENTS);
     let leases = Leases::new(store, store_done);
@@ -186,6 +194,7 @@ pub fn start(config: Config, origin: Origin) -> Result<Node, Fatal> {
         store: store_inbox,
         kernel: kernel_inbox,
         kernel_changed,
+        news,
         pods: pods_inbox,
         calls: call_inbox,
         take_overs,
@@ -222,6 +231,7 @@ pub fn start(config: Config, origin: Origin) -> Result<Node, Fatal> {
         local,
         metrics,
         handing: None,
+        cluster,
         predecessor,
     };
     node.pods_changed(now);

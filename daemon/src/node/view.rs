@@ -153,22 +153,11 @@ impl Node {
         warnings.extend(self.site_problems());
         warnings.extend(self.control.problems.memory.iter().cloned());
         warnings.extend(self.control.problems.ring.iter().cloned());
-        if let Some((from, at)) = self.control.problems.wrong_key
-            && now.duration_since(at) < MEMORY
-        {
-            warnings.push(format!(
-                    "{from} gossips with a cluster key that is not in this node's ring; compare `weft cluster-key list` on both"
-                ));
-        }
-        if let Some((from, key, at)) = &self.control.problems.duplicate_name
-            && now.duration_since(*at) < MEMORY
-        {
-            warnings.push(duplicate_name(
-                self.control.config.node.name.as_str(),
-                &format!("gossips at {from}"),
-                key,
-            ));
-        }
+        warnings.extend(self.control.problems.chosen.iter().cloned());
+        warnings.extend(self.cluster_warnings());
+        warnings.extend(self.foreign_gossip(now));
+        warnings.extend(self.namesake(now));
+        warnings.extend(self.asked_name(now));
         for member in self.control.mesh.members() {
             if let Verdict::Refused { why } | Verdict::Pending { why } = member.verdict
                 && member.state != MemberState::Left
@@ -179,6 +168,30 @@ impl Node {
         warnings.extend(self.too_small_for_ipv6());
         warnings.extend(self.control.pass.report.iter().flat_map(|report| report.warnings.iter().cloned()));
         warnings
+    }
+
+    /// Returns who gossips with a key that this node has not.
+    pub(super) fn foreign_gossip(&self, now: Instant) -> Option<String> {
+        let (from, _) = self.control.problems.wrong_key.filter(|(_, at)| now.duration_since(*at) < MEMORY)?;
+        Some(format!(
+            "{from} gossips with a cluster key that is not in this node's ring; compare `weft cluster-key list` on both"
+        ))
+    }
+
+    /// Returns who gossips under this node's name.
+    pub(super) fn namesake(&self, now: Instant) -> Option<String> {
+        let (from, key, at) = self.control.problems.duplicate_name.as_ref()?;
+        let recent = now.duration_since(*at) < MEMORY;
+        let name = self.control.config.node.name.as_str();
+        recent.then(|| duplicate_name(name, &format!("gossips at {from}"), key))
+    }
+
+    /// Returns who asked for this node's lease under its name; it asks again every ten minutes while it runs.
+    pub(super) fn asked_name(&self, now: Instant) -> Option<String> {
+        let (subnet, key, at) = self.control.problems.name_asked.as_ref()?;
+        let recent = now.duration_since(*at) < MEMORY * 10;
+        let name = self.control.config.node.name.as_str();
+        recent.then(|| duplicate_name(name, &format!("asked for the lease of {subnet}"), key))
     }
 
     fn recent_route_conflicts(&self, now: Instant) -> impl Iterator<Item = String> + '_ {
@@ -262,7 +275,7 @@ impl Node {
             node: view.node.to_string(),
             site: view.site.to_string(),
             epoch: view.epoch.0,
-            expires_in_s: view.expires_in.as_secs(),
+            expires_in_s: view.expires_in.map(|left| left.as_secs()),
             own: view.own,
         });
         Leases { leases: leases.collect() }

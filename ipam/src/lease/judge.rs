@@ -7,13 +7,14 @@
 //! Why a later owner's epoch is higher: a lease's epoch is never below the revision that created it (a
 //! claim that guessed too low is raised before it counts), and revisions only grow.
 
+use std::cmp::Ordering;
 use std::time::Instant;
 
 use weft_wire::types::{Epoch, PublicKey, Subnet};
 
-use super::machine::{Claim, Held, Leasing, Proof, Request, Step};
+use super::machine::{ASK_AGAIN, Asking, Claim, Held, Leasing, Proof, Request, Step};
 use super::view::Observed;
-use super::{HeldLease, LeaseConflict, LeaseEvent, LeaseValue, Output};
+use super::{Asked, HeldLease, LeaseConflict, LeaseEvent, LeaseValue, Output};
 use crate::carve::Family;
 use crate::store::Expect;
 
@@ -75,20 +76,21 @@ impl Leasing {
     /// Not if it took so long that others may have seen the entry expire meanwhile: their clocks may be
     /// faster than this one, but not twice as fast. The subnet is then claimed anew, under a later epoch.
     pub(super) fn settle(&mut self, index: usize, claim: Claim, now: Instant) {
-        let late = now.saturating_duration_since(claim.asked) > self.config.ttl / 2;
-        if late {
+        let took = now.saturating_duration_since(claim.asked);
+        if self.config.ttl.is_some_and(|ttl| took > ttl / 2) {
             self.list_now = true;
             self.slots[index].step = Step::Rest;
             return;
         }
         let Claim { lease, created, .. } = claim;
-        let renew_at = now + self.jittered(self.config.renew_every);
+        let renew_at = self.next_renewal(now);
         let up_to_date = lease.key == self.config.key && claim.moves == self.moves;
-        let renew_at = if up_to_date { renew_at } else { now };
+        let renew_at = if up_to_date { renew_at } else { Some(now) };
         let slot = &mut self.slots[index];
         slot.held = Some(Held { lease, proof: Proof::Entry(created), written: true, renewals: 0, renew_at });
         slot.step = Step::Rest;
         slot.fenced = false;
+        slot.asking = None;
         slot.told = None;
         self.events.push_back(LeaseEvent::Acquired(lease));
     }
@@ -112,15 +114,24 @@ impl Leasing {
         };
         let same_epoch = value.epoch == lease.epoch;
         match self.owner(value, lease.key) {
-            Owner::ThisRun if same_epoch => self.prove(index, Proof::Entry(revision)),
+            Owner::ThisRun if same_epoch => {
+                let asked = value.asked.clone();
+                self.prove(index, Proof::Entry(revision));
+                if let Some(Asked { key, .. }) = asked
+                    && self.slots[index].asked < revision
+                {
+                    // The next write answers: it has no question in it.
+                    self.renew(index, now);
+                    self.slots[index].asked = revision;
+                    self.events.push_back(LeaseEvent::Conflict(LeaseConflict::NameAsked { subnet, key }));
+                }
+            }
             // A write of ours that we gave up on: claim again over it.
             Owner::ThisRun => self.prove(index, Proof::Missing),
             Owner::OtherRun if !written && same_epoch => {
                 self.prove(index, Proof::Entry(revision));
                 // Put this run's name on it, and show the observers that the owner lives.
-                if let Some(held) = &mut self.slots[index].held {
-                    held.renew_at = now;
-                }
+                self.renew(index, now);
             }
             Owner::OtherRun if !written => self.prove(index, Proof::Missing),
             Owner::OtherRun | Owner::Namesake => {
@@ -138,6 +149,12 @@ impl Leasing {
     fn prove(&mut self, index: usize, proof: Proof) {
         if let Some(held) = &mut self.slots[index].held {
             held.proof = proof;
+        }
+    }
+
+    fn renew(&mut self, index: usize, now: Instant) {
+        if let Some(held) = &mut self.slots[index].held {
+            held.renew_at = Some(now);
         }
     }
 
@@ -201,12 +218,15 @@ impl Leasing {
                 let entry = self.view.entries.get(&lease.subnet).map(|seen| seen.revision);
                 Some(self.claim(index, lease.subnet, entry, Some(lease.epoch)))
             }
-            Proof::Entry(revision) if held.renew_at <= now => {
+            Proof::Entry(revision) if held.renew_at.is_some_and(|at| at <= now) => {
                 let lease = HeldLease { key: self.config.key, ..lease };
                 let request = Request::Renew(index, lease.key);
                 Some(self.put(request, lease, held.renewals + 1, Expect::Revision(revision)))
             }
-            Proof::Entry(_) => self.clear_leftover(self.slots[index].family, lease.subnet),
+            Proof::Entry(_) => {
+                let leftover = self.clear_leftover(self.slots[index].family, lease.subnet);
+                leftover.or_else(|| self.clear_former(index, lease.subnet, now))
+            }
         }
     }
 
@@ -221,6 +241,63 @@ impl Leasing {
         Some(delete(Request::Clear, key, revision))
     }
 
+    /// Deletes what is left under this node's name from before its state was lost, where nothing else would.
+    fn clear_former(&mut self, index: usize, held: Subnet, now: Instant) -> Option<(Request, Output)> {
+        let family = self.slots[index].family;
+        let (subnet, seen) = self.former(family).find(|(subnet, _)| *subnet != held)?;
+        match self.question(index, subnet, &seen, now) {
+            Answer::Silent => Some(delete(Request::Clear, subnet, seen.revision)),
+            Answer::Ask(request, output) => Some((request, output)),
+            Answer::Alive(key) => {
+                self.tell_duplicate(subnet, key);
+                None
+            }
+            Answer::Wait => None,
+        }
+    }
+
+    /// Returns the entries under this node's name that this run did not write, where the name is beyond doubt.
+    fn former(&self, family: Family) -> impl Iterator<Item = (Subnet, Observed)> + use<'_> {
+        let bound = self.config.ttl.is_none();
+        self.view.entries.iter().filter_map(move |(&subnet, seen)| {
+            let value = seen.value.as_ref().ok().filter(|_| bound && Family::of(subnet) == family)?;
+            let owner = self.owner(value, self.config.key);
+            matches!(owner, Owner::OtherRun | Owner::Namesake).then(|| (subnet, seen.clone()))
+        })
+    }
+
+    /// Asks the owner of an entry under this node's name whether it runs.
+    ///
+    /// An owner that runs answers by a write (`judge_held`): it watches its entry. One that is silent for long enough
+    /// was this node before it lost its state, and the node's credentials say that it is the same node.
+    fn question(&mut self, index: usize, subnet: Subnet, seen: &Observed, now: Instant) -> Answer {
+        let Ok(value) = &seen.value else { return Answer::Wait };
+        let slot = &mut self.slots[index];
+        let asked = slot.asking.filter(|asking| asking.subnet == subnet);
+        if let Some(asking) = asked {
+            if asking.until > now
+                && let Some(key) = asking.answer
+            {
+                return Answer::Alive(key);
+            }
+            if asking.answer.is_none() {
+                match asking.revision.cmp(&seen.revision) {
+                    Ordering::Equal if asking.until <= now => return Answer::Silent,
+                    // Not answered yet, or the view is older than the question.
+                    Ordering::Equal | Ordering::Greater => return Answer::Wait,
+                    Ordering::Less => {}
+                }
+                let key = value.asked.as_ref().map_or(value.key, |other| other.key);
+                slot.asking = Some(Asking { until: now + ASK_AGAIN, answer: Some(key), ..asking });
+                return Answer::Alive(key);
+            }
+        }
+        let us = Asked { key: self.config.key, boot: self.config.boot.clone() };
+        let value = LeaseValue { asked: Some(us), ..value.clone() }.encode();
+        let expect = Expect::Revision(seen.revision);
+        Answer::Ask(Request::Ask(index), Output::Put { key: subnet, expect, value })
+    }
+
     /// Finds a subnet to claim, or an expired entry to clear first.
     fn seek(&mut self, index: usize, now: Instant) -> Option<(Request, Output)> {
         let slot = &self.slots[index];
@@ -229,8 +306,13 @@ impl Leasing {
             return None;
         }
         let start = slot.start;
+        if self.config.only_fixed && self.fixed(family).next().is_none() {
+            return None; // Nothing is chosen for the node yet.
+        }
         self.slots[index].seek_at = None;
-        match self.own_entry(index) {
+        match self.own_entry(index, now) {
+            OwnEntry::Ask(request, output) => return Some((request, output)),
+            OwnEntry::Wait => return None,
             OwnEntry::Clear(subnet, revision) => return Some(delete(Request::Clear, subnet, revision)),
             OwnEntry::Adopt(subnet, revision, epoch) => {
                 return Some(self.claim(index, subnet, Some(revision), Some(epoch)));
@@ -255,7 +337,7 @@ impl Leasing {
                 cidr.cidr.contains(&subnet.net().network()) || subnet.net().contains(&cidr.cidr.network())
             })
         };
-        let expired = self.view.entries.iter().filter(|(key, seen)| seen.expired() && useful(**key));
+        let expired = self.view.entries.iter().filter(|(key, seen)| self.expired(seen) && useful(**key));
         if let Some((&key, seen)) = expired.max_by_key(|(_, seen)| seen.quiet()) {
             return Some(delete(Request::Clear, key, seen.revision));
         }
@@ -273,7 +355,7 @@ impl Leasing {
             let same = self.view.entries.get_key_value(&subnet);
             match same.or_else(|| self.view.overlapping(subnet).next()) {
                 None => return Some(self.claim(index, subnet, None, None)),
-                Some((&key, seen)) if seen.expired() => {
+                Some((&key, seen)) if self.expired(seen) => {
                     return Some(delete(Request::Clear, key, seen.revision));
                 }
                 Some((&key, seen)) => {
@@ -296,13 +378,56 @@ impl Leasing {
         let mut fixed = self.fixed(family).peekable();
         if fixed.peek().is_some() {
             fixed.any(|chosen| chosen == subnet)
+        } else if self.config.only_fixed {
+            // Nothing was said yet of either family, or of this one no more.
+            self.config.fixed.is_empty()
         } else {
             self.config.carver.allows(subnet)
         }
     }
 
+    /// Returns whether another node may take the subnet of an entry.
+    pub(super) fn expired(&self, seen: &Observed) -> bool {
+        self.config.ttl.is_some() && seen.expired()
+    }
+
     /// Looks for an entry that an earlier run, or an unanswered write of this one, left under our name.
-    fn own_entry(&self, index: usize) -> OwnEntry {
+    fn own_entry(&mut self, index: usize, now: Instant) -> OwnEntry {
+        match self.entry_of_ours(index) {
+            OwnEntry::None => self.former_entry(index, now),
+            found => found,
+        }
+    }
+
+    /// Looks for an entry under this node's name whose key it has lost.
+    fn former_entry(&mut self, index: usize, now: Instant) -> OwnEntry {
+        let family = self.slots[index].family;
+        let established = self.slots[index].established;
+        let mut found = None;
+        for (subnet, seen) in self.former(family) {
+            // Who writes under this node's name after this run has done so runs as well.
+            let asked = self.slots[index].asking.is_some_and(|asking| asking.revision == seen.revision);
+            if established.is_some_and(|since| seen.revision > since) && !asked {
+                let key = seen.value.as_ref().map_or(self.config.key, |value| value.key);
+                return OwnEntry::Clone(subnet, key);
+            }
+            let useful = self.wanted(family, subnet) && self.view.overlapping(subnet).next().is_none();
+            if found.as_ref().is_none_or(|(_, _, before)| useful && !before) {
+                found = Some((subnet, seen, useful));
+            }
+        }
+        let Some((subnet, seen, useful)) = found else { return OwnEntry::None };
+        let epoch = seen.value.as_ref().map_or(Epoch(0), |value| value.epoch);
+        match self.question(index, subnet, &seen, now) {
+            Answer::Silent if useful => OwnEntry::Adopt(subnet, seen.revision, epoch),
+            Answer::Silent => OwnEntry::Clear(subnet, seen.revision),
+            Answer::Ask(request, output) => OwnEntry::Ask(request, output),
+            Answer::Alive(key) => OwnEntry::Clone(subnet, key),
+            Answer::Wait => OwnEntry::Wait,
+        }
+    }
+
+    fn entry_of_ours(&self, index: usize) -> OwnEntry {
         let (family, established) = (self.slots[index].family, self.slots[index].established);
         let mut found = OwnEntry::None;
         for (&subnet, seen) in self.view.entries.iter().filter(|(key, _)| Family::of(**key) == family) {
@@ -311,7 +436,7 @@ impl Leasing {
             match owner {
                 Owner::ThisRun => {}
                 Owner::OtherRun if established.is_none_or(|since| seen.revision < since) => {}
-                Owner::OtherRun if seen.expired() => {}
+                Owner::OtherRun if self.expired(seen) => {}
                 Owner::OtherRun => return OwnEntry::Clone(subnet, value.key),
                 Owner::Namesake | Owner::Other => continue,
             }
@@ -375,6 +500,7 @@ impl Leasing {
             renewals,
             boot: self.config.boot.clone(),
             gossip: self.config.gossip.clone(),
+            asked: None,
         }
     }
 
@@ -400,8 +526,21 @@ impl Leasing {
     }
 }
 
+/// What is known of the owner of an entry under this node's name.
+enum Answer {
+    /// It does not run.
+    Silent,
+    /// It runs, or another that asks does, under this key.
+    Alive(PublicKey),
+    /// It was asked, or will be.
+    Wait,
+    Ask(Request, Output),
+}
+
 enum OwnEntry {
     None,
+    Ask(Request, Output),
+    Wait,
     Adopt(Subnet, u64, Epoch),
     /// Ours, of no use and in the way.
     Clear(Subnet, u64),

@@ -23,6 +23,11 @@ use crate::store::{Change, Entry, Key, Snapshot};
 const RELIST_GAP: Duration = Duration::from_millis(500);
 /// The first and the longest wait after a failed request; in between it doubles.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
+/// How long the owner of an entry under this node's name may take to answer whether it runs. Its watch, if broken by
+/// the API server's restart, is back within half of it.
+pub(super) const ANSWER: Duration = Duration::from_secs(20);
+/// An owner that answered is asked again not sooner than this.
+pub(super) const ASK_AGAIN: Duration = Duration::from_secs(600);
 /// The longest wait after two nodes withdrew overlapping claims.
 const WITHDRAW_PAUSE: Duration = Duration::from_secs(2);
 
@@ -44,7 +49,8 @@ pub(super) struct Held {
     /// The entry is one that this run wrote.
     pub(super) written: bool,
     pub(super) renewals: u64,
-    pub(super) renew_at: Instant,
+    /// `None` if nothing has to be written.
+    pub(super) renew_at: Option<Instant>,
 }
 
 /// An entry that this run wrote and that is not a lease yet.
@@ -80,6 +86,18 @@ pub(super) enum Step {
     Withdraw(Claim),
 }
 
+/// A question to the owner of an entry under this node's name, whose key this node does not have.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Asking {
+    pub(super) subnet: Subnet,
+    /// The revision of the question.
+    pub(super) revision: u64,
+    /// The owner has answered by then, or does not run; one that answered is asked again then.
+    pub(super) until: Instant,
+    /// Who answered.
+    pub(super) answer: Option<PublicKey>,
+}
+
 #[derive(Debug)]
 pub(super) struct Slot {
     pub(super) family: Family,
@@ -93,6 +111,9 @@ pub(super) struct Slot {
     /// Where the search for a block starts.
     pub(super) start: u64,
     pub(super) seek_at: Option<Instant>,
+    pub(super) asking: Option<Asking>,
+    /// The revision at which another daemon last asked whether this one runs.
+    pub(super) asked: u64,
     /// What was last told about not having a lease, so that it is told once.
     pub(super) told: Option<LeaseEvent>,
 }
@@ -105,6 +126,8 @@ pub(super) enum Request {
     Renew(usize, PublicKey),
     Withdraw(usize),
     Release(usize),
+    /// Asks the owner of an entry under this node's name whether it runs.
+    Ask(usize),
     /// Deletes an expired entry, or one of ours that no slot holds.
     Clear,
 }
@@ -156,7 +179,7 @@ impl Leasing {
                 proof: Proof::Unknown,
                 written: false,
                 renewals: 0,
-                renew_at: now,
+                renew_at: Some(now),
             });
             let start = start_of(&config.node);
             Slot {
@@ -167,6 +190,8 @@ impl Leasing {
                 established: None,
                 start,
                 seek_at: None,
+                asking: None,
+                asked: 0,
                 told: None,
             }
         };
@@ -239,7 +264,7 @@ impl Leasing {
                 self.settle(slot, Claim { lease, created: revision, asked, moves }, now);
             }
             Request::Renew(slot, key) => {
-                let renew_at = now + self.jittered(self.config.renew_every);
+                let renew_at = self.next_renewal(now);
                 let up_to_date = key == self.config.key && moves == self.moves;
                 self.slots[slot].established.get_or_insert(revision);
                 let Some(held) = &mut self.slots[slot].held else { return };
@@ -247,10 +272,16 @@ impl Leasing {
                 held.proof = Proof::Entry(revision);
                 held.written = true;
                 held.renewals += 1;
-                held.renew_at = if up_to_date { renew_at } else { now };
+                held.renew_at = if up_to_date { renew_at } else { Some(now) };
                 let (lease, renewals) = (held.lease, held.renewals);
                 self.wrote(lease, renewals, revision);
                 self.events.push_back(LeaseEvent::Renewed(lease));
+            }
+            Request::Ask(slot) => {
+                self.slots[slot].asking =
+                    Some(Asking { subnet: key, revision, until: now + ANSWER, answer: None });
+                // What was asked is read from the store: this run knows only that it asked.
+                self.list_now = true;
             }
             Request::List | Request::Withdraw(_) | Request::Release(_) | Request::Clear => {}
         }
@@ -353,8 +384,25 @@ impl Leasing {
         if key != self.config.key {
             let old = std::mem::replace(&mut self.config.key, key);
             self.config.old_keys.push(old);
-            self.slots.iter_mut().filter_map(|slot| slot.held.as_mut()).for_each(|held| held.renew_at = now);
+            self.slots
+                .iter_mut()
+                .filter_map(|slot| slot.held.as_mut())
+                .for_each(|held| held.renew_at = Some(now));
         }
+    }
+
+    /// Says which subnets were chosen for this node. One that it holds and that is no longer among them is kept while pods
+    /// use it.
+    ///
+    /// Returns whether they are others than before.
+    pub fn set_fixed(&mut self, fixed: Vec<Subnet>, now: Instant) -> bool {
+        let others = fixed != self.config.fixed;
+        if others {
+            self.config.fixed = fixed;
+            self.slots.iter_mut().for_each(|slot| slot.told = None);
+            self.list_at = self.list_at.min(now);
+        }
+        others
     }
 
     /// Says where the node receives gossip: its leases tell those who know nobody yet.
@@ -362,7 +410,10 @@ impl Leasing {
         if gossip != self.config.gossip {
             self.config.gossip = gossip;
             self.moves += 1;
-            self.slots.iter_mut().filter_map(|slot| slot.held.as_mut()).for_each(|held| held.renew_at = now);
+            self.slots
+                .iter_mut()
+                .filter_map(|slot| slot.held.as_mut())
+                .for_each(|held| held.renew_at = Some(now));
         }
     }
 
@@ -405,8 +456,8 @@ impl Leasing {
             site: value.site.clone(),
             key: value.key,
             epoch: value.epoch,
-            expires_in: value.ttl.saturating_sub(seen.quiet() + watched),
-            expired: seen.expired(),
+            expires_in: value.ttl.map(|ttl| ttl.saturating_sub(seen.quiet() + watched)),
+            expired: self.expired(seen),
             own: value.node == self.config.node && self.is_own_key(value.key),
             gossip: value.gossip.clone(),
         };
@@ -472,7 +523,8 @@ impl Leasing {
             return at.max(now);
         }
         let slots = self.slots.iter().flat_map(|slot| {
-            [slot.held.as_ref().map(|held| held.renew_at), slot.seek_at].into_iter().flatten()
+            let asked = slot.asking.map(|asking| asking.until);
+            [slot.held.as_ref().and_then(|held| held.renew_at), slot.seek_at, asked].into_iter().flatten()
         });
         // What is past and led to no request waits for an answer or a call, not for time.
         slots.chain([self.list_at]).filter(|at| *at > now).min().unwrap_or(far)
@@ -488,6 +540,12 @@ impl Leasing {
                 }
             }
         }
+    }
+
+    /// Returns when a lease that is written now is to be renewed.
+    pub(super) fn next_renewal(&mut self, now: Instant) -> Option<Instant> {
+        let every = self.config.renew_every()?;
+        Some(now + self.jittered(every))
     }
 
     /// From 0.9 to 1.1 of a time, so that nodes do not act in step.

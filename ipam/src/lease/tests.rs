@@ -129,7 +129,7 @@ fn a_node_leases_one_subnet_of_each_family() {
     assert_eq!(node.staleness(world.now), Some(Duration::ZERO));
     let table = node.table(world.now);
     assert_eq!(table.len(), 2);
-    assert!(table.iter().all(|lease| lease.own && !lease.expired && lease.expires_in == TTL));
+    assert!(table.iter().all(|lease| lease.own && !lease.expired && lease.expires_in == Some(TTL)));
     assert!(leases.iter().all(|lease| world.value(lease.subnet).expect("stored").epoch == lease.epoch));
 }
 
@@ -624,7 +624,7 @@ fn the_lease_value_is_the_documented_json() {
         "07".repeat(32)
     );
     let value = LeaseValue::decode(subnet("10.32.4.0/24"), text.as_bytes()).expect("a lease");
-    assert_eq!(value.ttl, TTL);
+    assert_eq!(value.ttl, Some(TTL));
     assert_eq!(String::from_utf8(value.encode()).expect("text"), text);
     let other = LeaseValue::decode(subnet("10.32.5.0/24"), text.as_bytes()).expect_err("another key");
     assert_eq!(other.to_string(), "the value is for 10.32.4.0/24");
@@ -683,4 +683,176 @@ fn a_claim_of_a_node_that_moves_meanwhile_becomes_a_lease() {
     assert_eq!(acquired(&events).len(), 1);
     assert_eq!(world.map.list("s").revision, 2, "the claim and one renewal");
     assert_eq!(world.value(key).expect("stored").gossip.len(), 1);
+}
+
+/// A node of a store that ends the leases of nodes that are gone, and proves their names.
+fn kept(world: &World, number: u8, own_key: u8, cidrs: &[(&str, u8)]) -> Leasing {
+    let boot = format!("boot-{number}-{own_key}");
+    let config = LeaseConfig { key: key(own_key), ..config(number, cidrs, &boot) }.kept_by_store();
+    Leasing::new(config, Vec::new(), SEED, world.now)
+}
+
+/// The keys of the conflicts of two daemons with one name: who was found to run, and who asked.
+fn namesakes(events: &[LeaseEvent]) -> Vec<(&'static str, PublicKey)> {
+    let conflict = |event: &LeaseEvent| match event {
+        LeaseEvent::Conflict(LeaseConflict::DuplicateName { key, .. }) => Some(("runs", *key)),
+        LeaseEvent::Conflict(LeaseConflict::NameAsked { key, .. }) => Some(("asked", *key)),
+        _ => None,
+    };
+    events.iter().filter_map(conflict).collect()
+}
+
+#[test]
+fn leases_that_the_store_ends_are_written_once_and_never_expire() {
+    let mut world = World::new();
+    let mut a = kept(&world, 1, 1, ONE);
+    world.run(&mut a);
+    let [held] = a.held()[..] else { panic!("{a:?}") };
+    let mut b = kept(&world, 2, 2, ONE);
+    world.run(&mut b);
+    let before = world.map.list("s").revision;
+    world.pass(Duration::from_secs(7 * 24 * 3600), &mut [&mut b]);
+    assert_eq!(world.map.list("s").revision, before, "nobody writes while nothing changes");
+    let table = b.table(world.now);
+    assert!(table.iter().all(|lease| !lease.expired && lease.expires_in.is_none()), "{table:?}");
+    assert!(b.held().is_empty());
+    let value = world.value(held.subnet).expect("still there");
+    assert!(!String::from_utf8(value.encode()).expect("text").contains("ttl"));
+    // The store removes it with its node.
+    let revision = world.map.list("s").entries[&held.subnet].revision;
+    let revision = world.map.delete_if(held.subnet, revision).expect("current");
+    b.handle_change(&Change::Delete { key: held.subnet, revision }, world.now);
+    world.run(&mut b);
+    assert_eq!(b.held().len(), 1);
+    assert!(b.held()[0].epoch > held.epoch);
+}
+
+#[test]
+fn a_node_that_lost_its_state_has_its_subnet_back_when_nobody_answers() {
+    let mut world = World::new();
+    let mut before = kept(&world, 1, 1, ONE);
+    world.run(&mut before);
+    let [lost] = before.held()[..] else { panic!("{before:?}") };
+    drop(before);
+    // Reinstalled: the same name, another key; its range holds no other block.
+    let mut after = kept(&world, 1, 2, ONE);
+    let mut events = world.run(&mut after);
+    assert!(after.held().is_empty(), "not before the owner had time to answer");
+    assert_eq!(world.value(lost.subnet).expect("there").asked.expect("a question").key, key(2));
+    events.extend(world.pass(Duration::from_secs(40), &mut [&mut after]));
+    let [held] = after.held()[..] else { panic!("{after:?}") };
+    assert!(held.subnet == lost.subnet && held.epoch > lost.epoch, "{lost:?} {held:?}");
+    assert!(namesakes(&events).is_empty(), "{events:?}");
+    let value = world.value(held.subnet).expect("there");
+    assert_eq!((value.key, value.asked), (key(2), None));
+}
+
+#[test]
+fn of_two_daemons_with_one_name_the_first_keeps_its_lease_and_both_are_told() {
+    let mut world = World::new();
+    let mut first = kept(&world, 1, 1, ONE);
+    world.run(&mut first);
+    let held = first.held();
+    let mut second = kept(&world, 1, 2, ONE);
+    let mut told = [world.run(&mut second), Vec::new()];
+    // The first one watches.
+    let entry = world.map.list("s").entries[&held[0].subnet].clone();
+    first.handle_change(&Change::Put { key: held[0].subnet, entry }, world.now);
+    told[1].extend(world.run(&mut first));
+    let writes = world.map.list("s").revision;
+    for _ in 0..180 {
+        told[0].extend(world.pass(Duration::from_secs(9), &mut [&mut second]));
+        let entry = world.map.list("s").entries[&held[0].subnet].clone();
+        first.handle_change(&Change::Put { key: held[0].subnet, entry }, world.now);
+        told[1].extend(world.pass(Duration::from_secs(1), &mut [&mut first]));
+        assert_eq!((first.held(), second.held()), (held.clone(), Vec::new()));
+    }
+    assert_eq!(namesakes(&told[0]), [("runs", key(1))]);
+    assert!(namesakes(&told[1]).contains(&("asked", key(2))), "{told:?}");
+    let writes = world.map.list("s").revision - writes;
+    assert!((2..=8).contains(&writes), "asked again now and then: {writes} writes in half an hour");
+    // Once the first is gone, the second is its heir.
+    drop(first);
+    world.pass(Duration::from_secs(1200), &mut [&mut second]);
+    assert_eq!(second.held().len(), 1);
+}
+
+#[test]
+fn a_node_that_comes_back_answers_who_asked_meanwhile() {
+    let mut world = World::new();
+    let mut first = kept(&world, 1, 1, ONE);
+    world.run(&mut first);
+    let held = first.held();
+    drop(first);
+    let mut second = kept(&world, 1, 2, ONE);
+    world.run(&mut second);
+    // Restarted with its state, before the other takes silence for an answer.
+    let config = LeaseConfig { key: key(1), ..config(1, ONE, "boot-later") }.kept_by_store();
+    let mut first = Leasing::new(config, held.clone(), SEED, world.now);
+    world.run(&mut first);
+    let told = world.pass(Duration::from_secs(60), &mut [&mut first, &mut second]);
+    assert_eq!((first.held(), second.held()), (held, Vec::new()));
+    assert_eq!(namesakes(&told), [("runs", key(1))]);
+}
+
+#[test]
+fn what_a_node_that_lost_its_state_left_elsewhere_is_cleared() {
+    let mut world = World::new();
+    let mut before = kept(&world, 1, 1, &[("10.32.4.0/23", 23)]);
+    world.run(&mut before);
+    drop(before);
+    // Reinstalled with another block size: the old block is in the way of the new one.
+    let mut after = kept(&world, 1, 2, ONE);
+    world.run(&mut after);
+    world.pass(Duration::from_secs(60), &mut [&mut after]);
+    assert_eq!(world.keys(), ["10.32.4.0/24"]);
+    // And beside it.
+    drop(after);
+    let mut last = kept(&world, 1, 3, &[("10.48.0.0/24", 24)]);
+    world.run(&mut last);
+    world.pass(Duration::from_secs(60), &mut [&mut last]);
+    assert_eq!(world.keys(), ["10.48.0.0/24"]);
+    assert_eq!(last.held().len(), 1);
+}
+
+#[test]
+fn a_node_leases_what_was_chosen_for_it_once_it_is_and_nothing_else() {
+    let mut world = World::new();
+    let only = |number, own_key| {
+        let config = LeaseConfig { key: key(own_key), ..config(number, DUAL, "boot") };
+        LeaseConfig { only_fixed: true, ..config.kept_by_store() }
+    };
+    let mut a = Leasing::new(only(1, 1), Vec::new(), SEED, world.now);
+    assert!(world.run(&mut a).is_empty() && world.keys().is_empty(), "nothing is chosen yet");
+    a.set_fixed(vec![subnet("10.32.7.0/24")], world.now);
+    world.run(&mut a);
+    assert_eq!(world.keys(), ["10.32.7.0/24"], "of one family only");
+    a.set_fixed(vec![subnet("10.32.7.0/24"), subnet("fd00:32:0:7::/64")], world.now);
+    world.run(&mut a);
+    assert_eq!(world.keys(), ["10.32.7.0/24", "fd00:32:0:7::/64"]);
+
+    // Another choice is told, and waits until the pods are gone; none at all changes nothing.
+    a.set_may_renumber(false, world.now);
+    a.set_fixed(vec![], world.now);
+    assert!(world.run(&mut a).is_empty());
+    a.set_fixed(vec![subnet("10.32.8.0/24"), subnet("fd00:32:0:7::/64")], world.now);
+    let outside = LeaseConflict::Outside { subnet: subnet("10.32.7.0/24") };
+    assert_eq!(world.run(&mut a), [LeaseEvent::Conflict(outside)]);
+    assert_eq!(world.keys(), ["10.32.7.0/24", "fd00:32:0:7::/64"]);
+    a.set_may_renumber(true, world.now);
+    world.run(&mut a);
+    assert_eq!(world.keys(), ["10.32.8.0/24", "fd00:32:0:7::/64"]);
+
+    // What another node has is not taken, and is taken as soon as it is free.
+    let mut b = Leasing::new(only(2, 2), Vec::new(), SEED, world.now);
+    b.set_fixed(vec![subnet("10.32.8.0/24")], world.now);
+    let taken =
+        LeaseConflict::FixedTaken { subnet: subnet("10.32.8.0/24"), owner: "n1".parse().expect("a name") };
+    assert_eq!(world.run(&mut b), [LeaseEvent::Conflict(taken)]);
+    assert!(world.pass(Duration::from_secs(24 * 3600), &mut [&mut b]).is_empty(), "told once");
+    let revision = world.map.list("s").entries[&subnet("10.32.8.0/24")].revision;
+    let revision = world.map.delete_if(subnet("10.32.8.0/24"), revision).expect("current");
+    b.handle_change(&Change::Delete { key: subnet("10.32.8.0/24"), revision }, world.now);
+    world.run(&mut b);
+    assert_eq!(b.held().len(), 1);
 }

@@ -5,7 +5,9 @@
 //!  "ttl_ms":3600000,"renewals":4,"boot":"<text>","gossip":["192.0.2.1:7117"]}
 //! ```
 //! Unknown members are ignored, so later versions may add some; `gossip` may be missing, as it is in what earlier
-//! versions wrote. There is no time of day in it: expiry is
+//! versions wrote. Without `ttl_ms` the lease does not expire: the store removes it with its node. `asked` is there while
+//! a daemon that lost its key asks whether the owner still runs
+//! (docs/decisions/0011-kubernetes-store.md). There is no time of day in it: expiry is
 //! judged by each observer's own clock (docs/decisions/0002-lease-expiry-without-clocks.md).
 
 use std::net::SocketAddr;
@@ -32,9 +34,9 @@ pub struct LeaseValue {
     pub key: PublicKey,
     /// The fencing number of this tenure; unchanged by renewals.
     pub epoch: Epoch,
-    /// How long the lease outlives its last write, in milliseconds in the JSON.
-    #[serde(rename = "ttl_ms", with = "millis")]
-    pub ttl: Duration,
+    /// How long the lease outlives its last write, in milliseconds in the JSON; `None` if only the store ends it.
+    #[serde(rename = "ttl_ms", default, skip_serializing_if = "Option::is_none", with = "millis")]
+    pub ttl: Option<Duration>,
     /// Counts the writes of this tenure, so that every renewal differs.
     pub renewals: u64,
     /// Names the run of the owner's daemon that wrote it.
@@ -42,6 +44,18 @@ pub struct LeaseValue {
     /// Where the owner receives gossip, for nodes that know nobody yet: a hint, which proves nothing.
     #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "addresses")]
     pub gossip: Vec<SocketAddr>,
+    /// Another daemon under the owner's name, which asks whether the owner still runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub asked: Option<Asked>,
+}
+
+/// Who asks the owner of a lease for a sign of life.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Asked {
+    /// The key of who asks.
+    pub key: PublicKey,
+    /// Names the run of who asks.
+    pub boot: String,
 }
 
 /// An entry that is no lease of this version.
@@ -91,14 +105,15 @@ fn is_somewhere(address: &SocketAddr) -> bool {
 mod millis {
     use std::time::Duration;
 
-    use serde::{Deserialize, Deserializer, Serializer};
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-    pub fn serialize<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_u64(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX))
+    pub fn serialize<S: Serializer>(duration: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
+        let millis = duration.map(|duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX));
+        millis.serialize(serializer)
     }
 
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
-        u64::deserialize(deserializer).map(Duration::from_millis)
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+        Ok(Option::<u64>::deserialize(deserializer)?.map(Duration::from_millis))
     }
 }
 

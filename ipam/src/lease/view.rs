@@ -34,7 +34,7 @@ impl Observed {
 
     /// Returns whether another node may take the subnet. What cannot be read never expires.
     pub(super) fn expired(&self) -> bool {
-        self.value.as_ref().is_ok_and(|value| self.quiet > value.ttl)
+        self.value.as_ref().is_ok_and(|value| value.ttl.is_some_and(|ttl| self.quiet > ttl))
     }
 
     pub(super) fn quiet(&self) -> Duration {

@@ -447,8 +447,17 @@ impl Lab {
 
     /// Starts a ping every 10 ms.
     pub fn background_ping(&self, place: impl Into<Place>, to: IpAddr) -> Ping {
+        self.background_ping_after(place, &[], to)
+    }
+
+    /// Starts a ping every 10 ms in a network namespace that a place knows by this path.
+    pub fn background_ping_in(&self, place: impl Into<Place>, netns: &str, to: IpAddr) -> Ping {
+        self.background_ping_after(place, &["nsenter", &format!("--net={netns}"), "--"], to)
+    }
+
+    fn background_ping_after(&self, place: impl Into<Place>, before: &[&str], to: IpAddr) -> Ping {
         let to = to.to_string();
-        let ping = self.background(place, &["ping", "-n", "-O", "-i", "0.01", &to]);
+        let ping = self.background(place, &[before, &["ping", "-n", "-O", "-i", "0.01", &to]].concat());
         // An interrupt before ping listens for one would end it without its summary.
         ping.started.recv_timeout(Duration::from_secs(10)).expect("ping says something within seconds");
         Ping(ping)
@@ -470,7 +479,7 @@ impl Drop for Lab {
 }
 
 /// Prints the end of every log of a lab that is about to vanish.
-fn keep_log_of_failure(handle: &Handle) {
+pub(crate) fn keep_log_of_failure(handle: &Handle) {
     let Ok(entries) = std::fs::read_dir(handle.dir().join("log")) else { return };
     let mut logs: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
     logs.push(handle.dir().join("keeper.log"));

@@ -68,11 +68,13 @@ struct Walk {
     /// The highest epoch of a lease that was acquired, by subnet.
     epochs: BTreeMap<Subnet, Epoch>,
     up: bool,
+    /// The store ends leases, as Kubernetes does: they do not expire, and a node that lost its key asks for its own.
+    kept: bool,
     counts: BTreeMap<&'static str, u64>,
 }
 
 impl Walk {
-    fn new(seed: u64) -> Self {
+    fn new(seed: u64, kept: bool) -> Self {
         let mut walk = Self {
             rng: ChaCha8Rng::seed_from_u64(seed),
             map: MemoryMap::default(),
@@ -83,6 +85,7 @@ impl Walk {
             written: BTreeMap::new(),
             epochs: BTreeMap::new(),
             up: true,
+            kept,
             counts: BTreeMap::new(),
         };
         for index in 0..NODES {
@@ -144,7 +147,8 @@ impl Walk {
         let config = LeaseConfig { old_keys: old_keys.to_vec(), ..config };
         let mut seed = [0; 32];
         self.rng.fill_bytes(&mut seed);
-        let config = LeaseConfig { list_every: TTL / 20, ..config.with_ttl(TTL) };
+        let config = if self.kept { config.kept_by_store() } else { config.with_ttl(TTL) };
+        let config = LeaseConfig { list_every: TTL / 20, ..config };
         Leasing::new(config, persisted, seed, now)
     }
 
@@ -282,6 +286,9 @@ impl Walk {
             Message::Put(key, expect, value) => {
                 let before = self.owner(key);
                 let result = self.map.put_if(key, expect, value);
+                if result.is_ok() && self.owner(key).is_some_and(|value| value.asked.is_some()) {
+                    self.count("asked");
+                }
                 if result.is_ok() {
                     let name = format!("n{index}");
                     assert!(before.is_none_or(|before| before.node.as_str() == name), "wrote over another's");
@@ -296,6 +303,7 @@ impl Walk {
                 if result.is_ok() {
                     let before = before.expect("deleted it");
                     if before.node.as_str() != format!("n{index}") {
+                        assert!(!self.kept, "deleted another's");
                         // Clock-free expiry: never before the time to live, at the speed of the fastest clock.
                         let quiet = self.time - self.written[&key];
                         assert!(u128::from(quiet) * 105 / 100 >= TTL.as_millis(), "expired after {quiet} ms");
@@ -333,9 +341,10 @@ impl Walk {
         self.count("crashed");
         let held: Vec<_> = self.nodes[index].announced.values().copied().collect();
         // Now and then the disk is lost as well, and the key with it; or only the list of leases.
+        let lost = if self.kept { 5 } else { 1 };
         let (persisted, key) = match self.below(20) {
-            0 => (Vec::new(), Some(self.new_key())),
-            1 => (Vec::new(), None),
+            fate if fate < lost => (Vec::new(), Some(self.new_key())),
+            fate if fate == lost => (Vec::new(), None),
             _ => (held, None),
         };
         if let Some(key) = key {
@@ -430,9 +439,9 @@ impl Walk {
     }
 }
 
-fn walk(seed: u64, steps: u64) -> BTreeMap<&'static str, u64> {
-    eprintln!("WEFT_SEED={seed} WEFT_STEPS={steps}");
-    let mut walk = Walk::new(seed);
+fn walk(seed: u64, steps: u64, kept: bool) -> BTreeMap<&'static str, u64> {
+    eprintln!("WEFT_SEED={seed} WEFT_STEPS={steps}{}", if kept { ", kept by the store" } else { "" });
+    let mut walk = Walk::new(seed, kept);
     for _ in 0..steps {
         walk.step();
     }
@@ -446,8 +455,8 @@ fn setting(name: &str) -> Option<u64> {
         .map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is no number: {text}")))
 }
 
-#[test]
-fn two_live_leases_never_overlap_and_a_fenced_owner_never_overwrites() {
+/// Walks as long as the environment says, and returns what happened.
+fn walks(kept: bool) -> (u64, BTreeMap<&'static str, u64>) {
     // `make test` must say the same of the same code every time; a walk of a length of its own goes where none has been.
     let length = setting("WEFT_STEPS");
     let steps = length.unwrap_or(100_000);
@@ -458,7 +467,7 @@ fn two_live_leases_never_overlap_and_a_fenced_owner_never_overwrites() {
     // Many walks, so that rare beginnings are met too.
     for part in 0.. {
         let length = WALK.min(steps - done);
-        for (what, count) in walk(seed.wrapping_add(part), length) {
+        for (what, count) in walk(seed.wrapping_add(part), length, kept) {
             *counts.entry(what).or_default() += count;
         }
         done += length;
@@ -467,16 +476,33 @@ fn two_live_leases_never_overlap_and_a_fenced_owner_never_overwrites() {
         }
     }
     eprintln!("{counts:?}");
-    if steps >= 100_000 {
-        for what in ["acquired", "renewed", "lost", "released", "exhausted", "expired", "crashed", "stray"] {
-            assert!(counts.get(what).is_some_and(|count| *count > 10), "{what} hardly happened: {counts:?}");
-        }
+    (steps, counts)
+}
+
+fn assert_happened(steps: u64, counts: &BTreeMap<&'static str, u64>, expected: &[&str]) {
+    for what in expected.iter().filter(|_| steps >= 100_000) {
+        assert!(counts.get(what).is_some_and(|count| *count > 10), "{what} hardly happened: {counts:?}");
     }
+}
+
+#[test]
+fn two_live_leases_never_overlap_and_a_fenced_owner_never_overwrites() {
+    let (steps, counts) = walks(false);
+    let expected = ["acquired", "renewed", "lost", "released", "exhausted", "expired", "crashed", "stray"];
+    assert_happened(steps, &counts, &expected);
+}
+
+#[test]
+fn leases_that_the_store_ends_never_overlap_and_nobody_touches_anothers() {
+    let (steps, counts) = walks(true);
+    let expected = ["acquired", "renewed", "lost", "released", "exhausted", "asked", "crashed", "stray"];
+    assert_happened(steps, &counts, &expected);
+    assert_eq!(counts.get("expired"), None);
 }
 
 #[test]
 fn what_once_failed_holds() {
     for seed in ONCE_FAILED {
-        assert!(walk(seed, WALK)["crashed"] > 0);
+        assert!(walk(seed, WALK, false)["crashed"] > 0);
     }
 }

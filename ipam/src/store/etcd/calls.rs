@@ -17,6 +17,7 @@ use super::proto::{
     RequestOp, ResponseHeader, TxnRequest, TxnResponse,
 };
 use super::trouble::{Then, Trouble};
+use crate::store::desk;
 use crate::store::{Entry, Expect, Key, PutError, Snapshot, StoreError};
 
 /// The lease of etcd is kept alive so many times within its time to live.
@@ -80,22 +81,6 @@ impl Calls {
         Self { link, name: None, listed: None, alive: None }
     }
 
-    pub(super) async fn list(&mut self) -> Result<Snapshot, StoreError> {
-        // A list changes nothing, so it may be asked of every member.
-        let mut attempts = self.link.options.endpoints.len() + 1;
-        loop {
-            attempts -= 1;
-            match self.list_once().await {
-                Err(trouble) if trouble.then != Then::Tell && attempts > 0 => {}
-                result => {
-                    let snapshot = result?;
-                    self.listed = self.name.as_ref().map(|name| (name.cluster, name.text.clone()));
-                    return Ok(snapshot);
-                }
-            }
-        }
-    }
-
     async fn list_once(&mut self) -> Result<Snapshot, Trouble> {
         let options = self.link.options.clone();
         let leases = leases_prefix(&options);
@@ -140,34 +125,6 @@ impl Calls {
             self.give_sign().await;
             return Ok(snapshot);
         }
-    }
-
-    pub(super) async fn put_if(&mut self, key: Key, expect: Expect, value: Vec<u8>) -> Result<u64, PutError> {
-        let options = &self.link.options;
-        let lease = options.lease_id();
-        let path = entry_key(options, key);
-        let put = Op::Put(PutRequest { key: path, value, lease });
-        if self.alive.is_none() {
-            self.ensure_lease().await.map_err(StoreError::from)?;
-        }
-        match self.write(key, expect, vec![put.clone()]).await {
-            Err(Failed::Trouble(trouble)) if trouble.then == Then::Lease => {
-                self.ensure_lease().await.map_err(StoreError::from)?;
-                self.write(key, expect, vec![put]).await
-            }
-            result => result,
-        }
-        .map_err(PutError::from)
-    }
-
-    pub(super) async fn delete_if(&mut self, key: Key, revision: u64) -> Result<u64, PutError> {
-        let options = &self.link.options;
-        let delete = Op::Delete(DeleteRangeRequest { key: entry_key(options, key) });
-        // An etcd that is out of space takes deletions and no renewals. A node must not delete as expired what its
-        // owner cannot renew: with something to write, the deletion is refused as well.
-        let last = format!("{}/v1/deleted", options.prefix).into_bytes();
-        let note = Op::Put(PutRequest { key: last, value: key.to_string().into_bytes(), lease: 0 });
-        Ok(self.write(key, Expect::Revision(revision), vec![delete, note]).await?)
     }
 
     async fn write(&mut self, key: Key, expect: Expect, work: Vec<Op>) -> Result<u64, Failed> {
@@ -325,6 +282,59 @@ impl Calls {
         };
         let result = result.await;
         self.judge(&live, result).await
+    }
+}
+
+impl desk::Calls for Calls {
+    async fn list(&mut self) -> Result<Snapshot, StoreError> {
+        // A list changes nothing, so it may be asked of every member.
+        let mut attempts = self.link.options.endpoints.len() + 1;
+        loop {
+            attempts -= 1;
+            match self.list_once().await {
+                Err(trouble) if trouble.then != Then::Tell && attempts > 0 => {}
+                result => {
+                    let snapshot = result?;
+                    self.listed = self.name.as_ref().map(|name| (name.cluster, name.text.clone()));
+                    return Ok(snapshot);
+                }
+            }
+        }
+    }
+
+    async fn put_if(&mut self, key: Key, expect: Expect, value: Vec<u8>) -> Result<u64, PutError> {
+        let options = &self.link.options;
+        let lease = options.lease_id();
+        let path = entry_key(options, key);
+        let put = Op::Put(PutRequest { key: path, value, lease });
+        if self.alive.is_none() {
+            self.ensure_lease().await.map_err(StoreError::from)?;
+        }
+        match self.write(key, expect, vec![put.clone()]).await {
+            Err(Failed::Trouble(trouble)) if trouble.then == Then::Lease => {
+                self.ensure_lease().await.map_err(StoreError::from)?;
+                self.write(key, expect, vec![put]).await
+            }
+            result => result,
+        }
+        .map_err(PutError::from)
+    }
+
+    async fn delete_if(&mut self, key: Key, revision: u64) -> Result<u64, PutError> {
+        let options = &self.link.options;
+        let delete = Op::Delete(DeleteRangeRequest { key: entry_key(options, key) });
+        // An etcd that is out of space takes deletions and no renewals. A node must not delete as expired what its
+        // owner cannot renew: with something to write, the deletion is refused as well.
+        let last = format!("{}/v1/deleted", options.prefix).into_bytes();
+        let note = Op::Put(PutRequest { key: last, value: key.to_string().into_bytes(), lease: 0 });
+        Ok(self.write(key, Expect::Revision(revision), vec![delete, note]).await?)
+    }
+
+    fn late(&self) -> StoreError {
+        StoreError(format!(
+            "etcd did not answer within {} s: look at `etcdctl endpoint status --cluster`",
+            desk::BOUND.as_secs()
+        ))
     }
 }
 

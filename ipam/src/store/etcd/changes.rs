@@ -6,18 +6,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
-use tokio::sync::mpsc::error::TrySendError;
 use tonic::Streaming;
 
 use super::calls::{leases_prefix, prefix_end, subnet_of, unsigned};
 use super::link::{Link, Live};
 use super::proto::{self, EventKind, WatchCreateRequest, WatchEvent, WatchRequest, WatchResponse};
 use super::trouble::{Then, Trouble};
+use crate::store::watchers::{Joined, Watchers};
 use crate::store::{Change, Entry};
 
-/// How many changes wait for a watcher before it is told to list instead.
-pub(super) const BACKLOG: usize = 64;
 /// The first and the longest wait before the next attempt.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 
@@ -32,16 +29,13 @@ struct Seen {
 }
 
 /// Watches while there are watchers. Dropped with the store.
-pub(super) async fn run(link: Arc<Link>, mut joined: mpsc::UnboundedReceiver<mpsc::Sender<Change>>) {
+pub(super) async fn run(link: Arc<Link>, mut joined: Joined) {
     let mut watchers = Watchers::default();
     let mut seen = None;
     let mut failures = 0;
     loop {
-        if watchers.0.is_empty() {
-            match joined.recv().await {
-                Some(watcher) => watchers.0.push(watcher),
-                None => return std::future::pending().await,
-            }
+        if !watchers.wanted(&mut joined).await {
+            return std::future::pending().await;
         }
         let trouble = match follow(&link, &mut joined, &mut watchers, &mut seen, &mut failures).await {
             Ok(()) => return std::future::pending().await,
@@ -62,7 +56,7 @@ pub(super) async fn run(link: Arc<Link>, mut joined: mpsc::UnboundedReceiver<mps
 /// Follows one watch to its end; `Ok` once the store is gone.
 async fn follow(
     link: &Link,
-    joined: &mut mpsc::UnboundedReceiver<mpsc::Sender<Change>>,
+    joined: &mut Joined,
     watchers: &mut Watchers,
     seen: &mut Option<Seen>,
     failures: &mut u32,
@@ -182,53 +176,4 @@ fn change(link: &Link, event: WatchEvent) -> Option<Change> {
         EventKind::Put => Change::Put { key, entry: Entry { value: kv.value, revision } },
         EventKind::Delete => Change::Delete { key, revision },
     })
-}
-
-/// Those who are told.
-#[derive(Default)]
-struct Watchers(Vec<mpsc::Sender<Change>>);
-
-impl Watchers {
-    fn join(&mut self, watcher: mpsc::Sender<Change>) {
-        tell(&watcher, &Change::Relist);
-        self.0.push(watcher);
-    }
-
-    fn tell(&mut self, change: &Change) {
-        self.0.retain(|watcher| tell(watcher, change));
-    }
-}
-
-/// Tells one watcher; the last place of its backlog is kept for a `Relist`, behind which nothing is lost.
-fn tell(watcher: &mpsc::Sender<Change>, change: &Change) -> bool {
-    let change = match watcher.capacity() {
-        // What waits last is a `Relist` already.
-        0 => return !watcher.is_closed(),
-        1 => Change::Relist,
-        _ => change.clone(),
-    };
-    !matches!(watcher.try_send(change), Err(TrySendError::Closed(_)))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn delete(revision: u64) -> Change {
-        Change::Delete { key: "10.32.4.0/24".parse().expect("a subnet"), revision }
-    }
-
-    #[test]
-    fn a_watcher_that_falls_behind_is_told_to_list_after_what_it_has() {
-        let (sender, mut receiver) = mpsc::channel(4);
-        for revision in 1..=10 {
-            assert!(tell(&sender, &delete(revision)));
-        }
-        let waits: Vec<_> = std::iter::from_fn(|| receiver.try_recv().ok()).collect();
-        assert_eq!(waits, [delete(1), delete(2), delete(3), Change::Relist]);
-        assert!(tell(&sender, &delete(11)));
-        assert_eq!(receiver.try_recv(), Ok(delete(11)));
-        drop(receiver);
-        assert!(!tell(&sender, &delete(12)), "one that is gone is forgotten");
-    }
 }

@@ -9,6 +9,7 @@ use tonic::{Code, Status};
 
 use super::access::{Endpoint, EtcdOptions};
 use crate::store::StoreError;
+use crate::store::cause::{deepest, find};
 
 /// What follows from a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -173,29 +174,4 @@ fn plain(endpoint: &Endpoint) -> String {
     format!(
         "etcd at {endpoint} does not speak TLS: write http:// in store.endpoints, or give it a certificate"
     )
-}
-
-/// Finds an error of a type among an error's causes. `io::Error` hides the one it carries.
-fn find<'a, E: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a E> {
-    let mut next = Some(error);
-    while let Some(error) = next {
-        if let Some(found) = error.downcast_ref::<E>() {
-            // An I/O error that only carries another says less than what it carries.
-            return Some(found);
-        }
-        let carried = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
-        if let Some(found) = carried.and_then(|carried| find::<E>(carried)) {
-            return Some(found);
-        }
-        next = error.source();
-    }
-    None
-}
-
-fn deepest(error: &(dyn Error + 'static)) -> String {
-    let mut error = error;
-    while let Some(source) = error.source() {
-        error = source;
-    }
-    error.to_string()
 }

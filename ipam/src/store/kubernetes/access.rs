@@ -16,6 +16,8 @@ use kube::config::{Config, InClusterError, KubeConfigOptions, Kubeconfig, Kubeco
 use tower::{BoxError, ServiceBuilder};
 use weft_wire::types::NodeName;
 
+use crate::store::cause::deepest;
+
 /// How long a connection may take. The API server is a few milliseconds away, or gone.
 const CONNECT: Duration = Duration::from_secs(4);
 /// A connection on which nothing comes is asked so often whether it lives, and dead after so long without an answer.
@@ -92,6 +94,11 @@ impl KubernetesOptions {
     /// # Errors
     /// What is wrong with the pod's service account or the kubeconfig.
     pub async fn client(&self) -> Result<Client, KubernetesOptionsError> {
+        Ok(self.connect().await?.0)
+    }
+
+    /// Returns a new client and the API server's address.
+    pub(super) async fn connect(&self) -> Result<(Client, String), KubernetesOptionsError> {
         let config = match &self.kubeconfig {
             Some(path) => from_file(path).await?,
             None => Config::incluster().or_else(|error| wrong(in_cluster(&error)))?,
@@ -127,7 +134,8 @@ impl KubernetesOptions {
             .layer(config.extra_headers_layer().map_err(refused)?)
             .map_err(BoxError::from)
             .service(http);
-        Ok(ClientBuilder::new(service, config.default_namespace).build())
+        let server = config.cluster_url.to_string().trim_end_matches('/').to_owned();
+        Ok((ClientBuilder::new(service, config.default_namespace).build(), server))
     }
 
     /// Names where the credentials come from.
@@ -214,12 +222,4 @@ fn in_cluster(error: &InClusterError) -> String {
 
 fn one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
-}
-
-fn deepest(error: &dyn std::error::Error) -> String {
-    let mut error = error;
-    while let Some(source) = error.source() {
-        error = source;
-    }
-    error.to_string()
 }

@@ -1,0 +1,73 @@
+//! Those who are told of changes: each with a bounded backlog, and told to list when it is full.
+
+use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
+
+use super::Change;
+
+/// How many changes wait for a watcher before it is told to list instead.
+pub(super) const BACKLOG: usize = 64;
+
+/// Where new watchers come from.
+pub(super) type Joined = mpsc::UnboundedReceiver<mpsc::Sender<Change>>;
+
+/// Those who are told.
+#[derive(Default)]
+pub(super) struct Watchers(Vec<mpsc::Sender<Change>>);
+
+impl Watchers {
+    /// Waits until there is a watcher; `false` once the store is gone.
+    pub(super) async fn wanted(&mut self, joined: &mut Joined) -> bool {
+        while self.0.is_empty() {
+            match joined.recv().await {
+                Some(watcher) => self.0.push(watcher),
+                None => return false,
+            }
+        }
+        true
+    }
+
+    /// Takes one more, for whom anything may be news.
+    pub(super) fn join(&mut self, watcher: mpsc::Sender<Change>) {
+        tell(&watcher, &Change::Relist);
+        self.0.push(watcher);
+    }
+
+    pub(super) fn tell(&mut self, change: &Change) {
+        self.0.retain(|watcher| tell(watcher, change));
+    }
+}
+
+/// Tells one watcher; the last place of its backlog is kept for a `Relist`, behind which nothing is lost.
+fn tell(watcher: &mpsc::Sender<Change>, change: &Change) -> bool {
+    let change = match watcher.capacity() {
+        // What waits last is a `Relist` already.
+        0 => return !watcher.is_closed(),
+        1 => Change::Relist,
+        _ => change.clone(),
+    };
+    !matches!(watcher.try_send(change), Err(TrySendError::Closed(_)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn delete(revision: u64) -> Change {
+        Change::Delete { key: "10.32.4.0/24".parse().expect("a subnet"), revision }
+    }
+
+    #[test]
+    fn a_watcher_that_falls_behind_is_told_to_list_after_what_it_has() {
+        let (sender, mut receiver) = mpsc::channel(4);
+        for revision in 1..=10 {
+            assert!(tell(&sender, &delete(revision)));
+        }
+        let waits: Vec<_> = std::iter::from_fn(|| receiver.try_recv().ok()).collect();
+        assert_eq!(waits, [delete(1), delete(2), delete(3), Change::Relist]);
+        assert!(tell(&sender, &delete(11)));
+        assert_eq!(receiver.try_recv(), Ok(delete(11)));
+        drop(receiver);
+        assert!(!tell(&sender, &delete(12)), "one that is gone is forgotten");
+    }
+}

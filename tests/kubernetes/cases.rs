@@ -1,0 +1,42 @@
+//! What is tried, by subject.
+
+mod life;
+mod names;
+mod pods;
+mod services;
+mod waves;
+
+use crate::scene::Scene;
+
+/// A name, which is the fact that it shows, and how.
+pub type Case = (&'static str, fn(&Scene<'_>));
+
+/// What holds on any pod network.
+pub fn of_any_network() -> Vec<Case> {
+    let mut all: Vec<Case> = vec![
+        ("nodes_turn_ready", pods::nodes_turn_ready),
+        ("pods_reach_pods_across_nodes_without_nat", pods::pods_reach_pods_across_nodes_without_nat),
+        ("host_network_and_host_path_are_the_nodes_own", pods::host_network_and_host_path_are_the_nodes_own),
+        ("names_resolve_through_coredns", names::names_resolve_through_coredns),
+    ];
+    all.extend(of_services());
+    all.extend::<Vec<Case>>(vec![
+        ("sixty_pods_in_waves_leak_no_address", waves::sixty_pods_in_waves_leak_no_address),
+        ("pods_talk_while_the_api_is_gone_for_a_minute", life::pods_talk_while_the_api_is_gone_for_a_minute),
+        ("a_node_is_deleted_and_added_again", life::a_node_is_deleted_and_added_again),
+    ]);
+    all
+}
+
+/// What depends on kube-proxy too.
+pub fn of_services() -> Vec<Case> {
+    vec![
+        ("cluster_ips_lead_to_every_pod_behind_them", services::cluster_ips_lead_to_every_pod_behind_them),
+        ("node_ports_are_reached_from_outside", services::node_ports_are_reached_from_outside),
+        (
+            "external_ips_and_load_balancers_are_reached_from_outside",
+            services::external_ips_and_load_balancers_are_reached_from_outside,
+        ),
+        ("host_ports_are_reached_from_outside", services::host_ports_are_reached_from_outside),
+    ]
+}

@@ -1,0 +1,253 @@
+//! What weft does with the API of a Kubernetes beside its leases, against a real kube-apiserver: keys, Nodes, Events.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use weft_tests::kubernetes::{Api, lab_options, no_api};
+use weft_tests::lab::{Lab, Ping, Request, skip, wait_until};
+
+const PATIENCE: Duration = Duration::from_secs(90);
+const NODES: [&str; 2] = ["n1", "n2"];
+const API: &str = "n3";
+
+/// A lab with the API, whose daemons run and know each other.
+struct Scene {
+    lab: Lab,
+    api: Api,
+}
+
+impl Scene {
+    /// Nothing runs yet but the API.
+    fn quiet(name: &str, mode: &str) -> Option<Self> {
+        if let Some(why) = no_api() {
+            skip(&why);
+            return None;
+        }
+        let lab = Lab::up(lab_options(name, NODES.len(), mode).pods(0));
+        for node in NODES {
+            lab.sh(node, "rm /etc/weft/cluster.key");
+        }
+        let api = Api::start(&lab, API, &NODES);
+        Some(Self { lab, api })
+    }
+
+    fn up(name: &str) -> Option<Self> {
+        let scene = Self::quiet(name, "weft-ipam")?;
+        NODES.iter().for_each(|node| scene.lab.start(node));
+        scene.wait_until_ready();
+        scene.add_pods();
+        scene.lab.meet();
+        Some(scene)
+    }
+
+    fn add_pods(&self) {
+        for node in NODES {
+            self.lab.tell(Request::PodAdd { node: node.into(), pod: "a".into() });
+        }
+    }
+
+    fn wait_until_ready(&self) {
+        self.wait("the nodes know each other", || {
+            NODES
+                .iter()
+                .all(|node| self.status(node)["peers"]["alive"] == 1 && self.status(node)["ready"] == true)
+        });
+    }
+
+    fn wait(&self, what: &str, check: impl FnMut() -> bool) {
+        wait_until(what, PATIENCE, check);
+    }
+
+    fn status(&self, node: &str) -> Value {
+        self.lab.weft(node, &["status"])
+    }
+
+    fn warns(&self, node: &str, words: &str) -> bool {
+        self.status(node)["warnings"].to_string().contains(words)
+    }
+
+    fn ids(&self, node: &str) -> Vec<String> {
+        let ids = self.lab.weft(node, &["cluster-key", "list"])["ids"].clone();
+        serde_json::from_value(ids).expect("a list of ids")
+    }
+
+    /// The condition of a Node, as kubectl has it.
+    fn condition(&self, node: &str) -> Value {
+        let conditions = self.api.get(&self.lab, &["node", node])["status"]["conditions"].clone();
+        let list = conditions.as_array().cloned().unwrap_or_default();
+        list.into_iter().find(|one| one["type"] == "NetworkUnavailable").unwrap_or(Value::Null)
+    }
+
+    /// The reasons and messages of the Events of a Node.
+    fn events(&self, node: &str) -> BTreeSet<(String, String)> {
+        let selector = format!("--field-selector=involvedObject.kind=Node,involvedObject.name={node}");
+        let events = self.api.get(&self.lab, &["events", "-n", "default", &selector]);
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let items = events["items"].as_array().cloned().unwrap_or_default();
+        items.iter().map(|event| (text(&event["reason"]), text(&event["message"]))).collect()
+    }
+
+    fn is_told(&self, node: &str, reason: &str, words: &str) -> bool {
+        self.events(node).iter().any(|(why, message)| why == reason && message.contains(words))
+    }
+
+    fn set_keys(&self, text: &str) {
+        let patch = json!({ "stringData": { "cluster.key": text } }).to_string();
+        self.api
+            .kubectl(&self.lab, &["patch", "secret", "weft-cluster-key", "-n", "weft-system", "-p", &patch]);
+    }
+
+    fn pings(&self) -> Vec<Ping> {
+        let ping = |(from, to): (&str, &str)| {
+            self.lab.background_ping(format!("{from}/a").as_str(), self.lab.ip(to, "a"))
+        };
+        [("n1", "n2"), ("n2", "n1")].map(ping).into()
+    }
+
+    /// Whether a daemon wrote into its log that it got a datagram under a key that it has not.
+    fn could_not_read(&self) -> bool {
+        NODES.iter().any(|node| {
+            let log = std::fs::read_to_string(self.lab.handle().log(node)).expect("the daemon has a log");
+            assert!(log.contains("cluster keys changed"), "this log has what is looked for");
+            log.contains("no key of the ring opens")
+        })
+    }
+}
+
+fn nothing_lost(pings: Vec<Ping>) {
+    for ping in pings {
+        let (sent, lost) = ping.stop();
+        assert!(lost.is_empty(), "no answer to {lost:?} of {sent}");
+    }
+}
+
+#[test]
+fn nodes_come_up_without_seeds_and_keys_and_say_so_on_their_nodes() {
+    let Some(scene) = Scene::up("kubefirst") else { return };
+    // One of the two made the Secret, and both use it.
+    assert_eq!(scene.ids("n1"), scene.ids("n2"));
+    assert_eq!(scene.ids("n1").len(), 1);
+    let mode = scene.lab.sh("n1", "stat -c %a /var/lib/weft/cluster.key");
+    assert_eq!(mode.trim(), "600");
+    for node in NODES {
+        scene.wait("the Node says that pods can talk", || scene.condition(node)["status"] == "False");
+        assert_eq!(scene.condition(node)["reason"], "WeftIsUp");
+    }
+    // Who resets it is corrected.
+    let reset = json!({ "status": { "conditions": [
+        { "type": "NetworkUnavailable", "status": "True", "reason": "NoRouteCreated", "message": "created without a route" },
+    ] } });
+    scene.api.patch_status(&scene.lab, "n1", &reset);
+    scene.wait("the condition is back", || scene.condition("n1")["reason"] == "WeftIsUp");
+}
+
+#[test]
+fn keys_change_by_editing_the_secret_and_nothing_is_lost() {
+    let Some(scene) = Scene::up("kubekeys") else { return };
+    let before = scene.ids("n1");
+    let pings = scene.pings();
+    let new = "5e".repeat(32);
+    scene.set_keys(&format!("{new}\n"));
+    scene.wait("both seal with the new key", || NODES.iter().all(|node| scene.ids(node)[0] != before[0]));
+    scene.wait("both have forgotten the old key", || {
+        NODES.iter().all(|node| scene.ids(node).len() == 1 && scene.ids(node)[0] != before[0])
+    });
+    let file = scene.lab.sh("n2", "cat /var/lib/weft/cluster.key");
+    assert_eq!(file.trim(), new);
+
+    // Nonsense changes nothing, and is told.
+    scene.set_keys("not a key\n");
+    scene
+        .wait("both say what is wrong", || NODES.iter().all(|node| scene.warns(node, "weft-cluster-key:1:")));
+    scene.wait("the Node hears of it", || scene.is_told("n1", "WeftClusterKey", "64 hexadecimal digits"));
+    assert_eq!(scene.ids("n1"), scene.ids("n2"));
+    scene.set_keys(&format!("{new}\n"));
+    scene.wait("it is over", || NODES.iter().all(|node| !scene.warns(node, "weft-cluster-key:1:")));
+    // By hand nothing is changed beside the Secret.
+    let refused = scene.lab.exec("n1", &["weft", "cluster-key", "add", &"7a".repeat(32)]);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("weft-cluster-key"), "{refused:?}");
+    nothing_lost(pings);
+    assert!(!scene.could_not_read());
+}
+
+#[test]
+fn the_api_server_goes_and_nodes_go_on() {
+    let Some(mut scene) = Scene::up("kubegone") else { return };
+    let pings = scene.pings();
+    scene.api.stop(&scene.lab);
+    scene.wait("status says so", || NODES.iter().all(|node| scene.status(node)["store"]["healthy"] == false));
+    scene.lab.tell(Request::PodAdd { node: "n1".into(), pod: "x".into() });
+    scene.lab.kill("n2");
+    scene.lab.start("n2");
+    scene.lab.tell(Request::PodAdd { node: "n2".into(), pod: "x".into() });
+    scene.wait("n2 is back", || scene.status("n2")["peers"]["alive"] == 1);
+    scene.lab.ping_all();
+    scene.api.start_again(&scene.lab);
+    scene.wait("status says that it is back", || {
+        NODES.iter().all(|node| scene.status(node)["store"]["healthy"] == true)
+    });
+    nothing_lost(pings);
+    scene.lab.ping_all();
+}
+
+#[test]
+fn a_node_object_that_goes_and_comes_back_is_told_and_used() {
+    let Some(scene) = Scene::up("kubenode") else { return };
+    let pings = scene.pings();
+    scene.api.kubectl(&scene.lab, &["delete", "node", "n2"]);
+    scene.wait("n2 says so", || scene.warns("n2", "there is no Node n2"));
+    scene.api.make_node(&scene.lab, "n2", &json!({}));
+    scene.wait("the new Node shows that pods can talk", || scene.condition("n2")["reason"] == "WeftIsUp");
+    scene.wait("n2 says no more of it", || !scene.warns("n2", "there is no Node n2"));
+    nothing_lost(pings);
+    // It moves, as the cluster says, and weft does not.
+    let elsewhere = json!({ "status": { "addresses": [{ "type": "InternalIP", "address": "192.0.2.99" }] } });
+    scene.api.patch_status(&scene.lab, "n2", &elsewhere);
+    scene.wait("the Node hears of it", || {
+        scene.is_told("n2", "WeftNodeAddress", "192.0.2.99 and weft uses 192.0.2.2")
+    });
+}
+
+#[test]
+fn pod_cidrs_are_leased_and_their_trouble_told() {
+    let Some(scene) = Scene::quiet("kubecidr", "node-podcidr") else { return };
+    // The lab's own start waits until a node is ready.
+    let daemon = |node: &&str| scene.lab.background(*node, &["weftd", "--config", "/etc/weft/weft.toml"]);
+    let _daemons: Vec<_> = NODES.iter().map(daemon).collect();
+    scene.wait("the lack of it is told", || scene.is_told("n1", "WeftPodCIDR", "--allocate-node-cidrs=true"));
+    scene.wait("and is in the condition", || {
+        let condition = scene.condition("n1");
+        condition["status"] == "True" && condition["message"].to_string().contains("has no spec.podCIDRs")
+    });
+    for (node, cidr) in [("n1", "10.32.71.0/24"), ("n2", "10.32.72.0/24")] {
+        let patch = json!({ "spec": { "podCIDR": cidr, "podCIDRs": [cidr] } }).to_string();
+        scene.api.kubectl(&scene.lab, &["patch", "node", node, "-p", &patch]);
+    }
+    scene.wait_until_ready();
+    assert_eq!(scene.status("n1")["subnets"], json!(["10.32.71.0/24"]));
+    scene.wait("the condition follows", || scene.condition("n1")["status"] == "False");
+    scene.add_pods();
+    assert!(scene.lab.ip("n2", "a").to_string().starts_with("10.32.72."));
+    scene.lab.meet();
+}
+
+#[test]
+fn what_is_not_permitted_is_named_verb_by_verb() {
+    let Some(scene) = Scene::up("kuberbac") else { return };
+    let role = json!({ "rules": [
+        { "apiGroups": ["weft.dev"], "resources": ["podsubnets"], "verbs": ["get", "list", "watch", "create", "update"] },
+        { "apiGroups": ["apiextensions.k8s.io"], "resources": ["customresourcedefinitions"], "verbs": ["get"] },
+        { "apiGroups": [""], "resources": ["namespaces"], "verbs": ["get"] },
+        { "apiGroups": [""], "resources": ["nodes"], "verbs": ["get", "list", "watch"] },
+        { "apiGroups": [""], "resources": ["events"], "verbs": ["create", "patch"] },
+    ] });
+    scene.api.kubectl(&scene.lab, &["patch", "clusterrole", "weft", "--type=merge", "-p", &role.to_string()]);
+    scene.lab.kill("n1");
+    scene.lab.start("n1");
+    let missing = "may not delete podsubnets.weft.dev, patch nodes/status: apply weft's rbac.yaml";
+    scene.wait("status names them", || scene.warns("n1", missing));
+    scene.wait("an Event names them", || scene.is_told("n1", "WeftMissingPermission", missing));
+    let events = scene.events("n1").len();
+    assert!(events <= 6, "{:?}", scene.events("n1"));
+}
