@@ -18,7 +18,7 @@ NEEDS_VM := qemu-system-x86_64:qemu-system-x86 cpio:cpio modprobe:kmod objcopy:b
 NEEDS_TEST := c++:g++ etcd:etcd-server setpriv:util-linux iperf3:iperf3 tcpdump:tcpdump wg:wireguard-tools wireguard-go:wireguard-go containerd:containerd ctr:containerd runc:runc busybox:busybox-static
 
 .DEFAULT_GOAL := help
-.PHONY: help deps deps-lab deps-vm deps-kubernetes installed build lab lab-down test test-vm kubernetes kubernetes-e2e test-kubernetes lint bench peers interop bench-cni fuzz fuzz-build fuzz-short sim chaos mutants bench-control bench-scale bench-vxlan bench-wireguard bench-node
+.PHONY: help deps deps-lab deps-vm deps-kubernetes installed build lab lab-down test test-vm kubernetes kubernetes-e2e test-kubernetes conformance lint bench peers interop bench-cni fuzz fuzz-build fuzz-short sim chaos mutants bench-control bench-scale bench-vxlan bench-wireguard bench-node bench-kubernetes image install manifests deploy-tools
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -63,6 +63,20 @@ build: ## build the release executables: weftd, weft, weft-cni, weft-lab
 	RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --locked --target $(HOST) --workspace --bins
 	@echo "build: $(BINARIES) in $(BIN)"
 
+image: build ## make the container image as a docker archive: target/weft-image.tar
+	deploy/image $(BIN) target/weft-image.tar
+
+# The network list is not installed where a runtime takes it: `weft install-cni` does that once the node is configured.
+PREFIX ?= /usr/local
+install: ## install the built executables, the unit and the samples below DESTDIR and PREFIX (/usr/local)
+	@for name in weftd weft weft-cni; do [ -e "$(BIN)/$$name" ] || { echo "make install: $(BIN)/$$name is missing: run make build"; exit 1; }; done
+	install -d $(addprefix $(DESTDIR),$(PREFIX)/bin $(PREFIX)/lib/systemd/system $(PREFIX)/share/weft /opt/cni/bin)
+	install -m 755 $(addprefix $(BIN)/,weftd weft weft-cni) $(DESTDIR)$(PREFIX)/bin/
+	install -m 755 $(BIN)/weft-cni $(DESTDIR)/opt/cni/bin/
+	install -m 644 deploy/weft.toml deploy/cni/10-weft.conflist $(DESTDIR)$(PREFIX)/share/weft/
+	sed 's|/usr/local/bin|$(PREFIX)/bin|' deploy/systemd/weftd.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/weftd.service
+	chmod 644 $(DESTDIR)$(PREFIX)/lib/systemd/system/weftd.service
+
 lab: deps-lab build ## bring up three nodes with two pods each, and show peers, routes and the ping matrix
 	@$(BIN)/weft-lab --name $(LAB) up --nodes $(NODES) --dual-stack $(LAB_ARGS)
 	@echo; echo '== weft peers (on n1)'; $(BIN)/weft-lab --name $(LAB) exec n1 -- weft peers
@@ -73,7 +87,7 @@ lab: deps-lab build ## bring up three nodes with two pods each, and show peers, 
 lab-down: ## take the lab down
 	@$(BIN)/weft-lab --name $(LAB) down
 
-test: deps build peers fuzz-short ## install what the tests need and run all of them
+test: deps build peers deploy-tools fuzz-short ## install what the tests need and run all of them
 	WEFT_BIN_DIR=$(BIN) cargo test --locked --no-fail-fast --workspace $(TEST_ARGS) </dev/null
 
 # What runs in the guest: TARGET, or TARGET:parts,of,names. The other tests of encryption hold the daemon to what a kernel
@@ -96,6 +110,11 @@ kubernetes-e2e: kubernetes ## build Kubernetes's own tests of conformance too (m
 
 test-kubernetes: kubernetes build ## run the tests in a real Kubernetes on this machine (root, minutes); TEST_ARGS names cases
 	WEFT_BIN_DIR=$(BIN) cargo test --locked -p weft-tests --test kubernetes -- $(TEST_ARGS) </dev/null
+
+# One suite at a time: TEST_ARGS=weft_nftables, or =reference_nftables.
+conformance: TEST_ARGS := $(or $(TEST_ARGS),weft_nftables)
+conformance: kubernetes-e2e build ## run Kubernetes's own tests of conformance for networks, on the suite that TEST_ARGS names (root, an hour)
+	WEFT_BIN_DIR=$(BIN) cargo test --locked -p weft-tests --test kubernetes -- $(TEST_ARGS)::conformance </dev/null
 
 # What libFuzzer needs to see which way an input took; no nightly compiler. The targets are those of `cargo fuzz`.
 FUZZ_FLAGS := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
@@ -158,6 +177,22 @@ peers: ## build boringtun-cli and gotatun for the tests, into the user's cache (
 	@$(MAKE) --no-print-directory $(addprefix $(PEERS)/bin/,boringtun-cli gotatun) \
 		|| echo "peers: not built, see above; the tests that need them are skipped"
 
+# What renders deploy/. Newest releases that this Go builds; pinned, since the rendering is committed.
+$(PEERS)/bin/kustomize:
+	CGO_ENABLED=0 GOBIN=$(PEERS)/bin go install sigs.k8s.io/kustomize/kustomize/v5@v5.8.2
+$(PEERS)/bin/helm:
+	CGO_ENABLED=0 GOBIN=$(PEERS)/bin go install -ldflags "-s -w" helm.sh/helm/v4/cmd/helm@v4.3.1
+
+deploy-tools: ## build kustomize and helm for manifests and tests, into the user's cache (some minutes, once)
+	@$(MAKE) --no-print-directory $(addprefix $(PEERS)/bin/,kustomize helm) \
+		|| echo "deploy-tools: not built, see above; the tests that need them are skipped"
+
+manifests: $(PEERS)/bin/kustomize ## render deploy/weft.yaml, and copy what the Helm chart shares with the base
+	cp deploy/cni/10-weft.conflist deploy/kubernetes/base/
+	cp deploy/cni/10-weft.conflist $(addprefix deploy/kubernetes/base/,crd.yaml rbac.yaml admission.yaml) deploy/helm/weft/files/
+	$(PEERS)/bin/kustomize build deploy/kubernetes/base >deploy/weft.yaml.next
+	mv deploy/weft.yaml.next deploy/weft.yaml
+
 TUNNEL_SECONDS ?= 260
 interop: deps peers ## tunnels under traffic for TUNNEL_SECONDS (260) with three other implementations: sessions are renewed in time
 	WEFT_TUNNEL_SECONDS=$(TUNNEL_SECONDS) cargo test --locked -p weft-daemon --test tunnel sessions_last -- --nocapture --test-threads 3
@@ -167,6 +202,9 @@ bench-wireguard: deps build $(addprefix $(PEERS)/bin/,wireguard boringtun-cli go
 
 bench-cni: deps build ## time CNI calls against the reference plugins; ratios last (root)
 	WEFT_BIN_DIR=$(BIN) cargo bench --locked -p weft-tests --bench cni
+
+bench-kubernetes: kubernetes build ## weft in a real Kubernetes: apply to Ready, pod starts against the reference plugins, memory; ratios last (root)
+	WEFT_BIN_DIR=$(BIN) cargo bench --locked -p weft-tests --bench kubernetes </dev/null
 
 bench-node: deps build ## memory and processor time of a daemon with 3 and 999 peers, and start to ready
 	WEFT_BIN_DIR=$(BIN) cargo bench --locked -p weft-tests --bench node </dev/null

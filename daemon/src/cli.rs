@@ -1,7 +1,9 @@
 //! The operator's commands: one request to the local socket, one answer as a table or as JSON.
 //!
-//! It decides nothing about the node and reads no kernel: what it shows is what the daemon knows.
+//! It decides nothing about the node and reads no kernel: what it shows is what the daemon knows. Only `host.rs` has commands
+//! that work without one.
 
+mod host;
 mod render;
 
 use std::io::{self, Read, Write};
@@ -21,6 +23,8 @@ use weft_wire::api::{
 use weft_wire::frame::{self, MAX_REPLY_BYTES};
 use weft_wire::seal::ClusterKey;
 use weft_wire::site::SiteKey;
+
+use crate::config::INSTANCE;
 
 /// The daemon answers everything within this, or something is wrong.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -56,6 +60,10 @@ enum Format {
 enum Command {
     /// The node at a glance; exits with 1 when pods cannot be attached or something needs a person.
     Status,
+    /// Exits with 0 when pods can be attached, and the daemon that answers is of WEFT_INSTANCE, if that is set.
+    Ready,
+    /// Exits with 0 when a daemon answers.
+    Alive,
     /// The other nodes, as this one sees them.
     Peers,
     /// The routes to the other nodes' pods.
@@ -86,6 +94,10 @@ enum Command {
     },
     /// Take the node out of the cluster: leases released, every kernel object of weft removed.
     Leave,
+    /// Put the CNI plugin and the network list where the container runtime looks, the list last.
+    InstallCni(host::InstallArgs),
+    /// Restore this machine: network list, plugin, kernel objects; refused while pods are attached.
+    Uninstall(host::UninstallArgs),
     /// Forget a dead node on all nodes at once, rather than in ten minutes.
     Forget {
         /// The node.
@@ -186,6 +198,8 @@ impl Cli {
         let empty = Empty {};
         let body = match &self.command {
             Command::Status => RequestBody::Status(empty),
+            Command::Ready => return self.ready(std::env::var(INSTANCE).ok().as_deref()),
+            Command::Alive => return self.ask(RequestBody::Status(empty)).map(|_| ExitCode::SUCCESS),
             Command::Peers => RequestBody::Peers(empty),
             Command::Routes => RequestBody::Routes(empty),
             Command::Leases => RequestBody::Leases(empty),
@@ -206,6 +220,8 @@ impl Cli {
                 Some(request) => RequestBody::Site(request),
                 None => return self.generate_site_key(),
             },
+            Command::InstallCni(arguments) => return self.install_cni(arguments),
+            Command::Uninstall(arguments) => return self.uninstall(arguments),
             Command::Ping { node } => return self.ping(node.as_deref()),
             Command::Watch { interval } => return self.watch(*interval),
             Command::Completions { shell } => {
@@ -255,6 +271,24 @@ impl Cli {
         // As above: a reader that went away is no failure of the node.
         let _ = io::stdout().write_all(text.as_bytes());
         Ok(if fine { ExitCode::SUCCESS } else { ExitCode::from(UNHEALTHY) })
+    }
+
+    /// While a daemon takes over there are two, and one answers: an orchestrator that asks for each of them must not take the
+    /// other's answer for its own.
+    fn ready(&self, own: Option<&str>) -> Result<ExitCode, Failure> {
+        let ReplyBody::Status(status) = self.ask(RequestBody::Status(Empty {}))? else {
+            return Err(failure(
+                UNREACHABLE,
+                "the daemon answered something else; use a weft of the same release",
+            ));
+        };
+        let other = own.is_some_and(|own| !own.is_empty() && own != status.instance);
+        let (ready, reason) = match (other, status.ready) {
+            (true, _) => (false, format!("another daemon serves this node: {:?}", status.instance)),
+            (false, ready) => (ready, status.blocked),
+        };
+        let json = json!({ "schema_version": SCHEMA_VERSION, "ready": ready, "reason": reason });
+        self.print(&json, || if ready { "ready\n".into() } else { format!("not ready: {reason}\n") }, ready)
     }
 
     fn ping(&self, node: Option<&str>) -> Result<ExitCode, Failure> {

@@ -1,10 +1,11 @@
-//! The configuration: one TOML file, read strictly, resolved once.
+//! The configuration: one TOML file, read strictly, resolved once, with what differs by node from the environment.
 //!
 //! Nothing else reads the file, and nothing inside sees text where a value is meant. Invariant: a
 //! [`Config`] is valid; what the file gets wrong is one sentence with the line it stands on.
 
 mod raw;
 
+use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -57,6 +58,8 @@ pub struct NodeConfig {
     pub state_dir: PathBuf,
     /// Where the local socket is.
     pub socket: PathBuf,
+    /// Who this daemon is among those of this node that take over from each other, in Kubernetes the pod's uid.
+    pub instance: Option<String>,
 }
 
 /// `[site]`: how other sites are judged; nothing where all nodes share one store.
@@ -205,8 +208,63 @@ pub struct ConfigError {
     pub message: String,
 }
 
+/// What takes the place of the file's words: what differs by node where all nodes share one file, as in Kubernetes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Overrides {
+    /// For `node.name`.
+    pub node: Option<NodeName>,
+    /// For `underlay.address`: at most one a family.
+    pub addresses: Option<Vec<IpAddr>>,
+    /// For `metrics.listen`.
+    pub metrics: Option<String>,
+    /// See [`NodeConfig::instance`]; the file has no word for it.
+    pub instance: Option<String>,
+}
+
+/// The variable that names a daemon among those of its node; [`NodeConfig::instance`].
+pub const INSTANCE: &str = "WEFT_INSTANCE";
+
+impl Overrides {
+    /// Reads `WEFT_NODE_NAME`, `WEFT_INSTANCE`, `WEFT_METRICS_LISTEN`, and `WEFT_NODE_ADDRESSES`: addresses with commas between, in the order of
+    /// preference. An empty variable counts as none.
+    ///
+    /// # Errors
+    /// A sentence that names the variable.
+    pub fn from_environment(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self, String> {
+        let text = |name: &str| match variable(name).map(OsString::into_string) {
+            None => Ok(None),
+            Some(Ok(text)) => Ok(Some(text.trim().to_owned()).filter(|text| !text.is_empty())),
+            Some(Err(_)) => Err(format!("{name} is no text; set it to UTF-8, or unset it")),
+        };
+        let node = match text("WEFT_NODE_NAME")? {
+            None => None,
+            Some(name) => Some(name.parse().map_err(|error| format!("WEFT_NODE_NAME: {error}"))?),
+        };
+        let (instance, metrics) = (text(INSTANCE)?, text("WEFT_METRICS_LISTEN")?);
+        let list = text("WEFT_NODE_ADDRESSES")?.unwrap_or_default();
+        let mut addresses: Vec<IpAddr> = Vec::new();
+        for word in list.split(',').map(str::trim).filter(|word| !word.is_empty()) {
+            let address: IpAddr = word.parse().map_err(|_| {
+                format!(
+                    "WEFT_NODE_ADDRESSES: {word:?} is no IP address; write one a family with commas between, as in status.hostIPs"
+                )
+            })?;
+            // A node may have more of a family than its pods' network takes: the first is the preferred one.
+            if !addresses.iter().any(|known| known.is_ipv4() == address.is_ipv4()) {
+                addresses.push(address);
+            }
+        }
+        Ok(Self {
+            node,
+            addresses: Some(addresses).filter(|addresses| !addresses.is_empty()),
+            metrics,
+            instance,
+        })
+    }
+}
+
 impl Config {
-    /// Reads and resolves a file.
+    /// Reads and resolves a file, with [`Overrides`] from the environment.
     ///
     /// # Errors
     /// What is wrong with it; the first thing found.
@@ -217,7 +275,9 @@ impl Config {
             message: format!("cannot be read: {error}; name another file with --config"),
         })?;
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-        Self::parse(&text, path, host.trim())
+        let overrides = Overrides::from_environment(|name| std::env::var_os(name))
+            .map_err(|message| ConfigError { file: "the environment".into(), line: None, message })?;
+        Self::parse_with(&text, path, host.trim(), overrides)
     }
 
     /// Resolves the text of a file; `host` is the node's name where the text gives none.
@@ -225,9 +285,26 @@ impl Config {
     /// # Errors
     /// As [`Config::load`].
     pub fn parse(text: &str, path: &Path, host: &str) -> Result<Self, ConfigError> {
+        Self::parse_with(text, path, host, Overrides::default())
+    }
+
+    /// Is [`Config::parse`] where something takes the place of what the text says.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn parse_with(
+        text: &str,
+        path: &Path,
+        host: &str,
+        overrides: Overrides,
+    ) -> Result<Self, ConfigError> {
         let error = |line, message| ConfigError { file: path.into(), line, message };
-        let raw = raw::read(text).map_err(|(line, message)| error(line, message))?;
-        raw.resolve(host).map_err(|message| error(None, message))
+        let mut raw = raw::read(text).map_err(|(line, message)| error(line, message))?;
+        let instance = overrides.instance.clone();
+        raw.replace(overrides);
+        let mut config = raw.resolve(host).map_err(|message| error(None, message))?;
+        config.node.instance = instance;
+        Ok(config)
     }
 }
 

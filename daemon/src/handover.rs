@@ -299,6 +299,11 @@ pub fn take_over(state_dir: &Path) -> Result<Option<Heritage>, TakeOverError> {
     Ok(Some(Heritage { local: Some(local), metrics, tunnels, talk: Some(talk) }))
 }
 
+/// Returns whether a daemon listens for others on a state directory.
+pub fn runs(state_dir: &Path) -> bool {
+    UnixStream::connect(state_dir.join(SOCKET)).is_ok()
+}
+
 /// Hands over what a daemon left when it came to rest. Blocks until the later daemon needs nothing more.
 ///
 /// # Errors

@@ -11,7 +11,7 @@ pub mod nft;
 mod offload;
 pub mod preflight;
 mod rtnl;
-mod sysctl;
+pub(crate) mod sysctl;
 mod tlv;
 mod tunnel;
 mod wireguard;

@@ -22,6 +22,12 @@ use crate::tunnel::TunnelSecret;
 
 /// Whom the daemon has tunnels with, a name a line.
 const ACTIVE: &str = "tunnels.active";
+/// The instances that have handed over, one a line.
+const SUPERSEDED: &str = "superseded";
+/// So many of them are kept: more than a node ever has at a time.
+const SUPERSEDED_MOST: usize = 32;
+/// The mode of a file with secrets.
+const PRIVATE: u32 = 0o600;
 
 /// The directory of one daemon's state, locked for as long as this value lives.
 #[derive(Debug)]
@@ -208,7 +214,7 @@ impl StateDir {
     /// Is [`StateDir::set_memory`] without waiting for the disk: for what only matters while this boot lasts.
     pub fn set_memory_of_boot(&self, memory: &Memory) -> Result<(), StateError> {
         let bytes = serde_json::to_vec(memory).expect("the memory has only text keys");
-        write_and_rename(&self.file("memory.json"), &bytes, false)
+        write_and_rename(&self.file("memory.json"), &bytes, PRIVATE, false)
     }
 
     /// Reads whom the last daemon had tunnels with when it looked last; nobody where that cannot be read.
@@ -220,22 +226,55 @@ impl StateDir {
     /// Replaces that, without waiting for the disk: after a power cut no session is of use.
     pub fn set_active_peers(&self, peers: &BTreeSet<NodeName>) -> Result<(), StateError> {
         let text: String = peers.iter().map(|peer| format!("{peer}\n")).collect();
-        write_and_rename(&self.file(ACTIVE), text.as_bytes(), false)
+        write_and_rename(&self.file(ACTIVE), text.as_bytes(), PRIVATE, false)
     }
 
     /// Removes every file but the lock: what `weft leave` does last.
     pub fn forget(&self) -> Result<(), StateError> {
-        for name in ["memory.json", ACTIVE, "pods.db", "pods.db-wal", "pods.db-shm"] {
-            let path = self.file(name);
-            match fs::remove_file(&path) {
-                Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                    return Err(StateError::Io { action: "remove", path, source });
-                }
-                _ => {}
-            }
+        for name in ["memory.json", ACTIVE, SUPERSEDED, "pods.db", "pods.db-wal", "pods.db-shm"] {
+            remove(&self.file(name))?;
         }
         Ok(())
     }
+
+    /// Removes every file of the daemon's, its keys and the lock too, and the directory if nothing else is in it; returns
+    /// whether it is gone.
+    pub fn purge(self) -> Result<bool, StateError> {
+        self.forget()?;
+        for name in ["node.key", "tunnel.key", crate::handover::SOCKET, "lock"] {
+            remove(&self.file(name))?;
+        }
+        match fs::remove_dir(&self.path) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(false),
+            Err(source) => Err(StateError::Io { action: "remove", path: self.path.clone(), source }),
+        }
+    }
+}
+
+/// Removes a file, if it is there.
+fn remove(path: &Path) -> Result<(), StateError> {
+    match fs::remove_file(path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            Err(StateError::Io { action: "remove", path: path.to_owned(), source })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Notes that an instance has handed over on a state directory, whose lock another one has by now.
+pub fn note_superseded(path: &Path, instance: &str) -> Result<(), StateError> {
+    let file = path.join(SUPERSEDED);
+    let text = fs::read_to_string(&file).unwrap_or_default();
+    let mut lines: Vec<&str> = text.lines().filter(|line| *line != instance).collect();
+    lines.push(instance);
+    let kept = lines.split_off(lines.len().saturating_sub(SUPERSEDED_MOST));
+    replace(&file, format!("{}\n", kept.join("\n")).as_bytes())
+}
+
+/// Returns whether an instance has handed over on a state directory, as far as can be read.
+pub fn is_superseded(path: &Path, instance: &str) -> bool {
+    fs::read_to_string(path.join(SUPERSEDED)).unwrap_or_default().lines().any(|line| line == instance)
 }
 
 /// Reads a file of secrets, refusing one that others can read; `None` when there is none.
@@ -260,15 +299,23 @@ pub fn read_secret(path: &Path) -> Result<Option<String>, StateError> {
 
 /// Replaces a file whole, with mode 0600: temporary file, sync, rename, sync of the directory.
 pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), StateError> {
-    write_and_rename(path, bytes, true)
+    write_and_rename(path, bytes, PRIVATE, true)
 }
 
-fn write_and_rename(path: &Path, bytes: &[u8], sync: bool) -> Result<(), StateError> {
+/// Is [`replace`] with another mode, which the umask does not change.
+pub fn replace_with_mode(path: &Path, bytes: &[u8], mode: u32) -> Result<(), StateError> {
+    write_and_rename(path, bytes, mode, true)
+}
+
+fn write_and_rename(path: &Path, bytes: &[u8], mode: u32, sync: bool) -> Result<(), StateError> {
     let temporary = path.with_extension("new");
     let write = || -> io::Result<()> {
         let mut file =
-            OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&temporary)?;
+            OpenOptions::new().create(true).truncate(true).write(true).mode(PRIVATE).open(&temporary)?;
         file.write_all(bytes)?;
+        if mode != PRIVATE {
+            file.set_permissions(fs::Permissions::from_mode(mode))?;
+        }
         if sync {
             file.sync_all()?;
         }
@@ -278,7 +325,11 @@ fn write_and_rename(path: &Path, bytes: &[u8], sync: bool) -> Result<(), StateEr
             _ => Ok(()),
         }
     };
-    write().map_err(|source| StateError::Io { action: "write", path: path.to_owned(), source })
+    write().map_err(|source| {
+        // On a full disk its room is of more use than it is.
+        drop(fs::remove_file(&temporary));
+        StateError::Io { action: "write", path: path.to_owned(), source }
+    })
 }
 
 /// Returns 32 bytes of the kernel's random number generator.
@@ -312,6 +363,22 @@ mod tests {
         drop(first);
         StateDir::open(&path).expect("after the first ended");
         fs::remove_dir_all(&path).expect("cleaned");
+    }
+
+    #[test]
+    fn instances_that_handed_over_are_known_and_few() {
+        let path = scratch("superseded");
+        drop(StateDir::open(&path).expect("opened"));
+        assert!(!is_superseded(&path, "i0"));
+        for index in 0..40 {
+            note_superseded(&path, &format!("i{index}")).expect("written");
+        }
+        note_superseded(&path, "i20").expect("written");
+        assert!(is_superseded(&path, "i39") && is_superseded(&path, "i20") && is_superseded(&path, "i8"));
+        assert!(!is_superseded(&path, "i7") && !is_superseded(&path, "i"));
+        assert_eq!(fs::read_to_string(path.join(SUPERSEDED)).expect("read").lines().count(), SUPERSEDED_MOST);
+        assert!(StateDir::open(&path).expect("opened").purge().expect("purged"));
+        assert!(!path.exists());
     }
 
     #[test]

@@ -1,8 +1,11 @@
 //! What is tried, by subject.
 
+mod conformance;
 mod life;
 mod names;
 mod pods;
+mod rollout;
+mod secrecy;
 mod services;
 mod waves;
 
@@ -27,6 +30,26 @@ pub fn of_any_network() -> Vec<Case> {
     ]);
     all
 }
+
+/// What weft's DaemonSet promises beyond.
+pub fn of_weft() -> Vec<Case> {
+    let mut all = of_any_network();
+    all.extend::<Vec<Case>>(vec![
+        ("a_rolling_restart_loses_nothing", rollout::a_rolling_restart_loses_nothing),
+        ("an_upgrade_loses_nothing", rollout::an_upgrade_loses_nothing),
+    ]);
+    all
+}
+
+/// What holds where everything between nodes is encrypted.
+pub fn of_encrypted_weft() -> Vec<Case> {
+    let mut all = of_any_network();
+    all.push(("nothing_is_in_clear_between_nodes", secrecy::nothing_is_in_clear_between_nodes));
+    all
+}
+
+/// Kubernetes's own tests of its network, which take their time: only when they are named.
+pub const CONFORMANCE: Case = ("conformance", conformance::of_networks);
 
 /// What depends on kube-proxy too.
 pub fn of_services() -> Vec<Case> {

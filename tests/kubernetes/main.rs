@@ -11,8 +11,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use weft_tests::kubernetes::{Cluster, ClusterOptions, Network, Proxy, Reference, missing};
-use weft_tests::lab::skip;
+use weft_tests::kubernetes::{Cluster, ClusterOptions, Network, Proxy, Reference, Weft, missing};
+use weft_tests::lab::{Backend, skip};
 
 /// A cluster, and what is tried on it.
 struct Suite {
@@ -36,6 +36,24 @@ fn suites() -> Vec<Suite> {
             proxy: Proxy::Iptables,
             cases: cases::of_services(),
         },
+        Suite {
+            name: "weft_nftables",
+            network: Box::new(Weft(Backend::Vxlan)),
+            proxy: Proxy::Nftables,
+            cases: cases::of_weft(),
+        },
+        Suite {
+            name: "weft_iptables",
+            network: Box::new(Weft(Backend::Vxlan)),
+            proxy: Proxy::Iptables,
+            cases: cases::of_services(),
+        },
+        Suite {
+            name: "weft_encrypted",
+            network: Box::new(Weft(Backend::Wireguard)),
+            proxy: Proxy::Nftables,
+            cases: cases::of_encrypted_weft(),
+        },
     ]
 }
 
@@ -46,9 +64,12 @@ fn main() -> ExitCode {
     let mut suites = suites();
     for suite in &mut suites {
         let name = suite.name;
+        suite.cases.push(cases::CONFORMANCE);
         suite.cases.retain(|(case, _)| {
             let full = format!("{name}::{case}");
-            filters.is_empty() || filters.iter().any(|filter| full.contains(filter.as_str()))
+            let asked_for =
+                *case != cases::CONFORMANCE.0 || filters.iter().any(|filter| filter.contains(case));
+            asked_for && (filters.is_empty() || filters.iter().any(|filter| full.contains(filter.as_str())))
         });
     }
     if list {
@@ -85,6 +106,7 @@ fn run(suite: &Suite) -> (usize, Vec<String>) {
         options.proxy = suite.proxy;
         options.node_cidrs = suite.network.wants_node_cidrs();
         let cluster = Cluster::up(options);
+        assert_eq!(cluster.ready_nodes(), 0, "a node is Ready though it has no pod network");
         suite.network.install(&cluster);
         cluster
     }));

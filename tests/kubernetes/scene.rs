@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use weft_tests::kubernetes::{Cluster, Network};
-use weft_tests::lab::Ping;
+use weft_tests::lab::{Background, Ping};
 
 /// The image of everything that answers.
 pub const AGNHOST: &str = "registry.k8s.io/e2e-test-images/agnhost:2.63.0";
@@ -39,6 +39,20 @@ pub enum Client {
     Machine(String),
     /// A pod's network namespace on its node.
     Pod { node: String, netns: String },
+}
+
+impl Client {
+    /// The machine of the lab where a program runs, and the words that lead further.
+    fn way(&self, words: &[&str]) -> (&str, Vec<String>) {
+        let words = words.iter().map(|word| (*word).to_owned());
+        match self {
+            Client::Machine(name) => (name, words.collect()),
+            Client::Pod { node, netns } => {
+                let enter = ["nsenter".to_owned(), format!("--net={netns}"), "--".to_owned()];
+                (node, enter.into_iter().chain(words).collect())
+            }
+        }
+    }
 }
 
 impl<'a> Scene<'a> {
@@ -112,16 +126,14 @@ impl<'a> Scene<'a> {
 
     /// Runs a program of the machine where a client is.
     pub fn exec(&self, client: &Client, words: &[&str]) -> Output {
-        let lab = self.cluster.lab();
-        match client {
-            Client::Machine(name) => lab.exec(name.as_str(), words),
-            Client::Pod { node, netns } => {
-                let net = format!("--net={netns}");
-                let mut all = vec!["nsenter", net.as_str(), "--"];
-                all.extend(words);
-                lab.exec(node.as_str(), &all)
-            }
-        }
+        let (place, words) = client.way(words);
+        self.cluster.lab().exec(place, &words.iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
+    /// Starts a program of the machine where a client is, which goes on while the case does other things.
+    pub fn background(&self, client: &Client, words: &[&str]) -> Background {
+        let (place, words) = client.way(words);
+        self.cluster.lab().background(place, &words.iter().map(String::as_str).collect::<Vec<_>>())
     }
 
     /// Asks a server of agnhost's, by its address; none when it does not answer within seconds.

@@ -251,3 +251,77 @@ fn what_is_not_permitted_is_named_verb_by_verb() {
     let events = scene.events("n1").len();
     assert!(events <= 6, "{:?}", scene.events("n1"));
 }
+
+#[test]
+fn a_node_that_may_not_read_the_keys_says_so_and_comes_up_once_it_may() {
+    let Some(scene) = Scene::quiet("kubefirstkey", "weft-ipam") else { return };
+    let role = scene.api.get(&scene.lab, &["role", "weft", "-n", "weft-system"]);
+    scene.api.kubectl(&scene.lab, &["delete", "role", "weft", "-n", "weft-system"]);
+    let daemon = |node: &&str| scene.lab.background(*node, &["weftd", "--config", "/etc/weft/weft.toml"]);
+    let _daemons: Vec<_> = NODES.iter().map(daemon).collect();
+    let missing =
+        "may not get secrets in weft-system, watch secrets in weft-system, create secrets in weft-system:";
+    scene.wait("each Node hears of it", || {
+        NODES.iter().all(|node| scene.is_told(node, "WeftMissingPermission", missing))
+    });
+    assert!(
+        scene.is_told("n1", "WeftClusterKey", "does not let weft get secrets"),
+        "{:?}",
+        scene.events("n1")
+    );
+    let rules = json!({ "apiVersion": role["apiVersion"], "kind": "Role", "rules": role["rules"],
+        "metadata": { "name": "weft", "namespace": "weft-system" } });
+    scene.api.apply(&scene.lab, &rules);
+    scene.wait("the daemons answer", || {
+        NODES
+            .iter()
+            .all(|node| scene.lab.exec(*node, &["weft", "status"]).status.code().is_some_and(|code| code < 2))
+    });
+    scene.wait_until_ready();
+    assert_eq!(scene.ids("n1"), scene.ids("n2"));
+}
+
+/// Gives n2 the state of n1, as a disk image would: its keys, and what it remembers.
+fn clone_n1(scene: &Scene) {
+    scene.lab.stop("n2");
+    scene.lab.sh("n1", "cp -r /var/lib/weft /run/weft-lab/shared/image");
+    // The journal of the pods is of another boot.
+    let copy = "rm -rf /var/lib/weft/*; cp -r /run/weft-lab/shared/image/. /var/lib/weft/; rm -f /var/lib/weft/pods.db*";
+    scene.lab.sh("n2", copy);
+}
+
+#[test]
+fn a_second_machine_under_a_nodes_name_is_named_on_that_node() {
+    let Some(scene) = Scene::up("kubetwin") else { return };
+    clone_n1(&scene);
+    let name = "sed -i 's/name = \"n2\"/name = \"n1\"/; s/weft-n2.kubeconfig/weft-n1.kubeconfig/' /etc/weft/weft.toml";
+    scene.lab.sh("n2", name);
+    let twin = scene.lab.background("n2", &["weftd", "--config", "/etc/weft/weft.toml"]);
+    scene.wait("the Node hears of it", || {
+        scene.events("n1").iter().any(|(reason, message)| {
+            ["WeftDuplicateNode", "WeftEnded"].contains(&reason.as_str())
+                && message.contains("another node named n1")
+                && message.contains("node.name")
+        })
+    });
+    drop(twin);
+}
+
+#[test]
+fn a_machine_from_the_image_of_another_node_takes_nothing_from_it() {
+    let Some(scene) = Scene::up("kubeimage") else { return };
+    let subnets = scene.status("n1")["subnets"].clone();
+    scene.lab.tell(Request::PodRemove { node: "n2".into(), pod: "a".into() });
+    clone_n1(&scene);
+    let _daemon = scene.lab.background("n2", &["weftd", "--config", "/etc/weft/weft.toml"]);
+    scene.wait("n2 has a subnet of its own", || {
+        scene.lab.exec("n2", &["weft", "status"]).status.code().is_some_and(|code| code < 2)
+            && scene.status("n2")["ready"] == true
+            && scene.status("n2")["subnets"] != subnets
+    });
+    assert_eq!(scene.status("n1")["subnets"], subnets);
+    assert_eq!(scene.status("n1")["ready"], true);
+    scene.wait("its Node hears that it had one of n1", || scene.is_told("n2", "WeftPodSubnet", "lost to n1"));
+    scene.lab.tell(Request::PodAdd { node: "n2".into(), pod: "b".into() });
+    scene.lab.meet();
+}

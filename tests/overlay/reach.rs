@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use weft_tests::lab::{Backend, Families, Lab, LabOptions, Request, Store, wait_until};
+use weft_tests::lab::{Backend, Families, Lab, LabOptions, Store, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -220,6 +220,5 @@ fn nodes_without_seeds_find_each_other_through_their_leases() {
     lab.start("n2");
     let alive = |node: &str| lab.weft(node, &["status"])["peers"]["alive"] == 2;
     wait_until("all know each other", PATIENCE, || ["n1", "n2", "n3"].into_iter().all(alive));
-    lab.tell(Request::PodAdd { node: "n3".into(), pod: "a".into() });
     lab.meet();
 }

@@ -1,5 +1,7 @@
 //! A daemon that takes over from another loses no packet, and one that ends in the middle of it leaves a node that works.
 
+mod surge;
+
 use std::time::Duration;
 
 use serde_json::Value;

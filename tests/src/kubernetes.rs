@@ -16,8 +16,10 @@ mod network;
 mod plane;
 mod programs;
 mod server;
+mod weft;
 
 pub use api::{Api, lab_options, no_api};
 pub use cluster::{Cluster, ClusterOptions, Proxy, until};
 pub use network::{Network, Reference};
 pub use programs::{Programs, missing};
+pub use weft::{WEFT_IMAGE, Weft};

@@ -7,5 +7,6 @@
 pub mod figures;
 pub mod kubernetes;
 pub mod lab;
+pub mod manifest;
 pub mod plot;
 pub mod sim;

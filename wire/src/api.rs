@@ -310,6 +310,9 @@ pub struct Status {
     /// The WireGuard tunnels that the daemon carries; nothing where none run.
     #[prost(message, optional, tag = "18")]
     pub tunnels: Option<Tunnels>,
+    /// Which of this node's daemons it is (`WEFT_INSTANCE`); empty where none was named.
+    #[prost(string, tag = "19")]
+    pub instance: String,
 }
 
 /// The WireGuard tunnels that a daemon carries.

@@ -24,6 +24,7 @@ use weft_wire::types::MacAddress;
 use super::netns::{self, Netns};
 use super::rtnl::{Conn, Refusal, Step};
 use super::{AddPlan, Attachment, Condition, PodAddress};
+use crate::kernel::sysctl;
 
 /// How long ADD waits for the bridge to forward on a new port before it goes on regardless.
 const FORWARDING_WITHIN: Duration = Duration::from_millis(50);
@@ -484,7 +485,7 @@ fn set_sysctl(knob: &str, ifname: &str, value: &str) -> std::io::Result<()> {
     use std::io::Write;
     // Open, not create: a knob that this kernel does not have must not become a file anywhere.
     let mut file =
-        std::fs::File::options().write(true).open(format!("/proc/sys/net/{}", knob.replace("{}", ifname)))?;
+        std::fs::File::options().write(true).open(sysctl::net().join(knob.replace("{}", ifname)))?;
     file.write_all(value.as_bytes())
 }
 

@@ -1,6 +1,7 @@
 //! The node daemon: arguments, configuration, logging, the loop.
 
 use std::path::PathBuf;
+use std::pin::pin;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,11 +10,13 @@ use std::time::Duration;
 use clap::Parser;
 use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
+use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
-use weft_daemon::config::{Config, LogConfig, StoreKind};
+use weft_daemon::config::{Config, LogConfig, NodeConfig, StoreKind};
 use weft_daemon::handover::{self, Heritage};
 use weft_daemon::kubernetes;
 use weft_daemon::node::{self, Ended, Fatal, Origin};
+use weft_daemon::state;
 
 /// The node daemon of weft: leases, gossips, programs the kernel and attaches pods.
 #[derive(Debug, Parser)]
@@ -28,6 +31,10 @@ struct Arguments {
     /// Take over from the weftd that runs on this node, without a lost packet, and start as usual where none does.
     #[arg(long)]
     take_over: bool,
+    /// After another weftd took over, rest until told to stop rather than end: for who restarts what ends, as a kubelet does.
+    /// One that is restarted all the same while its successor runs rests at once, if WEFT_INSTANCE tells the two apart.
+    #[arg(long, requires = "take_over")]
+    rest: bool,
 }
 
 fn main() -> ExitCode {
@@ -51,9 +58,18 @@ fn main() -> ExitCode {
     if let Err(error) = init_logging(&config.log) {
         return fail(&error);
     }
+    let NodeConfig { state_dir, instance, .. } = &config.node;
+    let superseded = instance.as_ref().is_some_and(|own| state::is_superseded(state_dir, own));
+    if arguments.rest && superseded && handover::runs(state_dir) {
+        info!("this daemon has handed over to one that runs, it rests until it is told to stop");
+        return match rest() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&error),
+        };
+    }
     let mut origin = if arguments.take_over { Origin::TakeOver } else { Origin::Alone };
     loop {
-        match run(config.clone(), origin) {
+        match run(config.clone(), origin, arguments.rest) {
             Ok(None) => return ExitCode::SUCCESS,
             Ok(Some(heritage)) => origin = Origin::Back(heritage),
             Err(error) => return fail(&error),
@@ -61,9 +77,10 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs the node to its end, and then for as long as another daemon needs what is left of it; returns with what it left if
-/// that one did not take over.
-fn run(config: Config, origin: Origin) -> Result<Option<Heritage>, Box<dyn std::error::Error>> {
+/// Runs the node to its end, and then for as long as another daemon needs what is left of it, or with `rest` until a signal;
+/// returns with what it left if that one did not take over.
+fn run(config: Config, origin: Origin, rest: bool) -> Result<Option<Heritage>, Box<dyn std::error::Error>> {
+    let NodeConfig { state_dir, instance, .. } = config.node.clone();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let kind = config.store.kind.clone();
     let ended = runtime.block_on(async {
@@ -80,30 +97,56 @@ fn run(config: Config, origin: Origin) -> Result<Option<Heritage>, Box<dyn std::
     let outcome = runtime.block_on(async {
         let stop = Arc::new(AtomicBool::new(false));
         let told = Arc::clone(&stop);
-        let handed = tokio::task::spawn_blocking(move || handover::hand_over(heritage, &told));
-        let signals = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
-        for mut signal in signals {
-            let stop = Arc::clone(&stop);
-            tokio::spawn(async move {
-                signal.recv().await;
+        let mut handed = tokio::task::spawn_blocking(move || handover::hand_over(heritage, &told));
+        let mut stopped = pin!(stopped()?);
+        let outcome = tokio::select! {
+            outcome = &mut handed => outcome,
+            () = &mut stopped => {
                 stop.store(true, Ordering::Relaxed);
-            });
+                handed.await
+            }
+        };
+        let outcome = outcome.map_err(std::io::Error::other)?;
+        // What is left of this daemon by now is this thread and its log.
+        if rest && outcome.is_ok() && !stop.load(Ordering::Relaxed) {
+            if let Some(Err(error)) = instance.map(|own| state::note_superseded(&state_dir, &own)) {
+                warn!(err = %error, "if this daemon is restarted it takes over again");
+            }
+            info!("this daemon rests until it is told to stop");
+            stopped.await;
         }
-        handed.await.map_err(std::io::Error::other)
+        std::io::Result::Ok(outcome)
     })?;
     Ok(outcome.err())
+}
+
+/// Rests until SIGTERM or SIGINT.
+fn rest() -> std::io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        stopped()?.await;
+        Ok(())
+    })
+}
+
+/// Listens for SIGTERM and SIGINT from now on; the future ends with the first.
+fn stopped() -> std::io::Result<impl Future<Output = ()>> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
 }
 
 /// Starts the node and runs it to its end.
 async fn live(config: Config, origin: Origin) -> Result<Ended, Fatal> {
     if let StoreKind::Kubernetes(options) = &config.store.kind {
-        let listen = |kind| signal(kind).map_err(|error| Fatal(format!("signals cannot be heard: {error}")));
-        let mut signals = [listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?];
-        let [term, int] = &mut signals;
+        let stopped = stopped().map_err(|error| Fatal(format!("signals cannot be heard: {error}")))?;
         tokio::select! {
             outcome = kubernetes::ensure_keys(options, &config.cluster.key_file) => outcome.map_err(Fatal)?,
-            _ = term.recv() => return Ok(Ended::Stopped),
-            _ = int.recv() => return Ok(Ended::Stopped),
+            () = stopped => return Ok(Ended::Stopped),
         }
     }
     let node = node::start(config, origin).await?;

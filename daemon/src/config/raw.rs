@@ -17,7 +17,7 @@ use crate::plan::model::Encryption;
 
 use super::{
     ClusterConfig, Config, EncryptionConfig, GossipConfig, LogConfig, MasqueradeConfig, NodeConfig,
-    OverlayConfig, PodsConfig, SiteConfig, StoreConfig, StoreKind, TxChecksum, UnderlayConfig,
+    OverlayConfig, Overrides, PodsConfig, SiteConfig, StoreConfig, StoreKind, TxChecksum, UnderlayConfig,
 };
 
 /// One VXLAN header, UDP, IPv6 and Ethernet around the least MTU that IPv6 allows (RFC 8200 s5).
@@ -449,6 +449,15 @@ impl Store {
 }
 
 impl Raw {
+    /// Puts what the environment says in the place of what the text says.
+    pub(super) fn replace(&mut self, overrides: Overrides) {
+        self.node.name = overrides.node.or(self.node.name.take());
+        self.metrics.listen = overrides.metrics.unwrap_or(std::mem::take(&mut self.metrics.listen));
+        if let Some(addresses) = overrides.addresses {
+            self.underlay.address = addresses;
+        }
+    }
+
     /// Checks what a single value cannot tell; an error is one sentence.
     pub(super) fn resolve(self, host: &str) -> Result<Config, String> {
         let name = match self.node.name {
@@ -513,6 +522,7 @@ impl Raw {
                 site: self.node.site,
                 state_dir: self.node.state_dir,
                 socket: self.node.socket,
+                instance: None,
             },
             site: SiteConfig { key: self.site.key, key_file: self.site.key_file },
             cluster: ClusterConfig { id: self.cluster.id, key_file, carver },

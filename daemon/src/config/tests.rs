@@ -117,3 +117,38 @@ fn every_mistake_is_one_sentence_with_its_place() {
         assert_eq!(error.lines().count(), 1, "{error}");
     }
 }
+
+#[test]
+fn what_differs_by_node_comes_from_the_environment() {
+    let overrides = |name: &str, addresses: &str| {
+        Overrides::from_environment(|variable| match variable {
+            "WEFT_NODE_NAME" => Some(name.into()),
+            "WEFT_NODE_ADDRESSES" => Some(addresses.into()),
+            "WEFT_METRICS_LISTEN" => Some("[::]:7118".into()),
+            INSTANCE => Some("a-uid".into()),
+            _ => None,
+        })
+    };
+    let text = format!("[node]\nname = \"of-the-file\"\n{CIDR}[underlay]\naddress = [\"192.0.2.9\"]\n");
+    let resolve =
+        |overrides| Config::parse_with(&text, Path::new("weft.toml"), "host-1", overrides).expect("valid");
+    let config = resolve(overrides("worker-1", "192.0.2.1,2001:db8::1,192.0.2.7").expect("valid"));
+    assert_eq!(config.node.name.as_str(), "worker-1");
+    assert_eq!(config.metrics, Some("[::]:7118".parse().unwrap()));
+    assert_eq!(config.node.instance.as_deref(), Some("a-uid"));
+    // The first of each family.
+    assert_eq!(
+        config.underlay.addresses,
+        ["192.0.2.1", "2001:db8::1"].map(|text| text.parse::<IpAddr>().unwrap())
+    );
+    for nothing in [overrides("", "").expect("valid"), Overrides::from_environment(|_| None).expect("valid")]
+    {
+        let config = resolve(nothing);
+        assert_eq!(config.node.name.as_str(), "of-the-file");
+        assert_eq!(config.underlay.addresses, ["192.0.2.9".parse::<IpAddr>().unwrap()]);
+    }
+    let wrong = overrides("No_Good", "").expect_err("no node name");
+    assert!(wrong.starts_with("WEFT_NODE_NAME: node name \"No_Good\" is not valid"), "{wrong}");
+    let wrong = overrides("", "192.0.2.1,none").expect_err("no address");
+    assert!(wrong.contains("WEFT_NODE_ADDRESSES: \"none\" is no IP address"), "{wrong}");
+}

@@ -255,8 +255,9 @@ impl Linux {
 
     fn apply_other(&mut self, op: &Op) -> Result<(), KernelError> {
         match op {
-            Op::SetSysctl(name, value) => sysctl::write(name, value)
-                .map_err(|error| KernelError(format!("{error}: /proc/sys must be writable for weftd"))),
+            Op::SetSysctl(name, value) => sysctl::write(name, value).map_err(|error| {
+                KernelError(format!("{error}: /proc/sys, or WEFT_PROC_SYS, must be writable for weftd"))
+            }),
             Op::SetOffload(device, on) => match &mut self.ethtool {
                 Some(ethtool) => ethtool.set_tx_checksum(device, *on).map_err(|error| {
                     KernelError(format!("{error}: this kernel does not let the offload be switched"))

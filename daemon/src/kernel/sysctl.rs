@@ -2,10 +2,22 @@
 
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
-fn path(name: &str) -> PathBuf {
-    PathBuf::from("/proc/sys").join(name)
+/// `WEFT_PROC_SYS` names another place: a container runtime makes `/proc/sys` read-only (runtime-spec, `readonlyPaths`), but
+/// lets a part of the host's be mounted elsewhere. Below `net` both show the network namespace of the thread that looks.
+static ROOT: LazyLock<PathBuf> = LazyLock::new(|| {
+    std::env::var_os("WEFT_PROC_SYS").filter(|path| !path.is_empty()).unwrap_or("/proc/sys".into()).into()
+});
+
+/// Returns where the settings below `net` of the calling thread's network namespace are.
+pub(crate) fn net() -> PathBuf {
+    path(Path::new("net"))
+}
+
+fn path(name: impl AsRef<Path>) -> PathBuf {
+    ROOT.join(name)
 }
 
 /// Reads a setting; `None` where there is no such setting, as for a device that is not there.

@@ -50,13 +50,19 @@ const fn key(verb: &'static str) -> Need {
 }
 
 /// What the manifests grant.
-const NEEDS: [Need; 14] = [
+const NEEDS: [Need; 16] = [
     lease("get"),
     lease("list"),
     lease("watch"),
     lease("create"),
     lease("update"),
     lease("delete"),
+    Need {
+        group: "apiextensions.k8s.io",
+        name: Some("podsubnets.weft.dev"),
+        ..need("get", "customresourcedefinitions", Place::Cluster)
+    },
+    Need { name: Some("kube-system"), ..need("get", "namespaces", Place::Cluster) },
     need("get", "nodes", Place::Cluster),
     need("watch", "nodes", Place::Cluster),
     Need { subresource: "status", ..need("patch", "nodes", Place::Cluster) },

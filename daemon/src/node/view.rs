@@ -53,6 +53,7 @@ impl Node {
         }
         let report = self.control.pass.report.as_ref();
         Status {
+            instance: self.control.config.node.instance.clone().unwrap_or_default(),
             node: self.control.config.node.name.to_string(),
             site: self.control.config.node.site.to_string(),
             subnets: self.control.subnets().iter().map(ToString::to_string).collect(),
@@ -189,7 +190,7 @@ impl Node {
     /// Returns who asked for this node's lease under its name; it asks again every ten minutes while it runs.
     pub(super) fn asked_name(&self, now: Instant) -> Option<String> {
         let (subnet, key, at) = self.control.problems.name_asked.as_ref()?;
-        let recent = now.duration_since(*at) < MEMORY * 10;
+        let recent = now.duration_since(*at) < MEMORY * 12;
         let name = self.control.config.node.name.as_str();
         recent.then(|| duplicate_name(name, &format!("asked for the lease of {subnet}"), key))
     }

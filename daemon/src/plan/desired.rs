@@ -131,6 +131,12 @@ fn plan_wireguard(inputs: &Inputs, plan: &mut Desired) {
     // It carries IP packets, not frames.
     let link = Link { kind: LinkKind::Tun, mtu, up: true, mac: MacAddress([0; 6]) };
     plan.state.links.insert(WIREGUARD.into(), link);
+    // kube-proxy has the node's own packets to Services, and those from outside, masqueraded as they leave. For IPv4 the kernel
+    // takes an address of this device (inet_select_addr), and were there none an underlay address, which the peer knows for
+    // no pod's and drops.
+    for subnet in inputs.subnets.iter().filter(|subnet| subnet.is_ipv4()) {
+        plan.state.addresses.insert((WIREGUARD.into(), subnet.gateway().into()));
+    }
     plan.state.tunnel = Some(Tunnels { key, mtu, peers: BTreeMap::new() });
 }
 

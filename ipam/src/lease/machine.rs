@@ -227,6 +227,7 @@ impl Leasing {
             // An entry of an earlier run of this node is then no sign of a second one that runs.
             for slot in &mut self.slots {
                 slot.established = None;
+                (slot.asking, slot.asked) = (None, 0);
                 slot.held.iter_mut().for_each(|held| held.written = false);
             }
         }

@@ -1,19 +1,13 @@
 //! What only etcd can suffer: restarts, compaction, lost connections and members, a full disk.
 
-use std::net::{Shutdown, TcpListener, TcpStream};
-use std::path::Path;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use serde_json::json;
 use weft_ipam::store::etcd::EtcdOptions;
 
 use super::server::{self, Etcd, options};
+use super::support::{Cable, copy};
 use super::*;
-
-/// Longer than any call may take.
-const BOUND: Duration = Duration::from_secs(13);
 
 pub fn open(options: EtcdOptions) -> EtcdStore {
     EtcdStore::open(options).expect("good options")
@@ -22,27 +16,6 @@ pub fn open(options: EtcdOptions) -> EtcdStore {
 /// Opens the store of another node.
 fn open_as(node: &str, options: EtcdOptions) -> EtcdStore {
     open(EtcdOptions { node: node.parse().expect("a name"), ..options })
-}
-
-/// Asks until the store answers, and returns what it said.
-pub async fn listed(store: &dyn Store) -> weft_ipam::store::Snapshot {
-    let bound = Instant::now() + Duration::from_secs(60);
-    loop {
-        match store.list().await {
-            Ok(snapshot) => return snapshot,
-            Err(error) => assert!(Instant::now() < bound, "no answer within 60 s: {error}"),
-        }
-    }
-}
-
-/// Waits for the next change that is more than a wake-up.
-async fn data(watch: &mut Watch) -> Change {
-    loop {
-        match changed(watch).await.expect("the store is there") {
-            Change::Relist => {}
-            change => return change,
-        }
-    }
 }
 
 /// Base64, as etcd's gateway wants keys and values.
@@ -55,53 +28,6 @@ pub fn base64(text: &str) -> String {
         (0..4).map(|at| if at <= bytes.len() { letter(at) } else { '=' }).collect::<String>()
     };
     text.as_bytes().chunks(3).map(chunk).collect()
-}
-
-/// A way to etcd that can be cut, and mended.
-struct Cable {
-    port: u16,
-    whole: Arc<AtomicBool>,
-    ends: Arc<Mutex<Vec<TcpStream>>>,
-}
-
-impl Cable {
-    fn to(port: u16) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-        let cable = Self {
-            port: listener.local_addr().expect("bound").port(),
-            whole: Arc::new(AtomicBool::new(true)),
-            ends: Arc::default(),
-        };
-        let (whole, ends) = (Arc::clone(&cable.whole), Arc::clone(&cable.ends));
-        std::thread::spawn(move || {
-            for near in listener.incoming() {
-                let (Ok(near), Ok(far)) = (near, TcpStream::connect(("127.0.0.1", port))) else { continue };
-                if !whole.load(Ordering::SeqCst) {
-                    continue;
-                }
-                let twin = |stream: &TcpStream| stream.try_clone().expect("a second handle");
-                ends.lock().expect("no panic").extend([twin(&near), twin(&far)]);
-                for (mut from, mut to) in [(twin(&near), twin(&far)), (far, near)] {
-                    std::thread::spawn(move || {
-                        let _ = std::io::copy(&mut from, &mut to);
-                        let _ = to.shutdown(Shutdown::Both);
-                    });
-                }
-            }
-        });
-        cable
-    }
-
-    fn cut(&self) {
-        self.whole.store(false, Ordering::SeqCst);
-        for end in self.ends.lock().expect("no panic").drain(..) {
-            let _ = end.shutdown(Shutdown::Both);
-        }
-    }
-
-    fn mend(&self) {
-        self.whole.store(true, Ordering::SeqCst);
-    }
 }
 
 #[test]
@@ -442,17 +368,6 @@ fn an_emptied_store_begins_anew_only_with_a_new_run() {
         assert!(matches!(write, Err(PutError::Store(_))), "{write:?}");
         assert_eq!(store.list().await.expect("up"), after);
     });
-}
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).expect("a directory");
-    for entry in std::fs::read_dir(from).expect("a directory") {
-        let entry = entry.expect("it can be read");
-        match entry.file_type().expect("it can be read").is_dir() {
-            true => copy(&entry.path(), &to.join(entry.file_name())),
-            false => drop(std::fs::copy(entry.path(), to.join(entry.file_name())).expect("a copy")),
-        }
-    }
 }
 
 #[test]

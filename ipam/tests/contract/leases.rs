@@ -3,21 +3,32 @@
 use std::time::Instant;
 
 use weft_ipam::carve::{Carver, ClusterCidr};
-use weft_ipam::lease::{LeaseConfig, LeaseEvent, LeaseValue, Leasing, Output};
+use weft_ipam::lease::{LeaseConfig, LeaseConflict, LeaseEvent, LeaseValue, Leasing, Output};
 use weft_ipam::store::EtcdOptions;
 use weft_wire::types::PublicKey;
 
 use super::*;
 
 fn node(number: u8, cidr: &str, node_prefix: u8) -> Leasing {
+    Leasing::new(config(number, cidr, node_prefix), Vec::new(), [number; 32], Instant::now())
+}
+
+/// A node of Kubernetes, whose key is another one after it was reinstalled.
+fn kept(number: u8, own_key: u8, cidr: &str) -> Leasing {
+    let config = config(number, cidr, 24).kept_by_store();
+    let boot = format!("boot-{number}-{own_key}");
+    let config = LeaseConfig { key: PublicKey([own_key; 32]), boot, ..config };
+    Leasing::new(config, Vec::new(), [own_key; 32], Instant::now())
+}
+
+fn config(number: u8, cidr: &str, node_prefix: u8) -> LeaseConfig {
     let cidr = ClusterCidr { cidr: cidr.parse().expect("a prefix"), node_prefix, reserved: Vec::new() };
     let carver = Carver::new(vec![cidr]).expect("a valid CIDR");
     let name = |text: &str| text.parse().expect("a name");
     let key = PublicKey([number; 32]);
     let node = name(&format!("n{number}"));
     let site = "default".parse().expect("a name");
-    let config = LeaseConfig::new(node, site, key, carver, format!("boot-{number}"));
-    Leasing::new(config, Vec::new(), [number; 32], Instant::now())
+    LeaseConfig::new(node, site, key, carver, format!("boot-{number}"))
 }
 
 /// Serves the machine until `done`, and returns what it told.
@@ -189,4 +200,73 @@ fn a_node_outlives_its_store_and_proves_its_lease_when_it_is_back() {
         drive(&store, &mut leasing, |leasing, _| leasing.failures() == 0).await;
         assert_eq!(leasing.held(), held);
     });
+}
+
+fn in_kubernetes(cluster: &Cluster, number: u8) -> KubernetesStore {
+    KubernetesStore::open(cluster.options(&format!("n{number}"))).expect("good options")
+}
+
+#[test]
+fn of_daemons_racing_for_one_subnet_of_kubernetes_one_gets_it_and_the_others_are_told() {
+    if apiserver::missing() {
+        return;
+    }
+    let cluster = Cluster::start();
+    let held: Vec<_> = std::thread::scope(|scope| {
+        let racers: Vec<_> = (1..=3)
+            .map(|number| {
+                let store = in_kubernetes(&cluster, number);
+                scope.spawn(move || {
+                    // Each under its own credentials.
+                    let mut leasing = kept(number, number, "10.32.4.0/24");
+                    runtime().block_on(drive(&store, &mut leasing, decided));
+                    (number, leasing.held())
+                })
+            })
+            .collect();
+        racers.into_iter().map(|racer| racer.join().expect("a racer")).collect()
+    });
+    let owners: Vec<_> = held.iter().filter(|(_, held)| !held.is_empty()).collect();
+    let [(owner, lease)] = owners[..] else { panic!("{held:?}") };
+    let rows =
+        cluster.kubectl(&["get", "psn", "-o", "jsonpath={.items[*].spec.node} {.items[*].spec.epoch}"]);
+    assert_eq!(rows, format!("n{owner} {}", lease[0].epoch));
+}
+
+#[test]
+fn a_node_of_kubernetes_that_was_reinstalled_has_its_subnet_back_unless_the_former_one_runs() {
+    if apiserver::missing() {
+        return;
+    }
+    let cluster = Cluster::start();
+    let holds = |leasing: &Leasing, _: &[LeaseEvent]| !leasing.held().is_empty();
+    runtime().block_on(async {
+        let (store, other) = (in_kubernetes(&cluster, 1), in_kubernetes(&cluster, 1));
+        let mut first = kept(1, 1, "10.32.4.0/24");
+        drive(&store, &mut first, holds).await;
+        let before = first.held();
+        // A clone of its disk from before weft made a key: the same credentials, and both run.
+        let mut clone = kept(1, 2, "10.32.4.0/24");
+        let told = |wanted: fn(&LeaseConflict) -> bool| {
+            move |_: &Leasing, events: &[LeaseEvent]| {
+                events.iter().any(|event| matches!(event, LeaseEvent::Conflict(conflict) if wanted(conflict)))
+            }
+        };
+        let asked = told(|conflict| {
+            matches!(conflict, LeaseConflict::NameAsked { key, .. } if *key == PublicKey([2; 32]))
+        });
+        let runs = told(|conflict| {
+            matches!(conflict, LeaseConflict::DuplicateName { key, .. } if *key == PublicKey([1; 32]))
+        });
+        tokio::join!(drive(&store, &mut first, asked), drive(&other, &mut clone, runs));
+        assert_eq!((first.held(), clone.held()), (before.clone(), Vec::new()));
+        drop((first, clone));
+        // Reinstalled: nobody answers for what it was.
+        let mut after = kept(1, 3, "10.32.4.0/24");
+        drive(&other, &mut after, holds).await;
+        let held = after.held();
+        assert!(held[0].subnet == before[0].subnet && held[0].epoch > before[0].epoch, "{before:?} {held:?}");
+    });
+    let row = cluster.kubectl(&["get", "psn", "-o", "jsonpath={.items[*].spec.key} {.items[*].spec.asked}"]);
+    assert_eq!(row.trim(), "03".repeat(32));
 }

@@ -1,69 +1,12 @@
 //! etcd with certificates, users and passwords; each way to get them wrong is one sentence.
 
-use std::path::PathBuf;
-
-use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType, ExtendedKeyUsagePurpose,
-    IsCa, KeyPair, KeyUsagePurpose, date_time_ymd,
-};
 use serde_json::json;
 use weft_ipam::store::etcd::EtcdOptions;
 
+use super::authority::{Authority, FUTURE, NOW, PAST, Validity};
 use super::etcd::{base64, open};
 use super::server::{self, Etcd, free_ports, options};
 use super::*;
-
-/// Where a certificate and its key were written.
-type Pair = (PathBuf, PathBuf);
-
-struct Authority(CertifiedIssuer<'static, KeyPair>);
-
-/// From when until when, in years.
-type Validity = (i32, i32);
-
-const NOW: Validity = (2020, 4000);
-const PAST: Validity = (2020, 2021);
-const FUTURE: Validity = (3999, 4000);
-
-impl Authority {
-    fn new(name: &str) -> Self {
-        let mut params = CertificateParams::default();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-        params.distinguished_name = named(name);
-        (params.not_before, params.not_after) = (date_time_ymd(NOW.0, 1, 1), date_time_ymd(NOW.1, 1, 1));
-        let key = KeyPair::generate().expect("a key");
-        Self(CertifiedIssuer::self_signed(params, key).expect("a certificate"))
-    }
-
-    fn write(&self, directory: &Directory, name: &str) -> PathBuf {
-        let file = directory.join(&format!("{name}.pem"));
-        std::fs::write(&file, self.0.pem()).expect("a file");
-        file
-    }
-
-    /// Signs a certificate for a name, which may be an address.
-    fn sign(&self, directory: &Directory, file: &str, name: &str, validity: Validity) -> Pair {
-        let mut params = CertificateParams::new(vec![name.to_owned()]).expect("a name");
-        params.extended_key_usages =
-            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        params.distinguished_name = named(name);
-        (params.not_before, params.not_after) =
-            (date_time_ymd(validity.0, 1, 1), date_time_ymd(validity.1, 1, 1));
-        let key = KeyPair::generate().expect("a key");
-        let certificate = params.signed_by(&key, &self.0).expect("a certificate");
-        let files = (directory.join(&format!("{file}.pem")), directory.join(&format!("{file}.key")));
-        std::fs::write(&files.0, certificate.pem()).expect("a file");
-        std::fs::write(&files.1, key.serialize_pem()).expect("a file");
-        files
-    }
-}
-
-fn named(name: &str) -> DistinguishedName {
-    let mut distinguished = DistinguishedName::new();
-    distinguished.push(DnType::CommonName, name);
-    distinguished
-}
 
 /// An etcd that shows a certificate and, if `clients` says so, wants one.
 struct Secured {
@@ -306,7 +249,7 @@ fn a_login_that_a_restart_forgot_is_renewed() {
         let first = store.put_if(key(1), Expect::Absent, b"a".to_vec()).await.expect("absent");
         let mut watch = store.watch();
         etcd.restart();
-        let after = super::etcd::listed(&store).await;
+        let after = listed(&store).await;
         assert_eq!(after.entries[&key(1)].revision, first);
         let second = store.put_if(key(1), Expect::Revision(first), b"b".to_vec()).await.expect("current");
         learns_of(&mut watch, second).await;

@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 
 use libfuzzer_sys::fuzz_target;
 use weft_ipam::carve::{Carver, ClusterCidr};
-use weft_ipam::lease::{LeaseConfig, LeaseValue, Leasing, Output};
+use weft_ipam::lease::{Asked, LeaseConfig, LeaseValue, Leasing, Output};
 use weft_ipam::store::memory::MemoryMap;
 use weft_ipam::store::{Change, Entry, Expect, Snapshot};
 use weft_wire::mesh::NodeKey;
 
-fn leasing(now: Instant) -> Leasing {
+fn leasing(kept: bool, now: Instant) -> Leasing {
     let cidr = ClusterCidr {
         cidr: "10.32.0.0/28".parse().expect("a prefix"),
         node_prefix: 30,
@@ -22,12 +22,14 @@ fn leasing(now: Instant) -> Leasing {
     let key = NodeKey::from_secret([1; 32]).public();
     let name = "n1".parse().expect("a name");
     let config = LeaseConfig::new(name, "s1".parse().expect("a name"), key, carver, "boot".into());
-    Leasing::new(config.with_ttl(Duration::from_secs(60)), Vec::new(), [3; 32], now)
+    let config = if kept { config.kept_by_store() } else { config.with_ttl(Duration::from_secs(60)) };
+    Leasing::new(config, Vec::new(), [3; 32], now)
 }
 
 fuzz_target!(|bytes: &[u8]| {
     let mut now = Instant::now();
-    let mut leasing = leasing(now);
+    let kept = bytes.first().is_some_and(|first| first % 2 == 1);
+    let mut leasing = leasing(kept, now);
     let mut store = MemoryMap::default();
     let subnets: Vec<weft_wire::types::Subnet> =
         (0..4).map(|block| format!("10.32.0.{}/30", block * 4).parse().expect("a subnet")).collect();
@@ -44,13 +46,21 @@ fuzz_target!(|bytes: &[u8]| {
                 let value = match part.get(1) {
                     Some(owner) if owner % 3 > 0 => LeaseValue {
                         subnet: key,
-                        node: format!("m{}", owner % 4).parse().expect("a name"),
+                        // One of four is a namesake of ours.
+                        node: [format!("m{}", owner % 4), "n1".into()][usize::from(owner % 4 == 1)]
+                            .parse()
+                            .expect("a name"),
                         site: "s1".parse().expect("a name"),
                         key: NodeKey::from_secret([*owner; 32]).public(),
                         epoch: weft_wire::types::Epoch(u64::from(*owner) + 1),
-                        ttl: Duration::from_secs(u64::from(*owner)),
+                        ttl: (!kept).then(|| Duration::from_secs(u64::from(*owner))),
                         renewals: 0,
                         boot: "other".into(),
+                        gossip: Vec::new(),
+                        asked: (owner % 7 == 1).then(|| Asked {
+                            key: NodeKey::from_secret([7; 32]).public(),
+                            boot: "asks".into(),
+                        }),
                     }
                     .encode(),
                     _ => part[1.min(part.len())..].to_vec(),

@@ -8,10 +8,15 @@ use crate::scene::{PATIENCE, Scene, service};
 
 const COREDNS: &str = include_str!("../coredns.yaml");
 
-pub fn names_resolve_through_coredns(scene: &Scene<'_>) {
+/// Gives the cluster its names, if it does not have them yet.
+pub fn start_coredns(scene: &Scene<'_>) {
     scene.cluster.apply(COREDNS);
     let bound = format!("--timeout={}s", PATIENCE.as_secs());
     scene.cluster.kubectl(&["-n", "kube-system", "rollout", "status", "deployment/coredns", &bound]);
+}
+
+pub fn names_resolve_through_coredns(scene: &Scene<'_>) {
+    start_coredns(scene);
     let pods = scene.servers("web", 4);
     scene.apply(&[service("web", "web", json!({})), service("each", "web", json!({ "clusterIP": "None" }))]);
     let asker = format!("pod/{}", pods[0].name);

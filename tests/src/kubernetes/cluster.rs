@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::path::Path;
 use std::process::Output;
 use std::time::{Duration, Instant};
 
@@ -167,6 +168,16 @@ impl Cluster {
         self.keep(&self.plane, servers.into());
     }
 
+    /// Gives a node an image, from a docker archive.
+    pub fn import(&self, node: &str, image: &Path) {
+        machine::import(self.lab(), &self.programs, node, image);
+    }
+
+    /// The kubeconfig of the administrator, as all machines see it.
+    pub fn admin_config(&self) -> String {
+        self.authority.file("admin.kubeconfig")
+    }
+
     /// Starts the kubelet of a node again.
     pub fn start_kubelet(&self, node: &str) {
         let config = self.authority.file(&format!("{node}.kubeconfig"));
@@ -212,7 +223,7 @@ impl Cluster {
     }
 
     fn kubectl_words<'a>(&self, words: &[&'a str]) -> Vec<std::borrow::Cow<'a, str>> {
-        let config = format!("--kubeconfig={}", self.authority.file("admin.kubeconfig"));
+        let config = format!("--kubeconfig={}", self.admin_config());
         let mut all = vec![self.program("kubectl").into(), config.into()];
         all.extend(words.iter().map(|word| std::borrow::Cow::from(*word)));
         all
@@ -244,6 +255,15 @@ impl Cluster {
         let mut all = vec!["get", "-o", "json"];
         all.extend(words);
         serde_json::from_str(&self.kubectl(&all)).expect("kubectl writes JSON")
+    }
+
+    /// How many nodes say that they are Ready.
+    pub fn ready_nodes(&self) -> usize {
+        let nodes = self.objects(&["nodes"]);
+        let conditions = nodes["items"].as_array().into_iter().flatten();
+        let conditions =
+            conditions.flat_map(|node| node["status"]["conditions"].as_array().into_iter().flatten());
+        conditions.filter(|one| one["type"] == "Ready" && one["status"] == "True").count()
     }
 
     /// Applies a manifest, in YAML or JSON.

@@ -1,6 +1,7 @@
 //! A machine of the lab made into what a kubelet expects, and the three programs of a node.
 
 use std::net::IpAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -21,6 +22,8 @@ set -eu
 parent=$1 cluster=$2 node=$3
 mount --make-rshared /
 rm -rf /etc/cni/net.d/* /etc/weft /opt/cni/bin/weft-cni
+# The lab's are links, which lead nowhere inside a container that has the directory mounted.
+for plugin in /opt/cni/bin/*; do cp --remove-destination "$(readlink -f "$plugin")" "$plugin"; done
 rm -f /etc/machine-id
 head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \n' > /etc/machine-id
 mkdir -p /var/lib/kubelet /etc/kubernetes /run/weft-lab/log /run/weft-lab/sys
@@ -125,15 +128,20 @@ pub(crate) fn start(
     pki: impl Fn(&str) -> String,
 ) -> anyhow::Result<Vec<Server>> {
     let mut servers = vec![containerd(lab, programs, node)?];
-    let ctr = programs.path("ctr").display().to_string();
     for image in IMAGES {
-        let image = programs.image(image).display().to_string();
-        lab.run(node, &[&ctr, "-n", "k8s.io", "images", "import", "--local", &image]);
+        import(lab, programs, node, &programs.image(image));
     }
     servers.push(kubelet_server(lab, programs, node, &pki(&format!("{node}.kubeconfig")))?);
     let config = format!("--config={}", own("kube-proxy.json"));
     servers.push(Server::start(lab, programs, node, "kube-proxy", &[config])?);
     Ok(servers)
+}
+
+/// Gives a node an image.
+pub(crate) fn import(lab: &Lab, programs: &Programs, node: &str, image: &Path) {
+    let ctr = programs.path("ctr").display().to_string();
+    let image = image.display().to_string();
+    lab.run(node, &[&ctr, "-n", "k8s.io", "images", "import", "--local", &image]);
 }
 
 fn containerd(lab: &Lab, programs: &Programs, node: &str) -> anyhow::Result<Server> {

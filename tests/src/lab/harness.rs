@@ -551,6 +551,13 @@ impl Background {
         text
     }
 
+    /// Waits for the command's own end and returns whether it succeeded.
+    pub fn succeeded(mut self) -> bool {
+        let output = self.output.take().expect("a background command is finished once");
+        output.join().expect("the reader does not panic");
+        self.child.wait().is_ok_and(|status| status.success())
+    }
+
     /// Interrupts the command, as Ctrl-C does, and returns what it wrote.
     pub fn interrupt(self) -> String {
         self.signal(nix::sys::signal::Signal::SIGINT);

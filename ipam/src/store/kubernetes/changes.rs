@@ -75,13 +75,15 @@ async fn follow(
 ) -> Result<End, Trouble> {
     let mut losses = link.losses();
     let live = link.live().await?;
-    let from = match *seen {
+    // A watch from a revision that was not reached yet waits for it without a word, and after a restore of etcd that may
+    // be for ever.
+    let now = calls::now(link).await?;
+    let from = match seen.filter(|seen| *seen <= now) {
         Some(revision) => revision,
         None => {
-            let revision = calls::now(link).await?;
-            *seen = Some(revision);
+            *seen = Some(now);
             watchers.tell(&Change::Relist);
-            revision
+            now
         }
     };
     let path = format!(

@@ -104,12 +104,9 @@ impl Trouble {
             429 => Self::tell(format!(
                 "the API server at {server} has too many requests ({said}): it is asked again"
             )),
-            code => Self::new(
-                if too_far(status) { Then::Anew } else { Then::Tell },
-                format!(
-                    "the API server at {server} cannot {verb} {resource} ({code}: {said}): look at `kubectl get --raw '/readyz?verbose'`"
-                ),
-            ),
+            code => Self::tell(format!(
+                "the API server at {server} cannot {verb} {resource} ({code}: {said}): look at `kubectl get --raw '/readyz?verbose'`"
+            )),
         }
     }
 }
@@ -119,13 +116,6 @@ pub(super) fn undefined(server: &str) -> String {
     format!(
         "the API server at {server} does not know {DEFINITION}: apply deploy/kubernetes/base/crd.yaml (kubectl apply -f crd.yaml)"
     )
-}
-
-/// Whether the API server was asked to go on from a revision that it has not reached: it was set back.
-fn too_far(status: &Status) -> bool {
-    let causes = status.details.iter().flat_map(|details| &details.causes);
-    status.message.contains("Too large resource version")
-        || causes.into_iter().any(|cause| cause.reason == "ResourceVersionTooLarge")
 }
 
 /// Says what a policy of admission said: after "denied request: " it is weft's own sentence, where it is weft's policy.

@@ -1,0 +1,89 @@
+//! weft as the pod network of a cluster: its image, and the files in deploy/, and nothing else.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::cluster::Cluster;
+use super::network::Network;
+use crate::lab::Backend;
+
+/// weft with VXLAN, or with everything between nodes encrypted. Both families.
+#[derive(Debug)]
+pub struct Weft(pub Backend);
+
+/// What deploy/ gives its DaemonSet to run.
+pub const WEFT_IMAGE: &str = concat!("ghcr.io/weft-net/weft:", env!("CARGO_PKG_VERSION"));
+
+impl Network for Weft {
+    fn name(&self) -> &str {
+        match self.0 {
+            Backend::Wireguard => "weft, encrypted",
+            Backend::Vxlan | Backend::Auto => "weft",
+        }
+    }
+
+    fn wants_node_cidrs(&self) -> bool {
+        false
+    }
+
+    fn install(&self, cluster: &Cluster) {
+        let image = image(cluster);
+        for node in cluster.nodes() {
+            cluster.import(&node, &image);
+        }
+        cluster.kubectl(&["apply", "-k", &self.kustomization(cluster).display().to_string()]);
+    }
+
+    fn joined(&self, _: &Cluster, _: &str) {}
+
+    fn left(&self, _: &Cluster, _: &str) {}
+
+    fn addresses_in_use(&self, cluster: &Cluster, node: &str) -> usize {
+        let pods = cluster.lab().weft(node, &["pods"]);
+        let pods = pods["pods"].as_array().cloned().unwrap_or_default();
+        pods.iter().map(|pod| pod["ips"].as_array().map_or(0, Vec::len)).sum()
+    }
+}
+
+impl Weft {
+    /// The directory that is applied: an overlay of deploy/, or one made of two of them.
+    fn kustomization(&self, cluster: &Cluster) -> PathBuf {
+        let overlays = root().join("deploy/kubernetes/overlays");
+        if self.0 != Backend::Wireguard {
+            return overlays.join("dual-stack");
+        }
+        let directory = cluster.lab().handle().dir().join("weft");
+        fs::create_dir_all(&directory).expect("the lab's directory takes another");
+        let dual = fs::read_to_string(overlays.join("dual-stack/weft.toml"))
+            .expect("deploy/ has a dual-stack overlay");
+        fs::write(directory.join("weft.toml"), dual + "\n[encryption]\npolicy = \"always\"\n")
+            .expect("a file");
+        // kustomize takes no absolute path.
+        let up: PathBuf = directory.components().skip(1).map(|_| "..").collect();
+        let base = up.join(overlays.join("wireguard").strip_prefix("/").expect("an absolute path"));
+        let text = format!(
+            "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources: [{}]\n\
+             configMapGenerator:\n- {{ name: weft, namespace: weft-system, behavior: merge, files: [weft.toml] }}\n\
+             generatorOptions: {{ disableNameSuffixHash: true }}\n",
+            base.display()
+        );
+        fs::write(directory.join("kustomization.yaml"), text).expect("a file");
+        directory
+    }
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ is below the root")
+}
+
+/// Makes the image as deploy/ does, of the executables that the lab has.
+fn image(cluster: &Cluster) -> PathBuf {
+    let lab = cluster.lab();
+    let file = lab.handle().dir().join("weft.tar");
+    let made =
+        Command::new(root().join("deploy/image")).arg(&lab.state().options.bin_dir).arg(&file).output();
+    let made = made.expect("deploy/image runs");
+    assert!(made.status.success(), "deploy/image: {}", String::from_utf8_lossy(&made.stderr));
+    file
+}
