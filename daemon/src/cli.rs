@@ -18,10 +18,11 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use weft_wire::api::{
     ClusterKeyRequest, Empty, ForgetRequest, PingRequest, Reply, ReplyBody, Request, RequestBody,
-    SCHEMA_VERSION, TraceRequest,
+    SCHEMA_VERSION, SiteRequest, TraceRequest,
 };
 use weft_wire::frame::{self, MAX_REPLY_BYTES};
 use weft_wire::seal::ClusterKey;
+use weft_wire::site::SiteKey;
 
 use crate::config::INSTANCE;
 
@@ -105,6 +106,11 @@ enum Command {
     /// The keys that seal gossip.
     #[command(subcommand)]
     ClusterKey(KeyCommand),
+    /// The sites of the mesh, as this node sees them.
+    Sites,
+    /// What this node's site says of others, and of its own nodes; on a node with the site's key.
+    #[command(subcommand)]
+    Site(SiteCommand),
     /// Sign with a new node key from now on; the old one endorses it.
     RotateKey,
     /// Print a completion script.
@@ -114,6 +120,32 @@ enum Command {
     },
     /// Print the version.
     Version,
+}
+
+#[derive(Debug, Clone, Subcommand)]
+enum SiteCommand {
+    /// Let another site in: its nodes are believed for what lies in the prefixes.
+    Admit {
+        /// The other site's name.
+        site: String,
+        /// Its key, as `weft sites` shows it there.
+        key: String,
+        /// What it may announce.
+        #[arg(required = true)]
+        prefixes: Vec<String>,
+    },
+    /// Put a site out, and what came in through it.
+    Expel {
+        /// The site.
+        site: String,
+    },
+    /// Declare a node's key void in all sites, because it was stolen.
+    Void {
+        /// The node; without it all certificates so far are void, and the nodes get others.
+        node: Option<String>,
+    },
+    /// Print a new secret key for a site; changes nothing.
+    GenerateKey,
 }
 
 #[derive(Debug, Subcommand)]
@@ -183,6 +215,11 @@ impl Cli {
                 Some(request) => RequestBody::ClusterKey(request),
                 None => return self.generate_key(),
             },
+            Command::Sites => RequestBody::Sites(empty),
+            Command::Site(command) => match site_request(command) {
+                Some(request) => RequestBody::Site(request),
+                None => return self.generate_site_key(),
+            },
             Command::InstallCni(arguments) => return self.install_cni(arguments),
             Command::Uninstall(arguments) => return self.uninstall(arguments),
             Command::Ping { node } => return self.ping(node.as_deref()),
@@ -218,6 +255,10 @@ impl Cli {
             }
             ReplyBody::Done(done) => self.print(&with_schema(done), || format!("{}\n", done.message), true),
             ReplyBody::ClusterKeys(keys) => self.print(&with_schema(keys), || render::keys(keys), true),
+            ReplyBody::Sites(sites) => {
+                let fine = sites.sites.iter().all(|site| site.problems.is_empty());
+                self.print(&with_schema(sites), || render::sites(sites), fine)
+            }
             ReplyBody::Ping(_) | ReplyBody::Cni(_) | ReplyBody::Error(_) => Err(failure(
                 UNREACHABLE,
                 "the daemon answered something else; use a weft of the same release",
@@ -302,6 +343,15 @@ impl Cli {
         self.print(&json, || format!("{}\n", key.to_secret_text()), true)
     }
 
+    fn generate_site_key(&self) -> Result<ExitCode, Failure> {
+        let bytes = crate::state::random().map_err(|error| failure(UNHEALTHY, error.to_string()))?;
+        let key = SiteKey::from_secret(bytes);
+        let text = key.to_secret_text();
+        let json =
+            json!({ "schema_version": SCHEMA_VERSION, "public": key.public().to_string(), "key": *text });
+        self.print(&json, || format!("{}\n", *text), true)
+    }
+
     fn ask(&self, body: RequestBody) -> Result<ReplyBody, Failure> {
         let reply = exchange(&self.socket, &Request { body: Some(body) }).map_err(|error| {
             let advice = match error.kind() {
@@ -320,6 +370,20 @@ impl Cli {
             None => Err(failure(UNREACHABLE, "the daemon answered nothing; use a weft of the same release")),
         }
     }
+}
+
+fn site_request(command: &SiteCommand) -> Option<SiteRequest> {
+    let request = SiteRequest::default();
+    Some(match command.clone() {
+        SiteCommand::Admit { site, key, prefixes } => {
+            SiteRequest { action: "admit".into(), site, key, prefixes, ..request }
+        }
+        SiteCommand::Expel { site } => SiteRequest { action: "expel".into(), site, ..request },
+        SiteCommand::Void { node } => {
+            SiteRequest { action: "void".into(), node: node.unwrap_or_default(), ..request }
+        }
+        SiteCommand::GenerateKey => return None,
+    })
 }
 
 fn key_request(command: &KeyCommand) -> Result<Option<ClusterKeyRequest>, Failure> {

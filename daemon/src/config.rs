@@ -13,7 +13,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use weft_ipam::carve::Carver;
 use weft_ipam::store::{EtcdOptions, KubernetesOptions};
-use weft_wire::types::{NodeName, SiteName, Subnet};
+use weft_wire::types::{NodeName, PublicKey, SiteName, Subnet};
 
 use crate::kernel::Implementation;
 use crate::plan::model::Encryption;
@@ -25,6 +25,8 @@ pub struct Config {
     pub node: NodeConfig,
     /// What all nodes share.
     pub cluster: ClusterConfig,
+    /// How other sites are judged.
+    pub site: SiteConfig,
     /// Where leases are kept.
     pub store: StoreConfig,
     /// How nodes hear of each other.
@@ -58,6 +60,15 @@ pub struct NodeConfig {
     pub socket: PathBuf,
     /// Who this daemon is among those of this node that take over from each other, in Kubernetes the pod's uid.
     pub instance: Option<String>,
+}
+
+/// `[site]`: how other sites are judged; nothing where all nodes share one store.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SiteConfig {
+    /// The public key of the node's site.
+    pub key: Option<PublicKey>,
+    /// The file with the secret half, on nodes that speak for the site.
+    pub key_file: Option<PathBuf>,
 }
 
 /// `[cluster]`.

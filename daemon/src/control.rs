@@ -14,6 +14,7 @@ mod probe;
 mod ring;
 mod schedule;
 mod seeds;
+mod sites;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -26,7 +27,7 @@ use tracing::{debug, error, info, warn};
 use weft_ipam::lease::{self, LeaseConfig, LeaseConflict, LeaseEvent, Leasing};
 use weft_ipam::store::kubernetes::Mode;
 use weft_ipam::store::{Change, Key, PutError, Snapshot, StoreError};
-use weft_wire::mesh::{Authority, LeaseTable, Mesh, MeshConfig, MeshEvent, NodeKey, Timing};
+use weft_wire::mesh::{Authority, LeaseTable, Mesh, MeshConfig, MeshEvent, NodeKey, Timing, Trust};
 use weft_wire::record::Each;
 use weft_wire::seal::KeyRing;
 use weft_wire::types::{NodeName, PublicKey, Subnet, TunnelKey, to_hex};
@@ -143,6 +144,8 @@ pub struct Problems {
     pub name_asked: Option<(Subnet, PublicKey, Instant)>,
     /// Subnets that two nodes claim: sentence and time.
     pub route_conflicts: BTreeMap<String, Instant>,
+    /// Why this node cannot say what its site announces.
+    pub site: Option<String>,
     /// What keeps the node from its leases: sentence and time.
     pub lease: BTreeMap<String, Instant>,
     /// Why the memory could not be written.
@@ -172,6 +175,8 @@ pub struct Start {
     pub ring: KeyRing,
     /// The key of the node's tunnels, where it has any.
     pub tunnel: Option<TunnelKey>,
+    /// How other sites are judged, where they are judged by what they say.
+    pub trust: Option<Trust>,
     /// Fresh random bytes.
     pub seed: [u8; 32],
 }
@@ -231,7 +236,7 @@ impl Control {
             mesh.set_authority(Authority::Claims, now);
         }
         let leasing = leasing(&start, &mut seeds, now);
-        let Start { config, memory, boot, tunnel, .. } = start;
+        let Start { config, memory, boot, tunnel, trust, .. } = start;
         let known_broken = memory.tx_checksum_off.as_ref() == Some(&boot);
         let probe = Probe::new(known_broken, seeds.next_u64(), now);
         let mut control = Self {
@@ -261,6 +266,7 @@ impl Control {
             outputs: VecDeque::new(),
         };
         control.take_lease_table(now);
+        trust.into_iter().for_each(|trust| control.trust(trust, now));
         control.wake(now);
         control
     }
@@ -517,6 +523,7 @@ impl Control {
     fn handle_mesh_event(&mut self, event: MeshEvent, now: Instant) {
         match event {
             MeshEvent::RoutesChanged => self.wake(now),
+            MeshEvent::StatementsChanged => self.remember_statements(now),
             MeshEvent::MemberChanged { node, state } => {
                 info!(peer = %node, %state, "peer changed");
                 self.wake(now);

@@ -86,6 +86,8 @@ pub struct Memory {
     pub leases: BTreeMap<Subnet, RememberedLease>,
     /// The peers that the kernel was programmed for.
     pub peers: BTreeMap<NodeName, RememberedPeer>,
+    /// What sites say, each statement in base64.
+    pub statements: Vec<String>,
     /// The boot in which turning TX checksum offload off was found necessary: another kernel may do better.
     pub tx_checksum_off: Option<String>,
 }

@@ -19,6 +19,7 @@ fn control(now: Instant) -> Control {
                 [store]\ntype = \"static\"\nsubnets = [\"10.32.4.0/24\"]\n";
     let start = Start {
         tunnel: None,
+        trust: None,
         config: Config::parse(text, Path::new("weft.toml"), "n1").unwrap(),
         memory: Memory { incarnation: 1, ..Memory::default() },
         boot: "boot".into(),

@@ -19,6 +19,7 @@ mod model;
 mod node;
 mod relay;
 mod runtime;
+pub mod sites;
 mod tools;
 mod underlay;
 mod witness;

@@ -13,7 +13,7 @@ pub const SCHEMA_VERSION: u32 = 1;
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Request {
     /// What it carries.
-    #[prost(oneof = "RequestBody", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13")]
+    #[prost(oneof = "RequestBody", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 20, 21")]
     pub body: Option<RequestBody>,
 }
 
@@ -59,13 +59,19 @@ pub enum RequestBody {
     /// `forget`.
     #[prost(message, tag = "13")]
     Forget(ForgetRequest),
+    /// `sites`.
+    #[prost(message, tag = "20")]
+    Sites(Empty),
+    /// `site`.
+    #[prost(message, tag = "21")]
+    Site(SiteRequest),
 }
 
 /// The answer to one request.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Reply {
     /// What it carries.
-    #[prost(oneof = "ReplyBody", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 15")]
+    #[prost(oneof = "ReplyBody", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 15, 20")]
     pub body: Option<ReplyBody>,
 }
 
@@ -112,6 +118,9 @@ pub enum ReplyBody {
     /// `error`.
     #[prost(message, tag = "15")]
     Error(Error),
+    /// `sites`.
+    #[prost(message, tag = "20")]
+    Sites(Sites),
 }
 
 /// Nothing more to say.
@@ -143,6 +152,75 @@ pub struct ForgetRequest {
     /// `node`.
     #[prost(string, tag = "1")]
     pub node: String,
+}
+
+/// What the node's site says of another one, or of its own nodes.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct SiteRequest {
+    /// `admit`, `expel` or `void`.
+    #[prost(string, tag = "1")]
+    pub action: String,
+    /// Admit and expel: the other site.
+    #[prost(string, tag = "2")]
+    pub site: String,
+    /// Admit: its key, 64 hexadecimal digits.
+    #[prost(string, tag = "3")]
+    pub key: String,
+    /// Admit: what it may announce.
+    #[prost(string, repeated, tag = "4")]
+    pub prefixes: Vec<String>,
+    /// Void: the node whose key is void; empty for all certificates so far.
+    #[prost(string, tag = "5")]
+    pub node: String,
+}
+
+/// The sites of the mesh, as a node sees them.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct Sites {
+    /// The node's own site.
+    #[prost(string, tag = "1")]
+    pub site: String,
+    /// Its key; empty where other sites are not judged by what they say.
+    #[prost(string, tag = "2")]
+    pub key: String,
+    /// Whether this node has the secret key.
+    #[prost(bool, tag = "3")]
+    pub speaks: bool,
+    /// What the own site announces.
+    #[prost(string, repeated, tag = "4")]
+    pub prefixes: Vec<String>,
+    /// The other sites, by name.
+    #[prost(message, repeated, tag = "5")]
+    pub sites: Vec<Site>,
+}
+
+/// Another site.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct Site {
+    /// Its name.
+    #[prost(string, tag = "1")]
+    pub site: String,
+    /// Its key.
+    #[prost(string, tag = "2")]
+    pub key: String,
+    /// `member`, `unknown` or `expelled`.
+    #[prost(string, tag = "3")]
+    pub standing: String,
+    /// What its nodes may announce subnets of.
+    #[prost(string, repeated, tag = "4")]
+    pub prefixes: Vec<String>,
+    /// The site that let it in.
+    #[prost(string, tag = "5")]
+    pub admitted_by: String,
+    /// How many of its nodes are known.
+    #[prost(uint32, tag = "6")]
+    pub nodes: u32,
+    /// How many of these are alive.
+    #[prost(uint32, tag = "7")]
+    pub alive: u32,
+    /// What is wrong with it.
+    #[prost(string, repeated, tag = "8")]
+    pub problems: Vec<String>,
 }
 
 /// What to do with the cluster keys.

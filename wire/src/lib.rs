@@ -13,4 +13,5 @@ pub mod packet;
 pub mod preshared;
 pub mod record;
 pub mod seal;
+pub mod site;
 pub mod types;

@@ -15,10 +15,12 @@ mod merge;
 mod probe;
 pub(crate) mod proto;
 mod routes;
+mod sites;
 mod sync;
 mod timer;
+mod trust;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -30,11 +32,13 @@ use rand_core::{RngCore, SeedableRng};
 pub use crate::record::{Capabilities, Facts, LeasedSubnet, NodeKey, NodeRecord, TunnelFacts};
 pub use api::{
     Authority, Counters, LeaseTable, MemberState, MemberView, MeshConfig, MeshEvent, Output, Owner, Rejected,
-    Timing, UnknownNode, Verdict,
+    SiteStanding, SiteView, Timing, Trust, UnknownNode, Verdict,
 };
+pub use trust::WordError;
 
 use crate::record::SignedRecord;
 use crate::seal::KeyRing;
+use crate::site::{Certificate, SiteKey};
 use crate::types::NodeName;
 use contact::{Challenge, Contact};
 use gossip::{Queue, Topic};
@@ -42,6 +46,7 @@ use membership::{Table, name_hash};
 use probe::{Pending, Probe};
 use proto::{Body, Liveness};
 use routes::Routes;
+use sites::Sites;
 use timer::{Timer, Timers};
 
 /// Versions and incarnations from the network stay below this, so that there is always a next one.
@@ -74,6 +79,17 @@ pub struct Mesh {
     routes: Routes,
     routes_dirty: bool,
     routes_released: bool,
+    sites: Sites,
+    /// The secret key of the own site, on a node that speaks for it.
+    signer: Option<SiteKey>,
+    /// The site's word for what this node announces.
+    certificate: Option<Certificate>,
+    /// The name hashes of members that wait for a certificate of this node.
+    uncertified: BTreeSet<u64>,
+    /// Who was sent one last.
+    certified_last: u64,
+    /// What sites say has changed, and the members are to be judged again.
+    rejudge: bool,
     queue: Queue,
     gossip_armed: bool,
     sync_at: Instant,
@@ -133,6 +149,12 @@ impl Mesh {
             routes: Routes::default(),
             routes_dirty: false,
             routes_released: false,
+            sites: Sites::default(),
+            signer: None,
+            certificate: None,
+            uncertified: BTreeSet::new(),
+            certified_last: 0,
+            rejudge: false,
             queue: Queue::new(hash),
             gossip_armed: false,
             sync_at,
@@ -191,6 +213,8 @@ impl Mesh {
                 Timer::Suspicion(hash) => self.on_suspicion_timer(hash),
                 Timer::Reap(hash) => self.on_reap_timer(hash),
                 Timer::Expire(token) => self.on_expire_timer(token),
+                Timer::Certify => self.on_certify_timer(),
+                Timer::Judge => self.on_judge_timer(),
             }
         }
         self.settle();
@@ -343,7 +367,8 @@ impl Mesh {
 
     /// Signs the present facts under the next version.
     fn resign(&mut self) {
-        let Some(facts) = self.facts.clone() else { return };
+        let Some(mut facts) = self.facts.clone() else { return };
+        facts.certificate = self.certificate_for(&facts);
         self.version += 1;
         let MeshConfig { key, cluster, node, site, .. } = &self.config;
         let signed =
@@ -435,6 +460,7 @@ impl Mesh {
             Some(Body::SyncBuckets(buckets)) => self.on_sync_buckets(reply, &buckets),
             Some(Body::SyncItems(items)) => self.on_sync_items(reply, &items),
             Some(Body::SyncWant(want)) => self.on_sync_want(reply, &want),
+            Some(Body::Certify(certify)) => self.on_certify(&certify),
             Some(Body::Push(_)) | None => {}
         }
         // Who joins, or meets somebody from the other side of a partition, compares at once.

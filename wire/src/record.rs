@@ -16,6 +16,7 @@ use zeroize::Zeroizing;
 
 use crate::mesh::proto;
 use crate::seal::{KeyId, MAX_KEYS};
+use crate::site::Certificate;
 use crate::types::{Epoch, MacAddress, NodeName, PublicKey, SiteName, Subnet, TunnelKey, from_hex, to_hex};
 
 #[cfg(fuzzing)]
@@ -61,6 +62,8 @@ pub struct Facts {
     pub keys: Vec<KeyId>,
     /// How to speak WireGuard with the node, if it does.
     pub tunnel: Option<TunnelFacts>,
+    /// The word of the node's site for the key and the subnets; the mesh puts it in.
+    pub certificate: Option<Certificate>,
 }
 
 /// How to speak WireGuard with a node.
@@ -376,7 +379,11 @@ pub(crate) fn tag(signature: &[u8; SIGNATURE]) -> u32 {
     u32::from_be_bytes([signature[0], signature[1], signature[2], signature[3]])
 }
 
-fn check(key: &PublicKey, statement: &[u8], signature: &[u8; SIGNATURE]) -> Result<(), BadSignature> {
+pub(crate) fn check(
+    key: &PublicKey,
+    statement: &[u8],
+    signature: &[u8; SIGNATURE],
+) -> Result<(), BadSignature> {
     let key = VerifyingKey::from_bytes(&key.0).map_err(|_| BadSignature)?;
     key.verify_strict(statement, &Signature::from_bytes(signature)).map_err(|_| BadSignature)
 }
@@ -431,6 +438,7 @@ fn to_proto(record: &NodeRecord) -> proto::Record {
             })
             .collect(),
         left: record.left,
+        certificate: facts.certificate.map(Certificate::to_bytes).unwrap_or_default(),
     }
 }
 
@@ -458,6 +466,10 @@ fn from_proto(record: proto::Record) -> Result<NodeRecord, RecordError> {
         capabilities: Capabilities(record.capabilities),
         keys: ids_from_bytes(&record.cluster_keys).ok_or(Field("cluster_keys"))?,
         tunnel: tunnel_from_proto(&record.tunnel_key, record.tunnel_port, &record.tunnel_preshared)?,
+        certificate: match &record.certificate[..] {
+            [] => None,
+            bytes => Some(Certificate::from_bytes(bytes).ok_or(Field("certificate"))?),
+        },
     };
     let endorsements = record.endorsements.into_iter().map(|endorsement| {
         let signature = endorsement.signature.try_into().map_err(|_| Field("endorsements"))?;
@@ -489,7 +501,7 @@ fn ids_from_bytes(bytes: &[u8]) -> Option<Vec<KeyId>> {
     (ids.len() <= MAX_KEYS).then(|| ids.iter().copied().map(KeyId).collect())
 }
 
-fn parse_all<T>(list: &[Vec<u8>], parse: fn(&[u8]) -> Option<T>) -> Option<Vec<T>> {
+pub(crate) fn parse_all<T>(list: &[Vec<u8>], parse: fn(&[u8]) -> Option<T>) -> Option<Vec<T>> {
     list.iter().map(|bytes| parse(bytes)).collect()
 }
 
@@ -519,13 +531,13 @@ fn socket_from_bytes(bytes: &[u8]) -> Option<SocketAddr> {
     Some(SocketAddr::new(ip_from_bytes(ip)?, u16::from_be_bytes(*port)))
 }
 
-fn subnet_to_bytes(subnet: Subnet) -> Vec<u8> {
+pub(crate) fn subnet_to_bytes(subnet: Subnet) -> Vec<u8> {
     let mut bytes = ip_to_bytes(&subnet.network());
     bytes.push(subnet.net().prefix_len());
     bytes
 }
 
-fn subnet_from_bytes(bytes: &[u8]) -> Option<Subnet> {
+pub(crate) fn subnet_from_bytes(bytes: &[u8]) -> Option<Subnet> {
     let (prefix, ip) = bytes.split_last()?;
     IpNet::new(ip_from_bytes(ip)?, *prefix).ok()?.try_into().ok()
 }

@@ -1,7 +1,7 @@
 //! Answers as text for people.
 
 use comfy_table::{Table, presets};
-use weft_wire::api::{ClusterKeys, Doctor, Leases, Peers, Pods, Routes, Status, Trace};
+use weft_wire::api::{ClusterKeys, Doctor, Leases, Peers, Pods, Routes, Sites, Status, Trace};
 
 fn table(head: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
@@ -86,6 +86,39 @@ fn encryption(status: &Status) -> String {
         tunnels.key,
         or_dash(&dropped.join(", "))
     )
+}
+
+pub(super) fn sites(sites: &Sites) -> String {
+    let own = match (sites.key.as_str(), sites.speaks) {
+        ("", _) => "nodes of other sites are believed as the store says".to_owned(),
+        (key, true) => format!("key {key}, for which this node speaks"),
+        (key, false) => format!("key {key}"),
+    };
+    let mut text = format!("this site  {}, {}\n", sites.site, own);
+    text += &format!("prefixes   {}\n", or_dash(&sites.prefixes.join(", ")));
+    if sites.sites.is_empty() {
+        return text + "no other site is let in\n";
+    }
+    text += &table(
+        &["SITE", "STANDING", "PREFIXES", "NODES", "ALIVE", "LET IN BY", "KEY"],
+        sites.sites.iter().map(|site| {
+            vec![
+                site.site.clone(),
+                site.standing.clone(),
+                or_dash(&site.prefixes.join(",")),
+                site.nodes.to_string(),
+                site.alive.to_string(),
+                site.admitted_by.clone(),
+                site.key.chars().take(8).collect(),
+            ]
+        }),
+    );
+    for site in &sites.sites {
+        text.extend(
+            site.problems.iter().map(|problem| format!("problem    site {}: {problem}\n", site.site)),
+        );
+    }
+    text
 }
 
 pub(super) fn peers(peers: &Peers, wide: bool) -> String {

@@ -10,14 +10,14 @@ use weft_ipam::carve::{Carver, ClusterCidr};
 use weft_ipam::store::etcd::EtcdOptionsError;
 use weft_ipam::store::kubernetes::Mode;
 use weft_ipam::store::{EtcdOptions, KubernetesOptions};
-use weft_wire::types::{NodeName, SiteName, Subnet};
+use weft_wire::types::{NodeName, PublicKey, SiteName, Subnet};
 
 use crate::kernel::Implementation;
 use crate::plan::model::Encryption;
 
 use super::{
     ClusterConfig, Config, EncryptionConfig, GossipConfig, LogConfig, MasqueradeConfig, NodeConfig,
-    OverlayConfig, Overrides, PodsConfig, StoreConfig, StoreKind, TxChecksum, UnderlayConfig,
+    OverlayConfig, Overrides, PodsConfig, SiteConfig, StoreConfig, StoreKind, TxChecksum, UnderlayConfig,
 };
 
 /// One VXLAN header, UDP, IPv6 and Ethernet around the least MTU that IPv6 allows (RFC 8200 s5).
@@ -31,6 +31,7 @@ const ABANDON_LEAST: Duration = Duration::from_secs(7 * 24 * 3600);
 pub(super) struct Raw {
     node: Node,
     cluster: Cluster,
+    site: Site,
     store: Store,
     gossip: Gossip,
     underlay: Underlay,
@@ -60,6 +61,13 @@ impl Default for Node {
             socket: "/run/weft/weft.sock".into(),
         }
     }
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Site {
+    key: Option<PublicKey>,
+    key_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -516,6 +524,7 @@ impl Raw {
                 socket: self.node.socket,
                 instance: None,
             },
+            site: SiteConfig { key: self.site.key, key_file: self.site.key_file },
             cluster: ClusterConfig { id: self.cluster.id, key_file, carver },
             store: StoreConfig { kind, lease_ttl },
             gossip: GossipConfig {

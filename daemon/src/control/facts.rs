@@ -58,7 +58,7 @@ impl Control {
             vxlan_port: port,
             direct_routing,
             masquerade: self.config.masquerade.enabled,
-            cluster_cidrs: self.config.cluster.carver.cidrs().iter().map(|cidr| cidr.cidr).collect(),
+            cluster_cidrs: self.pod_ranges(),
             non_masquerade: self.config.masquerade.except.clone(),
             mtu,
             tx_checksum: match self.config.overlay.tx_checksum {
@@ -90,13 +90,17 @@ impl Control {
         let table = self.table(now);
         let young = now.duration_since(self.started) < REMEMBERED_PEER;
         for (node, remembered) in &self.memory.peers {
-            let still_owned = match &self.config.store.kind {
-                StoreKind::Static(_) => young,
-                StoreKind::Sqlite(_) | StoreKind::Etcd(_) | StoreKind::Kubernetes(_) => remembered
-                    .peer
-                    .subnets
-                    .iter()
-                    .all(|subnet| table.owner(*subnet).is_some_and(|owner| owner.node == *node)),
+            let still_owned = match self.site_of(&remembered.peer) {
+                // No store here speaks of its leases: as long as a member that is gone is remembered.
+                Some(believed) => believed && young,
+                None => match &self.config.store.kind {
+                    StoreKind::Static(_) => young,
+                    StoreKind::Sqlite(_) | StoreKind::Etcd(_) | StoreKind::Kubernetes(_) => remembered
+                        .peer
+                        .subnets
+                        .iter()
+                        .all(|subnet| table.owner(*subnet).is_some_and(|owner| owner.node == *node)),
+                },
             };
             if !heard.contains(node) && still_owned && !peers.contains_key(node) {
                 peers.insert(node.clone(), remembered.clone());
@@ -213,6 +217,7 @@ impl Control {
             mtu: u16::try_from(underlay.mtu).unwrap_or(u16::MAX),
             capabilities,
             keys: self.mesh.ring().ids().collect(),
+            certificate: None,
             tunnel: self.announced.map(|key| TunnelFacts {
                 key,
                 port: self.config.encryption.port,

@@ -52,6 +52,7 @@ impl Node {
                 | RequestBody::ClusterKey(_)
                 | RequestBody::RotateNodeKey(_)
                 | RequestBody::Forget(_)
+                | RequestBody::Site(_)
         );
         if changes && !privileged {
             let _ = reply.send(Reply::refusal(3, "only root may change the node; run the command with sudo"));
@@ -74,6 +75,8 @@ impl Node {
             RequestBody::ClusterKey(request) => self.change_cluster_keys(&request, now),
             RequestBody::RotateNodeKey(_) => self.rotate_node_key(now),
             RequestBody::Forget(request) => self.forget(&request.node),
+            RequestBody::Sites(_) => ReplyBody::Sites(self.sites()).into(),
+            RequestBody::Site(request) => self.speak(&request, now),
         };
         // A caller that hung up wants no answer.
         let _ = reply.send(answer);

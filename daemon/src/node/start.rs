@@ -12,7 +12,7 @@ use weft_ipam::store::{EtcdStore, KubernetesStore, SqliteStore, StaticStore, Sto
 
 use super::cluster::Cluster;
 use super::handover::OPEN_AFTER;
-use super::{Fatal, Inbox, Node, keys, pods, worker};
+use super::{Fatal, Inbox, Node, keys, pods, sites, worker};
 use crate::config::{Config, StoreKind};
 use crate::control::{Control, PROBE_PORT, Start};
 use crate::gossip::Sockets;
@@ -108,6 +108,7 @@ pub async fn start(config: Config, origin: Origin) -> Result<Node, Fatal> {
         return Err(Fatal(sentence));
     }
     let ring = keys::read_ring(&config.cluster.key_file).map_err(Fatal)?;
+    let trust = sites::trust(&config).map_err(Fatal)?;
     let (dir, heritage, waited_for) = open_state(&config.node.state_dir, origin)?;
     let Heritage { local, metrics, tunnels, talk } = heritage;
     let waited_for = waited_for && local.is_some();
@@ -203,7 +204,7 @@ pub async fn start(config: Config, origin: Origin) -> Result<Node, Fatal> {
     let seed = state::random().map_err(fatal)?;
     let tunnel = tunnel.map(|secret| secret.public());
     let rekey = now + config.encryption.rotate_after;
-    let start = Start { config, memory, boot, key, ring, tunnel, seed };
+    let start = Start { config, memory, boot, key, ring, tunnel, trust, seed };
     let control = Control::new(start, now);
     let mut node = Node {
         control,

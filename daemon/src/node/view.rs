@@ -151,6 +151,7 @@ impl Node {
         warnings.extend(self.unheard.iter().cloned());
         warnings.extend(self.control.problems.lease.keys().cloned());
         warnings.extend(self.recent_route_conflicts(now));
+        warnings.extend(self.site_problems());
         warnings.extend(self.control.problems.memory.iter().cloned());
         warnings.extend(self.control.problems.ring.iter().cloned());
         warnings.extend(self.control.problems.chosen.iter().cloned());

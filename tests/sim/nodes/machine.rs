@@ -196,6 +196,7 @@ impl Machine {
             memory,
             boot: self.boot.to_string(),
             key: self.disk.key.clone(),
+            trust: None,
             ring: self.disk.ring.clone(),
             tunnel: self.config.encryption.tunnels.then_some(self.disk.tunnel),
             seed,

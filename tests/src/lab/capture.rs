@@ -30,7 +30,7 @@ pub struct Capture<'a> {
 impl<'a> Capture<'a> {
     /// Captures from now on what crosses a device of a node.
     pub fn start(lab: &'a Lab, place: &'a str, device: &str) -> Self {
-        let path = format!("/tmp/{}-{place}-{device}.pcap", lab.handle().name());
+        let path = format!("/tmp/{}-{}-{device}.pcap", lab.handle().name(), place.replace('/', "-"));
         // Written as they come, or the last second of packets would be lost with the interrupt.
         let words = ["tcpdump", "-Z", "root", "-i", device, "-U", "--immediate-mode", "-s", "0", "-w", &path];
         let tcpdump = lab.background(place, &words);

@@ -75,6 +75,12 @@ impl LabOptions {
         self
     }
 
+    /// Sets how many sites the nodes are spread over.
+    pub fn sites(mut self, sites: usize) -> Self {
+        self.0.sites = sites;
+        self
+    }
+
     /// Sets the families of the network between the nodes.
     pub fn underlay(mut self, families: Families) -> Self {
         self.0.underlay = families;

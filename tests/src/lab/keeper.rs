@@ -19,7 +19,7 @@ use super::etcd::{self, Etcd};
 use super::home::Handle;
 use super::model::{Options, Request, State, Store};
 use super::relay::Relay;
-use super::{node, runtime, underlay};
+use super::{node, runtime, sites, underlay};
 
 /// What a keeper tells its maker, one JSON object a line.
 #[derive(Debug, Serialize, Deserialize)]
@@ -87,7 +87,7 @@ fn make(handle: &Handle, began: Instant) -> anyhow::Result<(Keeper, UnixListener
         &std::fs::read_to_string(handle.dir().join("options.json")).context("the lab has no options")?,
     )?;
     let listener = UnixListener::bind(handle.socket()).context("cannot listen in the lab's directory")?;
-    node::write_shared(handle)?;
+    node::write_shared(handle, &options)?;
     underlay::make()?;
     let nodes = options.nodes;
     let started = options.started;
@@ -123,6 +123,10 @@ fn make(handle: &Handle, began: Instant) -> anyhow::Result<(Keeper, UnixListener
         keeper.wait_for_subnets(name)?;
     }
     keeper.progress(&format!("{started} daemons have their subnets"));
+    if keeper.state.options.sites > 1 && started == nodes {
+        sites::befriend(handle, &keeper.state)?;
+        keeper.progress(&format!("{} sites have let each other in", keeper.state.options.sites));
+    }
     for name in &names {
         keeper.default_pods(name)?;
         keeper.progress_if_quiet(|| format!("the pods of {name} are attached"));

@@ -6,6 +6,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use super::sites;
+
 /// Which address families a network has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -99,14 +101,16 @@ impl Options {
             self.started,
             self.nodes
         );
+        let most = self.nodes.min(sites::MOST);
+        anyhow::ensure!((1..=most).contains(&self.sites), "--sites {}: use 1 to {most}", self.sites);
         anyhow::ensure!(
-            self.sites == 1,
-            "--sites {}: the lab has one site for now; leave the option out",
+            self.sites == 1 || self.store == Store::Sqlite,
+            "--sites {}: each site has its own SQLite store; leave --store out",
             self.sites
         );
         anyhow::ensure!(
             self.backend != Backend::Auto,
-            "--backend auto: there is one site, in which nothing needs to be encrypted; name vxlan or wireguard"
+            "--backend auto: name vxlan, which encrypts between sites, or wireguard, which encrypts all"
         );
         Ok(())
     }

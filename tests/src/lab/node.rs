@@ -13,7 +13,7 @@ use super::etcd;
 use super::home::Handle;
 use super::model::{Backend, NodeView, Options, State, Store, underlay_addresses};
 use super::tools::{self, run};
-use super::underlay;
+use super::{sites, underlay};
 
 /// Gives the node directories of its own where weft and container tools keep things, without touching the machine's.
 ///
@@ -65,8 +65,9 @@ const NETWORK: &str = r#"{
 }
 "#;
 
-/// Writes what all nodes share: the cluster key.
-pub(crate) fn write_shared(handle: &Handle) -> anyhow::Result<()> {
+/// Writes what nodes share: the cluster key, and those of sites.
+pub(crate) fn write_shared(handle: &Handle, options: &Options) -> anyhow::Result<()> {
+    sites::write_keys(handle, options)?;
     let mut key = [0u8; 32];
     std::io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut key)?;
     let hex: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -114,9 +115,13 @@ pub(crate) fn make(handle: &Handle, options: &Options, index: usize) -> anyhow::
         run(&mut within(&view, &line.split(' ').collect::<Vec<_>>()))?;
     }
     run(&mut within(&view, &["ip", "link", "set", "eth0", "up"]))?;
-    write_inside(&view, CONFIG, &config(options, &view, index)?)?;
+    write_inside(&view, CONFIG, &config(handle, options, &view, index)?)?;
     // A copy for each node: a rotation rewrites it.
     write_inside(&view, KEY, &fs::read_to_string(handle.shared().join("cluster.key"))?)?;
+    if sites::speaks(options, index) {
+        let key = sites::key(handle, sites::site_of(options, index))?;
+        write_inside(&view, sites::SITE_KEY, &key.to_secret_text())?;
+    }
     write_inside(&view, CONFLIST, NETWORK)?;
     Ok((view, holder))
 }
@@ -143,16 +148,18 @@ fn write_inside(view: &NodeView, path: &str, text: &str) -> anyhow::Result<()> {
 }
 
 /// The node's configuration, with what the options add.
-fn config(options: &Options, view: &NodeView, index: usize) -> anyhow::Result<String> {
+fn config(handle: &Handle, options: &Options, view: &NodeView, index: usize) -> anyhow::Result<String> {
     let (v4, v6) = (options.overlay.v4(), options.overlay.v6());
+    let site = sites::site_of(options, index);
+    let (range_v4, range_v6) = sites::ranges(site);
     let mut cidrs = Vec::new();
     let mut subnets = Vec::new();
     if v4 {
-        cidrs.push(r#"{ cidr = "10.32.0.0/12", node_prefix = 24 }"#.to_owned());
+        cidrs.push(format!(r#"{{ cidr = "{range_v4}", node_prefix = 24 }}"#));
         subnets.push(format!(r#""10.32.{index}.0/24""#));
     }
     if v6 {
-        cidrs.push(r#"{ cidr = "fd00:32::/48", node_prefix = 64 }"#.to_owned());
+        cidrs.push(format!(r#"{{ cidr = "{range_v6}", node_prefix = 64 }}"#));
         subnets.push(format!(r#""fd00:32:0:{index:x}::/64""#));
     }
     // Each node knows a few others to begin with and hears of the rest from them.
@@ -165,7 +172,11 @@ fn config(options: &Options, view: &NodeView, index: usize) -> anyhow::Result<St
     let store = match options.store {
         Store::Static => format!("type = \"static\"\nsubnets = [{}]", subnets.join(", ")),
         Store::Etcd => format!("type = \"etcd\"\nendpoints = [\"{}\"]", etcd::url(options)),
-        Store::Sqlite => "type = \"sqlite\"\npath = \"/run/weft-lab/shared/store.db\"".to_owned(),
+        // Also the first of several sites has it where a lab of one site does.
+        Store::Sqlite if site == 1 => {
+            "type = \"sqlite\"\npath = \"/run/weft-lab/shared/store.db\"".to_owned()
+        }
+        Store::Sqlite => format!("type = \"sqlite\"\npath = \"/run/weft-lab/shared/store-{site}.db\""),
     };
     let text = format!(
         "[node]\nname = \"{name}\"\n\
@@ -183,8 +194,11 @@ fn config(options: &Options, view: &NodeView, index: usize) -> anyhow::Result<St
         Backend::Wireguard => "[encryption]\npolicy = \"always\"\n",
         Backend::Vxlan | Backend::Auto => "",
     };
-    let text = text + encryption;
-    let mut table: toml::Table = text.parse().context("the lab's own configuration is not TOML")?;
+    let own = "the lab's own configuration is not TOML";
+    let mut table: toml::Table = text.parse().context(own)?;
+    for more in [&sites::config(handle, options, index)?, encryption] {
+        merge(&mut table, &more.parse().context(own)?);
+    }
     merge(&mut table, &options.config);
     if let Some(own) = options.node_config.get(&view.name) {
         merge(&mut table, own);

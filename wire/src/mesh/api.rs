@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::record::{NodeKey, NodeRecord, Verify};
 use crate::seal::{KeyRing, OpenError};
+use crate::site::{Admission, SiteKey};
 use crate::types::{Epoch, NodeName, PublicKey, SiteName, Subnet};
 
 /// What a [`Mesh`](super::Mesh) needs to start.
@@ -86,6 +87,57 @@ impl Default for Timing {
             suspicion_factor: 4,
         }
     }
+}
+
+/// What a node needs to judge the records of other sites.
+#[derive(Debug, Clone)]
+pub struct Trust {
+    /// The public key of the node's own site.
+    pub site: PublicKey,
+    /// The prefixes of the own site; no other site may announce any part of them.
+    pub prefixes: Vec<Subnet>,
+    /// The secret half, on the nodes that speak for the site.
+    pub signer: Option<SiteKey>,
+}
+
+/// What is thought of another site.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SiteView {
+    /// Its name, as whoever let it in knows it.
+    pub site: SiteName,
+    /// Its key.
+    pub key: PublicKey,
+    /// Who let it in, or put it out.
+    pub by: PublicKey,
+    /// Whether its nodes are believed.
+    pub standing: SiteStanding,
+    /// What is wrong with it, as sentences for people.
+    pub problems: Vec<String>,
+}
+
+impl SiteView {
+    pub(super) fn new(admission: &Admission, standing: SiteStanding) -> Self {
+        let Admission { site, key, by, .. } = admission;
+        Self { site: site.clone(), key: *key, by: *by, standing, problems: Vec::new() }
+    }
+}
+
+/// Whether a site's nodes are believed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SiteStanding {
+    /// It is let in, but has not said (here) what it announces, or something that cannot be.
+    Unknown,
+    /// It is in.
+    Member {
+        /// What its nodes may announce subnets of.
+        prefixes: Vec<Subnet>,
+        /// Certificates with a lower serial number are void.
+        least_serial: u64,
+        /// Certificates of these node keys are void.
+        void: BTreeSet<PublicKey>,
+    },
+    /// The own site put it out.
+    Expelled,
 }
 
 /// Who may announce a subnet.
@@ -281,6 +333,8 @@ pub enum MeshEvent {
         /// The other node's key.
         key: PublicKey,
     },
+    /// A statement of a site is new: persist [`Mesh::statements`](super::Mesh::statements).
+    StatementsChanged,
     /// Datagrams come that no key of the ring opens. Reported at most every ten seconds.
     WrongKey {
         /// Who sent the latest one.

@@ -15,6 +15,7 @@ use super::membership::{Id, Tombstone};
 use super::proto::{self, Body, Liveness};
 use super::timer::Timer;
 use crate::seal::MAX_CONTENT;
+use crate::site::{SignedStatement, Subject};
 
 /// News is told to so many members at a time.
 const FANOUT: usize = 3;
@@ -31,6 +32,7 @@ pub(super) enum Topic {
     Record(u64),
     Liveness(u64),
     Forgotten(u64),
+    Statement(Subject),
 }
 
 /// News, the least told first and among those the latest first.
@@ -214,6 +216,7 @@ impl Mesh {
             Topic::Record(hash) => self.table.find(hash).map(|id| self.full_update(id)),
             Topic::Liveness(hash) => self.table.find(hash).map(|id| self.rumor(id)),
             Topic::Forgotten(hash) => self.table.tombstones.get(&hash).map(forgotten),
+            Topic::Statement(subject) => self.sites.find(&subject).map(|signed| stated(signed)),
         }
     }
 
@@ -237,6 +240,7 @@ impl Mesh {
             incarnation: member.incarnation,
             accusers: accusers.map(ToString::to_string).collect(),
             record: None,
+            statement: None,
         }
     }
 
@@ -265,7 +269,12 @@ pub(super) fn forgotten(tombstone: &Tombstone) -> proto::Update {
         incarnation: tombstone.incarnation,
         accusers: Vec::new(),
         record: None,
+        statement: None,
     }
+}
+
+pub(super) fn stated(signed: &SignedStatement) -> proto::Update {
+    proto::Update { statement: Some(signed.to_proto()), ..proto::Update::default() }
 }
 
 /// The bytes that one more update adds to a datagram.

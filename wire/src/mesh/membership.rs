@@ -17,7 +17,7 @@ use super::contact::Contact;
 use super::proto::Liveness;
 use super::sync::{Item, Sums};
 use crate::record::SignedRecord;
-use crate::types::NodeName;
+use crate::types::{NodeName, PublicKey};
 
 /// The most members that a table holds.
 pub(super) const MAX_MEMBERS: usize = 1 << 16;
@@ -36,6 +36,8 @@ pub(super) struct Member {
     pub(super) liveness: Liveness,
     pub(super) incarnation: u64,
     pub(super) verdict: Verdict,
+    /// Whether the record's certificate was found to hold, and under which site key.
+    pub(super) certified: Option<(PublicKey, bool)>,
     pub(super) contact: Option<Box<Contact>>,
     pub(super) suspicion: Option<Box<Suspicion>>,
     /// Since when it is dead or gone.
@@ -138,6 +140,7 @@ impl Table {
             liveness: Liveness::Alive,
             incarnation,
             verdict: Verdict::Pending { why: "not judged yet".into() },
+            certified: None,
             contact: self.strangers.remove(&hash).map(Box::new),
             suspicion: None,
             gone_since: None,

@@ -13,7 +13,8 @@ use super::proto::{self, Liveness};
 use super::timer::Timer;
 use super::{MOST, Mesh};
 use crate::record::{ClaimedRecord, NodeRecord, SignedRecord};
-use crate::types::{NodeName, PublicKey};
+use crate::site::{ClaimedStatement, SignedStatement};
+use crate::types::{Epoch, NodeName, PublicKey};
 
 /// The most accusers that a rumor names.
 const MAX_ACCUSERS: usize = 4;
@@ -45,6 +46,7 @@ pub(super) enum Checked {
         key: PublicKey,
         address: Option<SocketAddr>,
     },
+    Statement(Arc<SignedStatement>),
     RefusedKey,
     Full,
     Nothing,
@@ -56,6 +58,9 @@ impl Mesh {
         let incarnation = update.incarnation;
         if incarnation >= MOST || update.accusers.len() > MAX_ACCUSERS {
             return Err(Rejected::Malformed);
+        }
+        if let Some(statement) = &update.statement {
+            return self.check_statement(statement);
         }
         let parse = |name: &String| name.parse::<NodeName>().map_err(|_| Rejected::Malformed);
         let accusers = update.accusers.iter().map(parse).collect::<Result<Vec<_>, _>>()?;
@@ -105,6 +110,15 @@ impl Mesh {
         Ok((Checked::Record { signed, liveness, incarnation }, true))
     }
 
+    fn check_statement(&self, signed: &proto::SignedStatement) -> Result<(Checked, bool), Rejected> {
+        let claimed = ClaimedStatement::parse(signed).map_err(|_| Rejected::Malformed)?;
+        if !self.sites.wants(claimed.claim(), claimed.order()) {
+            return Ok((Checked::Nothing, false));
+        }
+        let verified = claimed.verify(&self.config.cluster).map_err(|_| Rejected::BadSignature)?;
+        Ok((Checked::Statement(Arc::new(verified)), true))
+    }
+
     /// Looks at a record that has this node's name.
     fn check_own(
         &self,
@@ -144,8 +158,18 @@ impl Mesh {
         if held.succeeds(&claim.key) {
             return Order::Known;
         }
-        let owner = |key| self.routes.is_owner(&claim.node, key);
-        if owner(&claim.key) && !owner(&held.key) { Order::Newer } else { Order::Foreign }
+        let (rank, of_held) = (self.rank(claim), self.rank(held));
+        // Of two sites that certify one name the first stays: the doctor names both.
+        let outdone = rank > of_held && (rank.0 > of_held.0 || claim.site == held.site);
+        if outdone { Order::Newer } else { Order::Foreign }
+    }
+
+    /// Who says that the record's key speaks for its node: the own site's store, another site at an epoch, or nobody.
+    fn rank(&self, record: &NodeRecord) -> (u8, Epoch) {
+        if self.is_foreign(record) {
+            return self.certified_epoch(record).map_or((0, Epoch(0)), |epoch| (1, epoch));
+        }
+        (if self.routes.is_owner(&record.node, &record.key) { 2 } else { 0 }, Epoch(0))
     }
 
     pub(super) fn apply(&mut self, checked: Checked, from: SocketAddr, sync: bool) {
@@ -178,6 +202,9 @@ impl Mesh {
                 self.last_duplicate = Some(self.now);
                 let from = address.unwrap_or(from);
                 self.outputs.push_back(Output::Event(MeshEvent::DuplicateName { from, key }));
+            }
+            Checked::Statement(signed) => {
+                self.merge_statement(signed);
             }
             Checked::RefusedKey => self.counters.refused_keys += 1,
             Checked::Full => self.counters.refused_full += 1,
@@ -239,7 +266,10 @@ impl Mesh {
     pub(super) fn replace_record(&mut self, id: Id, signed: Arc<SignedRecord>) {
         let before = self.table.at(id).state();
         self.withdraw(id);
-        self.table.edit(id, |member| member.signed = signed);
+        self.table.edit(id, |member| {
+            member.signed = signed;
+            member.certified = None;
+        });
         let member = self.table.at(id);
         if self.table.me != Some(id) && member.state() != before {
             self.routes_dirty = true;

@@ -60,6 +60,36 @@ pub struct Record {
     pub tunnel_preshared: Vec<u8>,
     #[prost(bytes = "vec", tag = "19")]
     pub cluster_keys: Vec<u8>,
+    #[prost(bytes = "vec", tag = "22")]
+    pub certificate: Vec<u8>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct SignedStatement {
+    #[prost(bytes = "vec", tag = "1")]
+    pub statement: Vec<u8>,
+    #[prost(bytes = "vec", tag = "2")]
+    pub signature: Vec<u8>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Statement {
+    #[prost(bytes = "vec", tag = "1")]
+    pub by: Vec<u8>,
+    #[prost(string, tag = "2")]
+    pub site: String,
+    #[prost(bytes = "vec", tag = "3")]
+    pub of: Vec<u8>,
+    #[prost(uint64, tag = "4")]
+    pub version: u64,
+    #[prost(bytes = "vec", repeated, tag = "5")]
+    pub prefixes: Vec<Vec<u8>>,
+    #[prost(uint64, tag = "6")]
+    pub least_serial: u64,
+    #[prost(bytes = "vec", repeated, tag = "7")]
+    pub void: Vec<Vec<u8>>,
+    #[prost(bool, tag = "8")]
+    pub expelled: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -91,6 +121,8 @@ pub struct Update {
     pub accusers: Vec<String>,
     #[prost(message, optional, tag = "5")]
     pub record: Option<SignedRecord>,
+    #[prost(message, optional, tag = "6")]
+    pub statement: Option<SignedStatement>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -135,6 +167,10 @@ pub struct SyncRoot {
     pub hash: u64,
     #[prost(uint32, tag = "2")]
     pub count: u32,
+    #[prost(fixed64, tag = "3")]
+    pub statements: u64,
+    #[prost(bool, tag = "4")]
+    pub answers: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -179,6 +215,12 @@ pub struct SyncWant {
     pub name_hashes: Vec<u64>,
 }
 
+#[derive(Clone, PartialEq, Message)]
+pub struct Certify {
+    #[prost(bytes = "vec", tag = "1")]
+    pub certificate: Vec<u8>,
+}
+
 #[derive(Clone, PartialEq, Oneof)]
 pub enum Body {
     #[prost(message, tag = "8")]
@@ -199,6 +241,8 @@ pub enum Body {
     SyncItems(SyncItems),
     #[prost(message, tag = "16")]
     SyncWant(SyncWant),
+    #[prost(message, tag = "17")]
+    Certify(Certify),
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -217,6 +261,6 @@ pub struct Datagram {
     pub incarnation: u64,
     #[prost(message, repeated, tag = "7")]
     pub updates: Vec<Update>,
-    #[prost(oneof = "Body", tags = "8, 9, 10, 11, 12, 13, 14, 15, 16")]
+    #[prost(oneof = "Body", tags = "8, 9, 10, 11, 12, 13, 14, 15, 16, 17")]
     pub body: Option<Body>,
 }

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::Mesh;
-use super::api::{Authority, LeaseTable, MeshEvent, Verdict};
+use super::api::{Authority, LeaseTable, MeshEvent, SiteStanding, Verdict};
 use super::membership::{Id, MAX_MEMBERS};
 use crate::record::{LeasedSubnet, NodeRecord};
 use crate::types::{NodeName, PublicKey, Subnet};
@@ -68,8 +68,13 @@ impl Mesh {
         let (hash, name) = (member.hash, member.name().clone());
         let signed = Arc::clone(&member.signed);
         let was_routed = member.routed.clone();
+        let verdict_before = member.verdict.clone();
         let judgement = if signed.record().left {
             Judgement::Refused("it left the mesh".into())
+        } else if self.is_foreign(signed.record()) {
+            self.judge_foreign(id)
+        } else if self.sites.own_record().is_some_and(|own| own.void.contains(&signed.record().key)) {
+            Judgement::Refused("its site has declared its key void: give the node another key".into())
         } else {
             self.judgement(
                 signed.record(),
@@ -81,22 +86,21 @@ impl Mesh {
             Judgement::Accepted => (Verdict::Accepted, Some(signed)),
             Judgement::Pending(why) => {
                 // What was accepted stays in use while the table does not contradict it.
-                let kept = was_routed.clone().filter(|routed| {
-                    matches!(self.judgement(routed.record(), hash, true), Judgement::Accepted)
-                });
+                let kept = was_routed.clone().filter(|routed| self.holds(routed.record(), hash));
                 (Verdict::Pending { why }, kept)
             }
             Judgement::Refused(why) => (Verdict::Refused { why }, None),
             Judgement::Conflict { subnet, kept } => {
                 let why = format!("{subnet} belongs to node {kept}");
-                if fresh || !matches!(member.verdict, Verdict::Refused { .. }) {
+                if fresh || !matches!(verdict_before, Verdict::Refused { .. }) {
                     let event = MeshEvent::Conflict { subnet, kept, refused: name };
                     self.outputs.push_back(super::Output::Event(event));
                 }
                 (Verdict::Refused { why }, None)
             }
         };
-        if self.routes.authority == Authority::Claims {
+        let foreign = self.is_foreign(self.table.at(id).signed.record());
+        if foreign || self.routes.authority == Authority::Claims {
             self.claim(hash, routed.as_deref().map(|routed| routed.record()), &verdict);
         }
         let member = self.table.at_mut(id);
@@ -108,6 +112,76 @@ impl Mesh {
             member.verdict = verdict;
         }
         member.routed = routed;
+        self.note_uncertified(id);
+    }
+
+    /// Whether what is in use may stay while a later record of the member is pending.
+    fn holds(&self, record: &NodeRecord, hash: u64) -> bool {
+        if self.is_foreign(record) {
+            return self.certified_epoch(record).is_some() && self.contested_by(record, hash).is_none();
+        }
+        matches!(self.judgement(record, hash, true), Judgement::Accepted)
+    }
+
+    /// Judges a record of another site: by the chain from this node's site to that one, and by that one's certificate.
+    fn judge_foreign(&mut self, id: Id) -> Judgement {
+        let member = self.table.at(id);
+        let (hash, signed) = (member.hash, Arc::clone(&member.signed));
+        let record = signed.record();
+        let site = &record.site;
+        let Some(view) = self.sites.views().get(site) else {
+            return Judgement::Pending(format!("site {site} is not let in, or not known here yet"));
+        };
+        let (prefixes, least_serial, void) = match &view.standing {
+            SiteStanding::Unknown => {
+                return Judgement::Pending(format!("site {site} has not said what it announces"));
+            }
+            SiteStanding::Expelled => return Judgement::Refused(format!("site {site} is expelled")),
+            SiteStanding::Member { prefixes, least_serial, void } => (prefixes, least_serial, void),
+        };
+        let outside = |leased: &&LeasedSubnet| !prefixes.iter().any(|prefix| prefix.covers(leased.subnet));
+        if let Some(leased) = record.facts.subnets.iter().find(outside) {
+            return Judgement::Refused(format!("{} is not of the prefixes of site {site}", leased.subnet));
+        }
+        let Some(certificate) = record.facts.certificate else {
+            return Judgement::Pending(format!("site {site} has not certified it yet"));
+        };
+        if certificate.serial < *least_serial || void.contains(&record.key) {
+            return Judgement::Refused(format!("site {site} has declared its certificate void"));
+        }
+        let key = view.key;
+        if !self.is_certified(id, &key) {
+            return Judgement::Pending(format!("site {site} has not certified what it announces"));
+        }
+        let Some((subnet, holder)) = self.contested_by(record, hash) else { return Judgement::Accepted };
+        let Some(other) = self.table.find(holder) else { return Judgement::Accepted };
+        let theirs = self.table.at(other).signed.record();
+        let kept = theirs.node.clone();
+        let epoch = |record: &NodeRecord| {
+            let overlapping = |leased: &&LeasedSubnet| leased.subnet.overlaps(subnet);
+            record.facts.subnets.iter().filter(overlapping).map(|leased| leased.epoch).max()
+        };
+        // Within a site the later lease of a subnet has the higher epoch.
+        if theirs.site == *site && epoch(record) > epoch(theirs) {
+            self.withdraw(other);
+            self.displace(other, format!("{subnet} belongs to node {} now", record.node));
+            return Judgement::Accepted;
+        }
+        Judgement::Conflict { subnet, kept }
+    }
+
+    fn displace(&mut self, id: Id, why: String) {
+        let member = self.table.at_mut(id);
+        let hash = member.hash;
+        (member.routed, member.verdict) = (None, Verdict::Refused { why });
+        self.routes_dirty = true;
+        self.routes.contested.insert(hash);
+    }
+
+    /// Which subnet of the record another member has in use.
+    fn contested_by(&self, record: &NodeRecord, hash: u64) -> Option<(Subnet, u64)> {
+        let mut subnets = record.facts.subnets.iter();
+        subnets.find_map(|leased| self.routes.claimed(leased.subnet, hash))
     }
 
     fn claim(&mut self, hash: u64, record: Option<&NodeRecord>, verdict: &Verdict) {
@@ -157,6 +231,13 @@ impl Mesh {
             return;
         }
         self.routes = Routes::new(authority);
+        self.judge_all();
+    }
+
+    /// Judges every member.
+    pub(super) fn judge_all(&mut self) {
+        self.routes.claims.clear();
+        self.routes.contested.clear();
         // Whoever has routes keeps them against other claims, so they are judged first.
         let (installed, others): (Vec<Id>, Vec<Id>) =
             self.table.range(..).map(|(id, _)| id).partition(|id| self.table.at(*id).routed.is_some());

@@ -7,7 +7,7 @@
 use std::ops::RangeInclusive;
 
 use super::api::MeshEvent;
-use super::gossip::forgotten;
+use super::gossip::{forgotten, stated};
 use super::membership::{Id, below};
 use super::proto::{self, Body, Liveness};
 use super::timer::Timer;
@@ -131,11 +131,27 @@ impl Mesh {
 
     pub(super) fn sync_with(&mut self, id: Id) {
         self.counters.syncs += 1;
+        let root = self.root(false);
+        self.send_to_member(id, Body::SyncRoot(root), Vec::new());
+    }
+
+    fn root(&self, answers: bool) -> proto::SyncRoot {
         let Sum { hash, count } = self.table.sums.root;
-        self.send_to_member(id, Body::SyncRoot(proto::SyncRoot { hash, count }), Vec::new());
+        proto::SyncRoot { hash, count, statements: self.sites.sum(), answers }
     }
 
     pub(super) fn on_sync_root(&mut self, reply: &super::ReplyTo, root: &proto::SyncRoot) {
+        if root.statements != 0 && self.sites.judges() && root.statements != self.sites.sum() {
+            self.push_statements(reply);
+            if !root.answers {
+                // Which side lacks something no sum tells.
+                let root = self.root(true);
+                self.reply(reply, Body::SyncRoot(root), Vec::new());
+            }
+        }
+        if root.answers {
+            return;
+        }
         let sum = self.table.sums.root;
         if (sum.hash, sum.count) == (root.hash, root.count) {
             return;
@@ -278,13 +294,27 @@ impl Mesh {
         self.push_records(reply, ids);
     }
 
-    /// Sends records, several in a datagram, in a bounded number of datagrams.
+    /// Sends what sites say: all of it, or as much as an answer holds, beginning anywhere.
+    fn push_statements(&mut self, reply: &super::ReplyTo) {
+        let mut updates: Vec<_> = self.sites.all().map(|signed| stated(signed)).collect();
+        if !updates.is_empty() {
+            let start = below(&mut self.rng, updates.len());
+            updates.rotate_left(start);
+        }
+        self.push_updates(reply, updates);
+    }
+
     fn push_records(&mut self, reply: &super::ReplyTo, mut ids: Vec<Id>) {
         ids.truncate(MOST_RECORDS);
         self.counters.sync_differences += ids.len() as u64;
+        let updates: Vec<_> = ids.into_iter().map(|id| self.full_update(id)).collect();
+        self.push_updates(reply, updates);
+    }
+
+    /// Sends updates, several in a datagram, in a bounded number of datagrams.
+    fn push_updates(&mut self, reply: &super::ReplyTo, updates: Vec<proto::Update>) {
         let (mut batch, mut used, mut sent) = (Vec::new(), 0, 0);
-        for id in ids {
-            let update = self.full_update(id);
+        for update in updates {
             let length = super::gossip::framed_len(&update);
             if used + length > super::ROOM && !batch.is_empty() {
                 self.reply(reply, Body::Push(proto::Push { sync: true }), std::mem::take(&mut batch));

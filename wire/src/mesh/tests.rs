@@ -115,13 +115,20 @@ fn arb_update() -> impl Strategy<Value = proto::Update> {
             liveness,
             incarnation,
             accusers,
-            record: None,
+            ..Default::default()
         },
     );
     let record = (vec(any::<u8>(), 0..200), vec(any::<u8>(), 60..68)).prop_map(|(record, signature)| {
         proto::Update { record: Some(proto::SignedRecord { record, signature }), ..Default::default() }
     });
-    prop_oneof![arb_news(), garbage, record]
+    let statement =
+        (vec(any::<u8>(), 0..200), vec(any::<u8>(), 60..68)).prop_map(|(statement, signature)| {
+            proto::Update {
+                statement: Some(proto::SignedStatement { statement, signature }),
+                ..Default::default()
+            }
+        });
+    prop_oneof![arb_news(), garbage, record, statement]
 }
 
 fn arb_body() -> impl Strategy<Value = Body> {
@@ -141,7 +148,10 @@ fn arb_body() -> impl Strategy<Value = Body> {
         (any::<u64>(), ".{0,9}|m[0-3]")
             .prop_map(|(token, target)| Body::PingRequest(proto::PingRequest { token, target })),
         any::<bool>().prop_map(|sync| Body::Push(proto::Push { sync })),
-        any::<(u64, u32)>().prop_map(|(hash, count)| Body::SyncRoot(proto::SyncRoot { hash, count })),
+        any::<(u64, u32, u64, bool)>().prop_map(|(hash, count, statements, answers)| {
+            Body::SyncRoot(proto::SyncRoot { hash, count, statements, answers })
+        }),
+        vec(any::<u8>(), 70..74).prop_map(|certificate| Body::Certify(proto::Certify { certificate })),
         (0..3u32, 0..20u32, vec(any::<u64>(), 15..18), vec(any::<u32>(), 15..18)).prop_map(
             |(depth, prefix, hashes, counts)| {
                 Body::SyncBuckets(proto::SyncBuckets { depth, prefix, hashes, counts })

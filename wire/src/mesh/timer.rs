@@ -20,6 +20,10 @@ pub(super) enum Timer {
     Reap(u64),
     /// The request with this token is given up.
     Expire(u64),
+    /// Members wait for a certificate.
+    Certify,
+    /// What sites say has changed.
+    Judge,
 }
 
 impl Timer {
@@ -33,6 +37,8 @@ impl Timer {
             Self::Suspicion(_) => "judge a suspect",
             Self::Reap(_) => "drop a member that is long gone",
             Self::Expire(_) => "give up a request",
+            Self::Certify => "certify nodes of the own site",
+            Self::Judge => "judge members of other sites again",
         }
     }
 }

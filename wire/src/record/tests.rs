@@ -38,6 +38,7 @@ prop_compose! {
         mtu in any::<u16>(),
         capabilities in any::<u64>().prop_map(Capabilities),
         keys in vec(any::<[u8; 4]>().prop_map(KeyId), 0..=MAX_KEYS),
+        certificate in proptest::option::of((any::<u64>(), vec(any::<u8>(), SIGNATURE))),
         tunnel in proptest::option::of((any::<[u8; 32]>(), 1..=u16::MAX, vec(any::<[u8; 4]>(), 0..=MAX_KEYS))),
     ) -> Facts {
         let tunnel = tunnel.map(|(key, port, preshared)| TunnelFacts {
@@ -45,7 +46,11 @@ prop_compose! {
             port,
             preshared: preshared.into_iter().map(KeyId).collect(),
         });
-        Facts { subnets, gossip, underlay, vtep_v4, vtep_v6, vni, vxlan_port, mtu, capabilities, keys, tunnel }
+        let certificate = certificate.map(|(serial, signature)| {
+            let bytes = [&u64::to_be_bytes(serial)[..], &signature].concat();
+            Certificate::from_bytes(&bytes).expect("of the right length")
+        });
+        Facts { subnets, gossip, underlay, vtep_v4, vtep_v6, vni, vxlan_port, mtu, capabilities, keys, tunnel, certificate }
     }
 }
 

@@ -1,0 +1,312 @@
+//! What a mesh does with the statements of sites: it tells them on, certifies the nodes of its own site where it has the
+//! key, and judges the nodes of others.
+//!
+//! Invariant: a certificate goes only to a member whose leases the own site's authority accepts.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::api::{MeshEvent, Output, SiteStanding, SiteView, Trust};
+use super::gossip::Topic;
+use super::membership::Id;
+use super::proto::{self, Body};
+use super::timer::Timer;
+use super::{Facts, Mesh};
+use crate::record::{MAX_SUBNETS, NodeRecord};
+use crate::site::{
+    Admission, Certificate, Certified, SignedStatement, SiteRecord, Statement, StatementError, Subject,
+};
+use crate::types::{Epoch, PublicKey, SiteName, Subnet};
+
+/// Between two rounds of certificates, and so many members a round.
+const CERTIFY: (Duration, usize) = (Duration::from_secs(1), 32);
+/// Members are judged again so long after a statement: more often come together.
+const JUDGE: Duration = Duration::from_millis(200);
+
+/// Why a site's word was not given. Nothing has changed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WordError {
+    /// The node does not have the key of its site.
+    #[error("this node does not have the key of its site: ask a node that does")]
+    NotSigner,
+    /// The statement is beyond a limit.
+    #[error(transparent)]
+    Statement(#[from] StatementError),
+}
+
+impl Mesh {
+    /// Begins to judge other sites by their statements, with those that an earlier run remembered.
+    ///
+    /// # Errors
+    /// Where the node is to speak for its site, and what it would say is beyond a limit.
+    pub fn set_trust(
+        &mut self,
+        trust: Trust,
+        remembered: Vec<SignedStatement>,
+        now: Instant,
+    ) -> Result<(), WordError> {
+        self.advance(now);
+        let Trust { site, prefixes, signer } = trust;
+        let remembered = remembered.into_iter().map(Arc::new).collect();
+        self.sites.stand_on(self.config.site.clone(), site, prefixes.clone(), remembered);
+        self.signer = signer;
+        if self.signer.is_some() {
+            self.restate_site(|record| record.prefixes = prefixes)?;
+        }
+        self.judge_all();
+        self.settle();
+        Ok(())
+    }
+
+    /// Takes a statement that came another way than by gossip, with a token say. Returns whether it was news.
+    pub fn learn(&mut self, statement: SignedStatement, now: Instant) -> bool {
+        self.advance(now);
+        let news = self.merge_statement(Arc::new(statement));
+        self.settle();
+        news
+    }
+
+    /// Returns whether other sites are judged by what they say.
+    pub fn judges_sites(&self) -> bool {
+        self.sites.judges()
+    }
+
+    /// Returns the key of the own site, if other sites are judged, and whether this node speaks for it.
+    pub fn own_site(&self) -> Option<(PublicKey, bool)> {
+        Some((self.sites.own_key()?, self.signer.is_some()))
+    }
+
+    /// Returns what sites say, to be remembered.
+    pub fn statements(&self) -> impl Iterator<Item = &SignedStatement> {
+        self.sites.all().map(|signed| &**signed)
+    }
+
+    /// Returns what is thought of other sites, by name.
+    pub fn sites(&self) -> impl Iterator<Item = &SiteView> {
+        self.sites.views().values()
+    }
+
+    /// Lets a site in: its nodes are believed for what lies in `prefixes`.
+    ///
+    /// # Errors
+    /// On a node without the site's key, and beyond the limits of a statement.
+    pub fn admit(
+        &mut self,
+        site: SiteName,
+        key: PublicKey,
+        prefixes: Vec<Subnet>,
+        now: Instant,
+    ) -> Result<(), WordError> {
+        self.speak_of(site, key, prefixes, false, now)
+    }
+
+    /// Puts a site out; what it brought in goes with it.
+    ///
+    /// # Errors
+    /// On a node without the site's key.
+    pub fn expel(&mut self, site: SiteName, key: PublicKey, now: Instant) -> Result<(), WordError> {
+        self.speak_of(site, key, Vec::new(), true, now)
+    }
+
+    /// Declares certificates void: that of one node key, or (`None`) all before now.
+    ///
+    /// # Errors
+    /// On a node without the site's key, and where too many keys are void already.
+    pub fn declare_void(&mut self, key: Option<PublicKey>, now: Instant) -> Result<(), WordError> {
+        self.advance(now);
+        self.restate_site(|record| match key {
+            Some(key) if record.void.contains(&key) => {}
+            Some(key) => record.void.push(key),
+            None => {
+                record.least_serial += 1;
+                record.void.clear();
+            }
+        })?;
+        self.settle();
+        Ok(())
+    }
+
+    fn speak_of(
+        &mut self,
+        site: SiteName,
+        key: PublicKey,
+        prefixes: Vec<Subnet>,
+        expelled: bool,
+        now: Instant,
+    ) -> Result<(), WordError> {
+        self.advance(now);
+        let by = self.signer.as_ref().ok_or(WordError::NotSigner)?.public();
+        let known = self.sites.admission(by, key);
+        let version = known.map_or(1, |known| known.version + 1);
+        let wanted = Admission { by, site, key, version, prefixes, expelled };
+        if known.is_none_or(|known| Admission { version, ..known.clone() } != wanted) {
+            self.state(Statement::Admission(wanted))?;
+        }
+        self.settle();
+        Ok(())
+    }
+
+    /// Changes what the own site says of itself, if it is not so already.
+    fn restate_site(&mut self, change: impl FnOnce(&mut SiteRecord)) -> Result<(), WordError> {
+        let key = self.signer.as_ref().ok_or(WordError::NotSigner)?.public();
+        let (site, prefixes, void) = (self.config.site.clone(), Vec::new(), Vec::new());
+        let nothing = SiteRecord { site, key, version: 0, prefixes, least_serial: 0, void };
+        let known = self.sites.own_record().unwrap_or(&nothing);
+        let mut wanted = known.clone();
+        change(&mut wanted);
+        if wanted != *known || known.version == 0 {
+            wanted.version = known.version + 1;
+            self.state(Statement::Site(wanted))?;
+        }
+        Ok(())
+    }
+
+    fn state(&mut self, statement: Statement) -> Result<(), WordError> {
+        let signer = self.signer.as_ref().ok_or(WordError::NotSigner)?;
+        let signed = signer.sign(&self.config.cluster, statement)?;
+        self.merge_statement(Arc::new(signed));
+        Ok(())
+    }
+
+    /// Takes what a site says, if it is news, and tells it on.
+    pub(super) fn merge_statement(&mut self, signed: Arc<SignedStatement>) -> bool {
+        let subject: Subject = signed.statement().subject();
+        if !self.sites.merge(signed) {
+            return false;
+        }
+        self.queue.push(Topic::Statement(subject));
+        // Whoever is let in now said what it has to say long ago, and nobody kept it.
+        self.sync_soon();
+        self.outputs.push_back(Output::Event(MeshEvent::StatementsChanged));
+        if !std::mem::replace(&mut self.rejudge, true) {
+            self.timers.set(self.now + JUDGE, Timer::Judge);
+        }
+        true
+    }
+
+    pub(super) fn on_judge_timer(&mut self) {
+        if std::mem::take(&mut self.rejudge) {
+            self.judge_all();
+        }
+    }
+
+    /// Whether the record is of a site that is judged by what it says.
+    pub(super) fn is_foreign(&self, record: &NodeRecord) -> bool {
+        self.sites.judges() && record.site != self.config.site
+    }
+
+    /// The highest epoch of a record that its site has certified.
+    pub(super) fn certified_epoch(&self, record: &NodeRecord) -> Option<Epoch> {
+        let view = self.sites.views().get(&record.site)?;
+        let SiteStanding::Member { prefixes, least_serial, void } = &view.standing else { return None };
+        let certificate =
+            record.facts.certificate.filter(|certificate| certificate.serial >= *least_serial)?;
+        let subnets = &record.facts.subnets;
+        let inside = subnets.iter().all(|leased| prefixes.iter().any(|prefix| prefix.covers(leased.subnet)));
+        if !inside || void.contains(&record.key) {
+            return None;
+        }
+        certificate.verify(&view.key, &self.config.cluster, Certified::of(record)).ok()?;
+        Some(subnets.iter().map(|leased| leased.epoch).max().unwrap_or_default())
+    }
+
+    /// Whether a site key has certified a member's present record; looked at once a record.
+    pub(super) fn is_certified(&mut self, id: Id, site: &PublicKey) -> bool {
+        let member = self.table.at(id);
+        if let Some((key, holds)) = member.certified
+            && key == *site
+        {
+            return holds;
+        }
+        let record = member.signed.record();
+        let certificate = record.facts.certificate;
+        let holds = certificate.is_some_and(|certificate| {
+            certificate.verify(site, &self.config.cluster, Certified::of(record)).is_ok()
+        });
+        self.table.at_mut(id).certified = Some((*site, holds));
+        holds
+    }
+
+    /// Has a member wait for a certificate of this node, if it needs one.
+    pub(super) fn note_uncertified(&mut self, id: Id) {
+        let Some(signer) = &self.signer else { return };
+        let key = signer.public();
+        let member = self.table.at(id);
+        let (hash, record) = (member.hash, member.signed.record());
+        let own = record.site == self.config.site && member.verdict.is_accepted();
+        let serial = self.sites.own_record().map_or(0, |own| own.least_serial);
+        let late = |certificate: Certificate| certificate.serial < serial;
+        let needs = own
+            && !record.facts.subnets.is_empty()
+            && (record.facts.certificate.is_none_or(late) || !self.is_certified(id, &key));
+        if !needs {
+            self.uncertified.remove(&hash);
+        } else if self.uncertified.insert(hash) && self.uncertified.len() == 1 {
+            self.timers.set(self.now, Timer::Certify);
+        }
+    }
+
+    pub(super) fn on_certify_timer(&mut self) {
+        // Around, so that those who do not take theirs do not keep it from others.
+        let after = (std::ops::Bound::Excluded(self.certified_last), std::ops::Bound::Unbounded);
+        let (later, earlier) =
+            (self.uncertified.range(after), self.uncertified.range(..=self.certified_last));
+        let some: Vec<u64> = later.chain(earlier).copied().take(CERTIFY.1).collect();
+        self.certified_last = some.last().copied().unwrap_or(0);
+        for hash in some {
+            let Some(id) = self.table.find(hash) else {
+                self.uncertified.remove(&hash);
+                continue;
+            };
+            let record = self.table.at(id).signed.record();
+            let Some(certificate) = self.certify(record) else { return };
+            if self.table.me == Some(id) {
+                self.take_certificate(certificate);
+            } else {
+                let body = Body::Certify(proto::Certify { certificate: certificate.to_bytes() });
+                self.send_to_member(id, body, Vec::new());
+            }
+        }
+        if !self.uncertified.is_empty() {
+            self.timers.set(self.now + CERTIFY.0, Timer::Certify);
+        }
+    }
+
+    fn certify(&self, record: &NodeRecord) -> Option<Certificate> {
+        let serial = self.sites.own_record().map_or(0, |own| own.least_serial);
+        let signer = self.signer.as_ref()?;
+        Some(signer.certify(&self.config.cluster, serial, Certified::of(record)))
+    }
+
+    pub(super) fn on_certify(&mut self, certify: &proto::Certify) {
+        if let Some(certificate) = Certificate::from_bytes(&certify.certificate) {
+            self.take_certificate(certificate);
+        }
+    }
+
+    fn take_certificate(&mut self, certificate: Certificate) {
+        let Some(me) = self.table.me else { return };
+        let record = self.table.at(me).signed.record();
+        let is_news = record.facts.certificate.is_none_or(|held| {
+            held.serial < certificate.serial || !self.is_valid(held, Certified::of(record))
+        });
+        if is_news && self.is_valid(certificate, Certified::of(record)) {
+            self.certificate = Some(certificate);
+            self.resign();
+        }
+    }
+
+    fn is_valid(&self, certificate: Certificate, certified: Certified<'_>) -> bool {
+        let site = self.sites.own_key();
+        site.is_some_and(|site| certificate.verify(&site, &self.config.cluster, certified).is_ok())
+    }
+
+    /// Returns the certificate for what is about to be announced: the last one, if it says the same.
+    pub(super) fn certificate_for(&self, facts: &Facts) -> Option<Certificate> {
+        let (site, node) = (&self.config.site, &self.config.node);
+        let key = self.config.key.public();
+        let subnets = &facts.subnets[..facts.subnets.len().min(MAX_SUBNETS)];
+        let certified = Certified { site, node, key: &key, subnets };
+        self.certificate.filter(|certificate| self.is_valid(*certificate, certified))
+    }
+}
