@@ -152,6 +152,8 @@ pub struct EncryptionConfig {
     pub implementation: Implementation,
     /// The UDP port of WireGuard.
     pub port: u16,
+    /// The UDP port of the second way while keys change, where the kernel carries the tunnels.
+    pub detour_port: u16,
     /// How long the node's tunnel key is used before it makes another.
     pub rotate_after: Duration,
     /// Whether handshakes need a secret made from a cluster key as well.

@@ -12,6 +12,7 @@ mod checksum;
 mod facts;
 mod probe;
 mod ring;
+mod rotation;
 mod schedule;
 mod seeds;
 mod sites;
@@ -38,6 +39,8 @@ use crate::state::Memory;
 
 pub use probe::PORT as PROBE_PORT;
 use probe::Probe;
+pub use rotation::OwnKeys;
+use rotation::Rotation;
 pub use schedule::Pass;
 
 /// What is remembered is written at most this often.
@@ -73,6 +76,10 @@ pub enum Output {
         /// What to send.
         datagram: Vec<u8>,
     },
+    /// The key of the tunnels is now this one, that was the next: write it in the place of the one before.
+    TunnelKey(TunnelKey),
+    /// Nobody uses the detour's key any more: make another, and tell by [`Control::use_spare_key`].
+    SpareKeyUsed,
     /// Give new pods addresses of these subnets only.
     Subnets(Vec<Subnet>),
     /// Listen for gossip on these addresses.
@@ -173,8 +180,8 @@ pub struct Start {
     pub key: NodeKey,
     /// The cluster keys.
     pub ring: KeyRing,
-    /// The key of the node's tunnels, where it has any.
-    pub tunnel: Option<TunnelKey>,
+    /// The keys of the node's tunnels, where it has any.
+    pub tunnel: Option<OwnKeys>,
     /// How other sites are judged, where they are judged by what they say.
     pub trust: Option<Trust>,
     /// Fresh random bytes.
@@ -205,9 +212,8 @@ pub struct Control {
     /// When this run began.
     pub started: Instant,
     boot: String,
-    tunnel: Option<TunnelKey>,
-    /// The tunnel key that peers are told.
-    announced: Option<TunnelKey>,
+    /// The keys of the tunnels.
+    rotation: Rotation,
     authority: Option<Arc<LeaseTable>>,
     /// The next node key, until the leases carry it.
     endorsed: Option<NodeKey>,
@@ -239,6 +245,7 @@ impl Control {
         let Start { config, memory, boot, tunnel, trust, .. } = start;
         let known_broken = memory.tx_checksum_off.as_ref() == Some(&boot);
         let probe = Probe::new(known_broken, seeds.next_u64(), now);
+        let rotation = Rotation::new(tunnel, memory.detour, now);
         let mut control = Self {
             config,
             mesh,
@@ -251,8 +258,7 @@ impl Control {
             probe,
             started: now,
             boot,
-            tunnel,
-            announced: tunnel,
+            rotation,
             authority: None,
             endorsed: None,
             strays: BTreeSet::new(),
@@ -362,18 +368,6 @@ impl Control {
         self.mesh.set_ring(ring, now);
         self.announce(now);
         self.wake(now);
-    }
-
-    /// Speaks WireGuard with another key from now on. It must be on the disk, and the kernel's shell must have the secret.
-    pub fn use_tunnel_key(&mut self, key: TunnelKey, now: Instant) {
-        self.tunnel = Some(key);
-        // Told to peers once the kernel has it (`handle_pass`): who hears of a key asks for a session under it.
-        self.pass.due = Some(now);
-    }
-
-    /// Returns the key of the node's tunnels, where it has any.
-    pub fn tunnel_key(&self) -> Option<TunnelKey> {
-        self.tunnel
     }
 
     /// Gives the leases back and tells the mesh; no pass follows.

@@ -22,7 +22,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use crate::plan::model::{Actual, Desired, Op, Underlay};
+use crate::plan::model::{Actual, Desired, Op, Sessions, Underlay};
 use crate::tunnel::{Tunnel, TunnelSecret};
 
 pub use tunnel::{Implementation, KernelMonitor, TunnelLook};
@@ -37,6 +37,11 @@ pub trait Kernel: fmt::Debug + Send {
 
     /// Finds the device that carries the tunnels.
     fn underlay(&mut self, spec: &UnderlaySpec) -> Result<Underlay, UnderlayError>;
+
+    /// Returns whom there are tunnels with that carry packets now.
+    fn sessions(&mut self) -> Sessions {
+        Sessions::default()
+    }
 
     /// Returns a look at the tunnels, while there are any.
     fn tunnels(&self) -> Option<TunnelLook> {

@@ -202,7 +202,7 @@ impl Node {
                 if report.is_some() {
                     self.pods.set_strays(BTreeSet::new());
                 }
-                self.control.handle_pass(underlay, report, now);
+                self.control.handle_pass(underlay, report.map(|report| *report), now);
                 let gateways: Vec<_> = self.control.subnets().iter().map(|subnet| subnet.gateway()).collect();
                 // Without its socket the probe stays unanswered, which blames nothing.
                 drop(self.probe_sockets.set_addresses(&gateways));
@@ -253,6 +253,8 @@ impl Node {
                 Output::Store(request) => self.leases.ask(request),
                 Output::Send { to, datagram } => self.sockets.send(to, &datagram),
                 Output::Probe { to, datagram } => self.probe_sockets.send(to, &datagram),
+                Output::TunnelKey(key) => self.turn_tunnel_key(key),
+                Output::SpareKeyUsed => self.renew_spare_key(),
                 Output::Subnets(subnets) => self.pods.set_subnets(&subnets),
                 Output::Listen(addresses) => {
                     self.unheard =

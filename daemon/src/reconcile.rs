@@ -29,6 +29,8 @@ pub struct Report {
     pub subnets: Vec<Subnet>,
     /// Host ends that are in the kernel and not in the inputs.
     pub unknown_veths: Vec<String>,
+    /// How many peers do not go the way that they should yet, since there is no session on it.
+    pub pending: usize,
     /// A look at the tunnels, while there are any.
     pub tunnels: Option<TunnelLook>,
 }
@@ -65,8 +67,13 @@ pub struct RouteStatus {
 
 /// Brings the kernel to what the inputs ask for.
 pub fn reconcile(kernel: &mut dyn Kernel, inputs: &Inputs) -> Report {
-    let plan = desired(inputs);
+    let plan = if inputs.dataplane.detour.is_some() {
+        desired(&Inputs { sessions: kernel.sessions(), ..inputs.clone() })
+    } else {
+        desired(inputs)
+    };
     let mut report = Report {
+        pending: plan.pending,
         pod_mtu: plan.pod_mtu,
         subnets: inputs.subnets.clone(),
         warnings: plan.warnings.clone(),

@@ -74,6 +74,27 @@ pub enum StateError {
     },
 }
 
+/// What a secret of the tunnels is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TunnelPlace {
+    /// In force.
+    Main,
+    /// About to follow it.
+    Next,
+    /// For the detour.
+    Detour,
+}
+
+impl TunnelPlace {
+    fn file(self) -> &'static str {
+        match self {
+            Self::Main => "tunnel.key",
+            Self::Next => "tunnel-next.key",
+            Self::Detour => "tunnel-detour.key",
+        }
+    }
+}
+
 /// What the daemon remembers, as one JSON file.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -88,6 +109,8 @@ pub struct Memory {
     pub peers: BTreeMap<NodeName, RememberedPeer>,
     /// What sites say, each statement in base64.
     pub statements: Vec<String>,
+    /// The detour of the tunnels is open.
+    pub detour: bool,
     /// The boot in which turning TX checksum offload off was found necessary: another kernel may do better.
     pub tx_checksum_off: Option<String>,
 }
@@ -170,26 +193,35 @@ impl StateDir {
         replace(&self.file("node.key"), key.to_secret_text().as_bytes())
     }
 
-    /// Reads the secret of the node's tunnels, or makes one: 44 characters of base64, as `wg genkey` prints.
-    pub fn tunnel_secret(&self) -> Result<TunnelSecret, StateError> {
-        let path = self.file("tunnel.key");
+    /// Reads a secret of the node's tunnels: 44 characters of base64, as `wg genkey` prints. There is always one in force and one
+    /// for the detour, which are made where they are not there.
+    pub fn tunnel_secret(&self, place: TunnelPlace) -> Result<Option<TunnelSecret>, StateError> {
+        let path = self.file(place.file());
         match read_secret(&path)? {
             Some(text) => text
                 .trim()
                 .parse::<TunnelKey>()
-                .map(|secret| TunnelSecret::from_bytes(secret.0))
+                .map(|secret| Some(TunnelSecret::from_bytes(secret.0)))
                 .map_err(|_| StateError::Content { path, what: "a tunnel key (44 characters of base64)" }),
-            None => self.new_tunnel_secret(),
+            None if place == TunnelPlace::Next => Ok(None),
+            None => self.new_tunnel_secret(place).map(Some),
         }
     }
 
     /// Makes another secret for the node's tunnels, on the disk before it is used.
-    pub fn new_tunnel_secret(&self) -> Result<TunnelSecret, StateError> {
+    pub fn new_tunnel_secret(&self, place: TunnelPlace) -> Result<TunnelSecret, StateError> {
         let secret = TunnelSecret::from_bytes(random()?);
         // Public and secret keys have one form.
         let text = Zeroizing::new(format!("{}\n", TunnelKey(secret.to_bytes())));
-        replace(&self.file("tunnel.key"), text.as_bytes())?;
+        replace(&self.file(place.file()), text.as_bytes())?;
         Ok(secret)
+    }
+
+    /// Puts the next secret of the tunnels in the place of the one in force.
+    pub fn turn_tunnel_secret(&self) -> Result<(), StateError> {
+        let (next, path) = (self.file(TunnelPlace::Next.file()), self.file(TunnelPlace::Main.file()));
+        let renamed = fs::rename(next, &path).and_then(|()| File::open(&self.path)?.sync_all());
+        renamed.map_err(|source| StateError::Io { action: "replace", path, source })
     }
 
     /// Reads what an earlier daemon remembered; nothing on a first start.

@@ -444,6 +444,18 @@ impl Tunnel {
         }
     }
 
+    /// Returns the sessions that packets go by, each named by this node's key and the peer's.
+    pub(crate) fn sessions(&self) -> BTreeSet<(TunnelKey, TunnelKey)> {
+        let identities = self.shared.identities();
+        let table = self.shared.table();
+        let used = table.peers.values().map(Peer::for_sending).filter(|peer| peer.session().ready());
+        used.filter_map(|peer| {
+            let own = identities.iter().find(|identity| peer.is_under(identity))?;
+            Some((TunnelKey(own.public.to_bytes()), peer.key))
+        })
+        .collect()
+    }
+
     /// Returns what others may look through.
     pub fn monitor(&self) -> TunnelMonitor {
         TunnelMonitor(Arc::clone(&self.shared))

@@ -18,6 +18,7 @@ use weft_daemon::plan::desired::desired;
 use weft_daemon::plan::diff::diff;
 use weft_daemon::plan::model::{Dataplane, Encryption, HostVeth, Inputs, Peer};
 use weft_daemon::reconcile::{Report, reconcile};
+use weft_wire::mesh::Carrier;
 use weft_wire::types::{MacAddress, NodeName};
 
 /// Runs a test on a thread with a network namespace of its own that has an underlay, `eth0`.
@@ -159,6 +160,8 @@ fn inputs(kernel: &mut Linux, peers: u32) -> Inputs {
             encryption: Encryption::Never,
             preshared: None,
             tunnel: None,
+            carrier: Carrier::UserSpace,
+            detour: None,
         },
         underlay: kernel
             .underlay(&UnderlaySpec { device: Some("eth0".into()), ..Default::default() })
@@ -167,6 +170,7 @@ fn inputs(kernel: &mut Linux, peers: u32) -> Inputs {
         peers: (2..2 + peers).map(peer).collect(),
         attachments: Vec::new(),
         strays: BTreeSet::new(),
+        sessions: BTreeSet::new(),
     }
 }
 

@@ -40,7 +40,7 @@ fn table() -> Table {
         vxlan_port: 8472,
         sealed: Vec::new(),
         bridge: "weft0".into(),
-        tunnel: "weft-wg".into(),
+        tunnels: ["weft-wg", "weft-wg1"].map(Into::into),
         version: VERSION,
     }
 }

@@ -13,10 +13,10 @@ use weft_daemon::kernel::{Kernel, purge};
 use weft_daemon::plan::desired::desired;
 use weft_daemon::plan::diff::diff;
 use weft_daemon::plan::model::{
-    Actual, Dataplane, Encryption, HostVeth, Inputs, LinkKind, METRICS, Op, Peer, Transport, Underlay,
-    VethState, metric,
+    Actual, Dataplane, Encryption, HostVeth, Inputs, LinkKind, METRICS, Op, OwnDetour, Peer, Transport,
+    TunnelPeer, Underlay, VethState, metric,
 };
-use weft_wire::mesh::TunnelFacts;
+use weft_wire::mesh::{Carrier, Detour, TunnelFacts};
 use weft_wire::seal::{ClusterKey, KeyRing};
 use weft_wire::types::{MacAddress, TunnelKey};
 
@@ -58,6 +58,12 @@ fn peer(number: u8, v4: bool, v6: bool, mtu: u32) -> Peer {
         tunnel: (!number.is_multiple_of(5)).then(|| TunnelFacts {
             key: TunnelKey([number % 60; 32]),
             port: 51820,
+            carrier: [None, Some(Carrier::Kernel), Some(Carrier::UserSpace)][usize::from(number % 3)],
+            detour: number.is_multiple_of(2).then(|| Detour {
+                key: TunnelKey([100 + number % 50; 32]),
+                port: 51821,
+                preferred: number.is_multiple_of(4),
+            }),
             preshared: [&[][..], &[1], &[2, 1], &[3]][usize::from(number / 60)]
                 .iter()
                 .map(|key| ClusterKey::from_bytes([*key; 32]).id())
@@ -65,6 +71,13 @@ fn peer(number: u8, v4: bool, v6: bool, mtu: u32) -> Peer {
         }),
         node,
     }
+}
+
+const OWN_DETOUR: TunnelKey = TunnelKey([251; 32]);
+
+/// Whether a device encrypts.
+fn encrypts(dev: &str) -> bool {
+    ["weft-wg", "weft-wg1"].contains(&dev)
 }
 
 fn ring(keys: &[u8]) -> KeyRing {
@@ -79,6 +92,9 @@ prop_compose! {
         preshared in proptest::option::of(prop::sample::select(vec![ring(&[1]), ring(&[1, 2]), ring(&[3])])),
         families in prop::collection::vec((any::<bool>(), any::<bool>()), 20),
         mtus in prop::collection::vec(prop::sample::select(vec![1280_u32, 1400, 1500, 9000]), 20),
+        kernel in any::<bool>(),
+        detour in proptest::option::of((any::<bool>(), prop::collection::btree_set(0_u8..200, 0..60))),
+        sessions in prop::collection::btree_set((any::<bool>(), 0_u8..150), 0..60),
         direct in any::<bool>(),
         masquerade in any::<bool>(),
         leased in any::<bool>(),
@@ -106,8 +122,18 @@ prop_compose! {
                 hairpin: true,
                 encryption,
                 tunnel,
+                carrier: if kernel { Carrier::Kernel } else { Carrier::UserSpace },
+                detour: detour.map(|(preferred, peers)| OwnDetour {
+                    key: OWN_DETOUR,
+                    preferred,
+                    peers: peers.iter().map(|number| format!("p{number}").parse().unwrap()).collect(),
+                }),
                 preshared,
             },
+            sessions: sessions
+                .iter()
+                .map(|(detour, key)| (if *detour { OWN_DETOUR } else { TunnelKey([250; 32]) }, TunnelKey([*key; 32])))
+                .collect(),
             underlay: Underlay { device: "eth0".into(), index: 2, mtu: 1500, addresses, strict_sources: false },
             subnets: if leased {
                 vec!["10.32.250.0/24".parse().unwrap(), "fd00:32:0:fa::/64".parse().unwrap()]
@@ -162,8 +188,8 @@ proptest! {
     fn every_route_has_what_it_needs_and_only_marked_devices_are_named(inputs in any_inputs()) {
         let plan = desired(&inputs);
         for route in plan.state.routes.values() {
-            if route.dev == "weft-wg" {
-                prop_assert!(route.via.is_none() && plan.state.links.contains_key("weft-wg"));
+            if encrypts(&route.dev) {
+                prop_assert!(route.via.is_none() && plan.state.links.contains_key(&route.dev));
                 continue;
             }
             let via = route.via.expect("every route that is not encrypted has a next hop");
@@ -177,7 +203,7 @@ proptest! {
             prop_assert!(plan.state.links.contains_key(&route.dev));
         }
         for name in plan.state.links.keys() {
-            prop_assert!(["weft0", "weft-vx4", "weft-vx6", "weft-wg"].contains(&name.as_str()));
+            prop_assert!(["weft0", "weft-vx4", "weft-vx6"].contains(&name.as_str()) || encrypts(name));
         }
         let none = Actual::default();
         for op in diff(&plan, &none) {
@@ -196,13 +222,14 @@ proptest! {
                 Encryption::Always => true,
             });
             for planned in plan.routes.iter().filter(|planned| planned.node == peer.node) {
-                let encrypted = planned.route.as_ref().is_some_and(|route| route.dev == "weft-wg");
+                let encrypted = planned.route.as_ref().is_some_and(|route| encrypts(&route.dev));
                 prop_assert_eq!(encrypted, demanded && planned.route.is_some());
                 if encrypted {
-                    let tunnels = plan.state.tunnel.as_ref().expect("an encrypted route has a tunnel");
+                    let dev = &planned.route.as_ref().expect("it is encrypted").dev;
                     let facts = peer.tunnel.as_ref().expect("an encrypted peer has a key");
-                    let entry = &tunnels.peers[&facts.key];
-                    prop_assert!(entry.node == peer.node && entry.prefixes.contains(&planned.prefix));
+                    let leads = |entry: &&TunnelPeer| entry.node == peer.node && entry.prefixes.contains(&planned.prefix);
+                    let entry = plan.state.tunnels[dev].peers.values().find(leads);
+                    let entry = entry.expect("the device knows whose the prefix is");
                     // Both use a secret from a key that both have, or neither uses one.
                     let used = entry.preshared.as_ref().map(|secret| secret.from);
                     prop_assert_eq!(used.is_some(), inputs.dataplane.preshared.is_some());
@@ -217,9 +244,75 @@ proptest! {
     }
 
     #[test]
+    fn a_kernel_takes_a_peers_packets_on_either_way_and_sends_where_there_is_a_session(inputs in any_inputs()) {
+        let inputs = Inputs { dataplane: Dataplane { carrier: Carrier::Kernel, ..inputs.dataplane }, ..inputs };
+        let plan = desired(&inputs);
+        let mut against = 0;
+        for planned in plan.routes.iter().filter(|planned| planned.route.as_ref().is_some_and(|r| encrypts(&r.dev))) {
+            let dev = &planned.route.as_ref().unwrap().dev;
+            let peer = inputs.peers.iter().find(|peer| peer.node == planned.node).unwrap();
+            let facts = peer.tunnel.as_ref().unwrap();
+            let ways: Vec<_> = plan.state.tunnels.iter().filter_map(|(name, tunnels)| {
+                let mut entries = tunnels.peers.iter();
+                let (key, _) = entries.find(|(_, entry)| entry.prefixes.contains(&planned.prefix))?;
+                Some((name, (tunnels.key, *key)))
+            }).collect();
+            prop_assert_eq!(ways[0].0, "weft-wg");
+            let used = ways.iter().find(|(name, _)| *name == dev).unwrap();
+            let Some(around) = ways.get(1) else {
+                prop_assert_eq!(used.0, "weft-wg");
+                continue;
+            };
+            let own = inputs.dataplane.detour.as_ref().unwrap();
+            prop_assert!(own.peers.contains(&peer.node));
+            prop_assert_eq!(around.1.0, own.key);
+            let other = ways.iter().find(|(name, _)| *name != dev).unwrap();
+            let preferred = own.preferred || facts.detour.as_ref().is_some_and(|detour| detour.preferred);
+            let lives = |way: &(&String, (TunnelKey, TunnelKey))| inputs.sessions.contains(&way.1);
+            if preferred != (dev == "weft-wg1") {
+                against += 1;
+                prop_assert!(lives(used) && !lives(other), "against the preference without need");
+            }
+            prop_assert!(lives(used) || !lives(other), "a session that lives is not left for none");
+        }
+        prop_assert!(plan.pending >= against);
+    }
+
+    #[test]
+    fn no_route_leads_to_a_device_whose_peers_have_yet_to_come_or_went_before(before in any_inputs(), after in any_inputs()) {
+        let after = Inputs { underlay: before.underlay.clone(), ..after };
+        let mut kernel = kernel(&before, with_veths(Actual::default(), &before));
+        let ops = diff(&desired(&before), &kernel.actual);
+        apply(&mut kernel, &ops);
+        kernel.actual = with_veths(kernel.actual, &after);
+        let owns = |kernel: &MemoryKernel, prefix: &IpNet, dev: &str| {
+            let tunnels = kernel.actual.state.tunnels.get(dev);
+            tunnels.is_some_and(|tunnels| tunnels.peers.values().any(|peer| peer.prefixes.contains(prefix)))
+        };
+        let plan = desired(&after);
+        for op in diff(&plan, &kernel.actual) {
+            if let Op::SetRoute(prefix, _, route) = &op && encrypts(&route.dev) {
+                prop_assert!(owns(&kernel, prefix, &route.dev), "{op} to a device that does not know whose it is");
+            }
+            // Who leaves for a device that stays as it is has left.
+            if let Op::SetTunnel(dev, tunnels) = &op {
+                for ((prefix, _), route) in plan.state.routes.iter().filter(|(_, route)| encrypts(&route.dev) && route.dev != *dev) {
+                    let ready = kernel.actual.state.tunnels.get(&route.dev) == plan.state.tunnels.get(&route.dev);
+                    let here = kernel.actual.state.routes.iter().any(|((to, _), now)| to == prefix && now.dev == *dev);
+                    prop_assert!(!(ready && here), "{prefix} is still on {dev} when it gets {tunnels:?}");
+                }
+            }
+            apply(&mut kernel, &[op]);
+        }
+    }
+
+    #[test]
     fn a_tunnel_key_that_cannot_be_has_no_tunnel_and_disturbs_no_other(inputs in any_inputs(), zeros in any::<bool>()) {
         let own = TunnelKey([250; 32]);
-        let mut inputs = Inputs { dataplane: Dataplane { tunnel: Some(own), ..inputs.dataplane.clone() }, ..inputs };
+        let mut inputs = Inputs { dataplane: Dataplane { tunnel: Some(own), detour: None, ..inputs.dataplane.clone() }, ..inputs };
+        for facts in inputs.peers.iter_mut().filter_map(|peer| peer.tunnel.as_mut()) {
+            facts.detour = None;
+        }
         let before = desired(&inputs);
         let Some(bad) = inputs.peers.iter_mut().rev().find(|peer| peer.tunnel.is_some()) else { return Ok(()) };
         let node = bad.node.clone();
@@ -235,8 +328,8 @@ proptest! {
                 prop_assert!(is.route.is_none() && is.reason.contains("tunnel key"), "{}", is.reason);
             }
         }
-        let tunnels = after.state.tunnel.iter().flat_map(|tunnels| &tunnels.peers);
-        prop_assert!(tunnels.into_iter().all(|(key, _)| *key != own && key.0 != [0; 32]));
+        let mut keys = after.state.tunnels.values().flat_map(|tunnels| tunnels.peers.keys());
+        prop_assert!(keys.all(|key| *key != own && key.0 != [0; 32]));
     }
 
     #[test]

@@ -24,6 +24,7 @@ use weft_daemon::plan::desired::desired;
 use weft_daemon::plan::model::{Dataplane, Encryption, Inputs, Peer, State};
 use weft_daemon::reconcile::reconcile;
 use weft_tests::figures::{Figures, interleaved};
+use weft_wire::mesh::Carrier;
 use weft_wire::types::MacAddress;
 
 /// How many peers, and how many rounds.
@@ -270,12 +271,15 @@ fn inputs(kernel: &mut Linux) -> Inputs {
             encryption: Encryption::Never,
             preshared: None,
             tunnel: None,
+            carrier: Carrier::UserSpace,
+            detour: None,
         },
         underlay: kernel.underlay(&spec).unwrap(),
         subnets: vec!["10.32.1.0/24".parse().unwrap(), "fd00:32:0:f001::/64".parse().unwrap()],
         peers: Vec::new(),
         attachments: Vec::new(),
         strays: BTreeSet::new(),
+        sessions: BTreeSet::new(),
     }
 }
 

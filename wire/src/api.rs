@@ -470,6 +470,12 @@ pub struct Tunnel {
     /// Their bytes.
     #[prost(uint64, tag = "7")]
     pub received_bytes: u64,
+    /// Who carries it here: kernel or user-space.
+    #[prost(string, tag = "8")]
+    pub carrier: String,
+    /// Who carries it there; empty where the peer does not say.
+    #[prost(string, tag = "9")]
+    pub peer_carrier: String,
 }
 
 /// `weft routes`.

@@ -29,7 +29,9 @@ use prost::Message;
 use rand_chacha::ChaCha8Rng;
 use rand_core::{RngCore, SeedableRng};
 
-pub use crate::record::{Capabilities, Facts, LeasedSubnet, NodeKey, NodeRecord, TunnelFacts};
+pub use crate::record::{
+    Capabilities, Carrier, Detour, Facts, LeasedSubnet, NodeKey, NodeRecord, TunnelFacts,
+};
 pub use api::{
     Authority, Counters, LeaseTable, MemberState, MemberView, MeshConfig, MeshEvent, Output, Owner, Rejected,
     SiteStanding, SiteView, Timing, Trust, UnknownNode, Verdict,

@@ -77,6 +77,42 @@ pub struct TunnelFacts {
     /// [`MAX_KEYS`].
     #[serde(default)]
     pub preshared: Vec<KeyId>,
+    /// Who carries its tunnels, where it says so.
+    #[serde(default)]
+    pub carrier: Option<Carrier>,
+    /// Another key at which it is reached while keys change.
+    #[serde(default)]
+    pub detour: Option<Detour>,
+}
+
+/// Who carries a node's tunnels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Carrier {
+    /// The daemon: its tunnels take packets under two keys of a node at once.
+    UserSpace,
+    /// The kernel: a device takes the packets of an address under one key.
+    Kernel,
+}
+
+impl fmt::Display for Carrier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::UserSpace => "user-space",
+            Self::Kernel => "kernel",
+        })
+    }
+}
+
+/// A second way into a node's tunnels, while keys change.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Detour {
+    /// The public key there.
+    pub key: TunnelKey,
+    /// The UDP port; not 0.
+    pub port: u16,
+    /// The node's other key is about to change: peers are to come this way.
+    pub preferred: bool,
 }
 
 /// A pod subnet and the fencing epoch of the lease on it.
@@ -399,6 +435,7 @@ fn endorsement_statement(cluster: &str, node: &str, next: &PublicKey) -> Vec<u8>
 
 fn to_proto(record: &NodeRecord) -> proto::Record {
     let facts = &record.facts;
+    let detour = facts.tunnel.as_ref().and_then(|tunnel| tunnel.detour.as_ref());
     proto::Record {
         node: record.node.to_string(),
         site: record.site.to_string(),
@@ -429,6 +466,14 @@ fn to_proto(record: &NodeRecord) -> proto::Record {
             .flat_map(|id| id.0)
             .collect(),
         cluster_keys: facts.keys.iter().flat_map(|id| id.0).collect(),
+        tunnel_carrier: match facts.tunnel.as_ref().and_then(|tunnel| tunnel.carrier) {
+            None => 0,
+            Some(Carrier::UserSpace) => 1,
+            Some(Carrier::Kernel) => 2,
+        },
+        detour_key: detour.map(|detour| detour.key.0.to_vec()).unwrap_or_default(),
+        detour_port: detour.map_or(0, |detour| detour.port.into()),
+        detour_preferred: detour.is_some_and(|detour| detour.preferred),
         endorsements: record
             .endorsements
             .iter()
@@ -454,6 +499,7 @@ fn from_proto(record: proto::Record) -> Result<NodeRecord, RecordError> {
         let subnet = subnet_from_bytes(&leased.subnet).ok_or(Field("subnets"))?;
         Ok(LeasedSubnet { subnet, epoch: Epoch(leased.epoch) })
     });
+    let tunnel = tunnel_from_proto(&record)?;
     let facts = Facts {
         subnets: subnets.collect::<Result<_, _>>()?,
         gossip: parse_all(&record.gossip, socket_from_bytes).ok_or(Field("gossip"))?,
@@ -465,11 +511,11 @@ fn from_proto(record: proto::Record) -> Result<NodeRecord, RecordError> {
         mtu: record.mtu.try_into().map_err(|_| Field("mtu"))?,
         capabilities: Capabilities(record.capabilities),
         keys: ids_from_bytes(&record.cluster_keys).ok_or(Field("cluster_keys"))?,
-        tunnel: tunnel_from_proto(&record.tunnel_key, record.tunnel_port, &record.tunnel_preshared)?,
         certificate: match &record.certificate[..] {
             [] => None,
             bytes => Some(Certificate::from_bytes(bytes).ok_or(Field("certificate"))?),
         },
+        tunnel,
     };
     let endorsements = record.endorsements.into_iter().map(|endorsement| {
         let signature = endorsement.signature.try_into().map_err(|_| Field("endorsements"))?;
@@ -486,14 +532,32 @@ fn from_proto(record: proto::Record) -> Result<NodeRecord, RecordError> {
     })
 }
 
-fn tunnel_from_proto(key: &[u8], port: u32, preshared: &[u8]) -> Result<Option<TunnelFacts>, RecordError> {
-    if key.is_empty() && port == 0 && preshared.is_empty() {
-        return Ok(None);
+fn tunnel_from_proto(record: &proto::Record) -> Result<Option<TunnelFacts>, RecordError> {
+    use RecordError::Field;
+    let proto::Record { tunnel_key, tunnel_port, tunnel_preshared, detour_key, detour_port, .. } = record;
+    let key_of = |bytes: &[u8], name| bytes.try_into().map(TunnelKey).map_err(|_| Field(name));
+    let port_of = |port: u32, name| u16::try_from(port).ok().filter(|port| *port > 0).ok_or(Field(name));
+    let detour = match (detour_key.is_empty(), detour_port, record.detour_preferred) {
+        (true, 0, false) => None,
+        (.., preferred) => Some(Detour {
+            key: key_of(detour_key, "detour_key")?,
+            port: port_of(*detour_port, "detour_port")?,
+            preferred,
+        }),
+    };
+    let carrier = match record.tunnel_carrier {
+        0 => None,
+        1 => Some(Carrier::UserSpace),
+        2 => Some(Carrier::Kernel),
+        _ => return Err(Field("tunnel_carrier")),
+    };
+    if tunnel_key.is_empty() && *tunnel_port == 0 && tunnel_preshared.is_empty() {
+        return if (&carrier, &detour) == (&None, &None) { Ok(None) } else { Err(Field("tunnel_key")) };
     }
-    let key = key.try_into().map(TunnelKey).map_err(|_| RecordError::Field("tunnel_key"))?;
-    let port = u16::try_from(port).ok().filter(|port| *port > 0).ok_or(RecordError::Field("tunnel_port"))?;
-    let preshared = ids_from_bytes(preshared).ok_or(RecordError::Field("tunnel_preshared"))?;
-    Ok(Some(TunnelFacts { key, port, preshared }))
+    let key = key_of(tunnel_key, "tunnel_key")?;
+    let port = port_of(*tunnel_port, "tunnel_port")?;
+    let preshared = ids_from_bytes(tunnel_preshared).ok_or(Field("tunnel_preshared"))?;
+    Ok(Some(TunnelFacts { key, port, preshared, carrier, detour }))
 }
 
 fn ids_from_bytes(bytes: &[u8]) -> Option<Vec<KeyId>> {

@@ -125,7 +125,7 @@ pub(super) fn peers(peers: &Peers, wide: bool) -> String {
     let mut head =
         vec!["NODE", "SITE", "STATE", "TRANSPORT", "ADDRESSES", "SUBNETS", "RTT", "LOSS", "MTU", "SEEN"];
     if wide {
-        head.extend(["VERDICT", "KEY", "VERSION", "TUNNEL", "HANDSHAKE", "SENT", "RECEIVED"]);
+        head.extend(["VERDICT", "KEY", "VERSION", "TUNNEL", "CARRIED", "HANDSHAKE", "SENT", "RECEIVED"]);
     }
     table(
         &head,
@@ -152,6 +152,9 @@ pub(super) fn peers(peers: &Peers, wide: bool) -> String {
                 let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".into());
                 row.extend([
                     or_none(tunnel.map(|tunnel| tunnel.endpoint.clone())),
+                    or_none(
+                        tunnel.map(|tunnel| format!("{}/{}", tunnel.carrier, or_dash(&tunnel.peer_carrier))),
+                    ),
                     tunnel.map_or_else(|| "-".into(), |tunnel| age(tunnel.handshake_ms)),
                     or_none(tunnel.map(|tunnel| format!("{} B", tunnel.sent_bytes))),
                     or_none(tunnel.map(|tunnel| format!("{} B", tunnel.received_bytes))),

@@ -229,6 +229,7 @@ struct Encrypt {
     tunnels: bool,
     implementation: Implementation,
     port: u16,
+    detour_port: Option<u16>,
     rotate_after: Span,
     preshared: bool,
 }
@@ -240,6 +241,7 @@ impl Default for Encrypt {
             tunnels: false,
             implementation: Implementation::Auto,
             port: 51820,
+            detour_port: None,
             rotate_after: Span(Duration::from_secs(24 * 3600)),
             preshared: true,
         }
@@ -490,7 +492,13 @@ impl Raw {
         if self.overlay.vni == 0 || self.overlay.vni >= 1 << 24 {
             return Err(format!("overlay.vni {} is out of range: use 1 to 16777215", self.overlay.vni));
         }
+        let beside = if self.encryption.port == u16::MAX { u16::MAX - 1 } else { self.encryption.port + 1 };
+        let detour_port = self.encryption.detour_port.unwrap_or(beside);
+        if detour_port == self.encryption.port {
+            return Err("encryption.detour_port must be another than encryption.port".into());
+        }
         for (key, port) in [
+            ("encryption.detour_port", detour_port),
             ("overlay.port", self.overlay.port),
             ("gossip.listen_port", self.gossip.listen_port),
             ("encryption.port", self.encryption.port),
@@ -553,6 +561,7 @@ impl Raw {
                 tunnels: self.encryption.tunnels || self.encryption.policy != Encryption::Never,
                 implementation: self.encryption.implementation,
                 port: self.encryption.port,
+                detour_port,
                 rotate_after: self.encryption.rotate_after.0,
                 preshared: self.encryption.preshared,
             },

@@ -8,14 +8,13 @@ use std::time::Instant;
 use tracing::info;
 use weft_ipam::lease::LeaseView;
 use weft_wire::mesh::{
-    Authority, Capabilities, Facts, LeaseTable, LeasedSubnet, MemberState, NodeRecord, Owner, TunnelFacts,
-    Verdict,
+    Authority, Capabilities, Facts, LeaseTable, LeasedSubnet, MemberState, NodeRecord, Owner, Verdict,
 };
 use weft_wire::types::{MacAddress, NodeName};
 
 use super::{Control, Output, REMEMBERED_PEER};
 use crate::config::{OverlayConfig, StoreKind, TxChecksum};
-use crate::plan::model::{self, Dataplane, Encryption, Inputs, Peer};
+use crate::plan::model::{self, Dataplane, Encryption, Inputs, Peer, Sessions};
 use crate::state::{RememberedLease, RememberedPeer};
 
 /// Derives the Ethernet address of a node's VXLAN device of one family.
@@ -28,8 +27,9 @@ impl Control {
     pub(super) fn inputs(&mut self, now: Instant) -> Inputs {
         let peers = self.planned_peers(now);
         self.remember_peers(&peers);
+        let detour = self.own_detour(&peers, now);
         let twin = |peer: &&RememberedPeer| {
-            peer.peer.tunnel.as_ref().is_some_and(|theirs| Some(theirs.key) == self.tunnel)
+            peer.peer.tunnel.as_ref().is_some_and(|theirs| Some(theirs.key) == self.tunnel_key())
         };
         self.problems.tunnel_twin = peers.values().find(twin).map(|peer| peer.peer.node.clone());
         let unknown = || model::Underlay {
@@ -43,7 +43,8 @@ impl Control {
             strays: std::mem::take(&mut self.strays),
             node: self.config.node.name.clone(),
             site: self.config.node.site.clone(),
-            dataplane: self.dataplane(),
+            dataplane: Dataplane { detour, ..self.dataplane() },
+            sessions: Sessions::new(),
             underlay: self.underlay.clone().unwrap_or_else(|_| unknown()),
             subnets: self.subnets(),
             peers: peers.into_values().map(|remembered| remembered.peer).collect(),
@@ -68,7 +69,9 @@ impl Control {
             },
             hairpin: self.config.pods.hairpin,
             encryption: self.config.encryption.policy,
-            tunnel: self.tunnel,
+            tunnel: self.tunnel_key(),
+            carrier: self.carrier(),
+            detour: None,
             preshared: self.config.encryption.preshared.then(|| self.mesh.ring().clone()),
         }
     }
@@ -218,15 +221,7 @@ impl Control {
             capabilities,
             keys: self.mesh.ring().ids().collect(),
             certificate: None,
-            tunnel: self.announced.map(|key| TunnelFacts {
-                key,
-                port: self.config.encryption.port,
-                preshared: if self.config.encryption.preshared {
-                    self.mesh.ring().ids().collect()
-                } else {
-                    Vec::new()
-                },
-            }),
+            tunnel: self.tunnel_facts(),
         };
         self.mesh.announce(facts, now);
     }

@@ -160,7 +160,7 @@ impl Control {
             return false;
         }
         let said = self.said();
-        let tunnels = self.tunnel.is_some() && self.config.encryption.preshared;
+        let tunnels = self.tunnel_key().is_some() && self.config.encryption.preshared;
         let Some(way) = &mut self.way else { return false };
         way.look = now + LOOK;
         match way.step(self.mesh.ring(), &said, tunnels, now) {

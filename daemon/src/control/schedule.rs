@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
-use weft_wire::types::{Subnet, TunnelKey};
+use weft_wire::types::Subnet;
 
 use super::{Control, Output};
 use crate::attach::Network;
@@ -36,8 +36,6 @@ pub struct Pass {
     pub passes: u64,
     resync: Option<Instant>,
     ended: Option<Instant>,
-    /// The tunnel key of the one under way.
-    pub(super) tunnel: Option<TunnelKey>,
 }
 
 impl Control {
@@ -71,7 +69,6 @@ impl Control {
         self.pass.due = None;
         self.pass.resync = Some(now + RESYNC);
         self.pass.running = true;
-        self.pass.tunnel = inputs.dataplane.tunnel;
         self.job = Some(Box::new(inputs));
         true
     }
@@ -110,10 +107,7 @@ impl Control {
             }
         }
         let Some(report) = report else { return self.wake(now) };
-        if self.announced != self.pass.tunnel {
-            self.announced = self.pass.tunnel;
-            self.announce(now);
-        }
+        self.tell_tunnel_keys(report.pending, now);
         if report.failed.is_empty() {
             self.pass.last_ok = Some(now);
         } else {

@@ -17,6 +17,8 @@ use super::{monitor, netlink};
 use crate::plan::model::{Actual, BRIDGE, Link, LinkKind, Op, VXLAN_V4, VXLAN_V6};
 use crate::plan::table::Table;
 
+pub use super::wireguard::fuzz::{wireguard_device, wireguard_reads_back};
+
 /// The devices that are there beside those of the input, by index from 1.
 const DEVICES: [&str; 3] = [BRIDGE, VXLAN_V4, VXLAN_V6];
 

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use nix::errno::Errno;
+use weft_wire::mesh::Carrier;
 use weft_wire::types::NodeName;
 
 use super::netlink::{Conn, Refusal};
@@ -15,7 +16,7 @@ use super::{
     Implementation, Kernel, KernelError, TunnelLook, UnderlayError, UnderlaySpec, nft, rtnl, sysctl,
 };
 use crate::handover::Tunnels as Inherited;
-use crate::plan::model::{Actual, BRIDGE, Link, LinkKind, Op, Underlay, WIREGUARD};
+use crate::plan::model::{Actual, BRIDGE, DETOUR, Link, LinkKind, Op, Sessions, Underlay, WIREGUARD};
 use crate::tunnel::{Tunnel, TunnelConfig, TunnelSecret};
 
 /// The real kernel.
@@ -44,9 +45,17 @@ impl Linux {
 
     /// Lets the node speak WireGuard, once a plan asks for it.
     #[must_use]
-    pub fn with_tunnels(mut self, config: TunnelConfig, choice: Implementation) -> Self {
-        self.tunnels = Some(Tunnels::new(config, choice));
+    pub fn with_tunnels(mut self, config: TunnelConfig, detour_port: u16, choice: Implementation) -> Self {
+        self.tunnels = Some(Tunnels::new(config, detour_port, choice));
         self
+    }
+
+    /// Returns who carries the tunnels, or would if there were any.
+    pub fn carrier(&self) -> Carrier {
+        match &self.tunnels {
+            Some(tunnels) if tunnels.in_kernel() => Carrier::Kernel,
+            _ => Carrier::UserSpace,
+        }
     }
 
     /// Takes tunnels over that are carried already, and whom the last daemon had sessions with.
@@ -80,8 +89,10 @@ impl Linux {
         let mut actual = Actual::default();
         let links = rtnl::links(&mut self.conn)?;
         rtnl::read_links(&links, &mut actual);
-        if let (Some(tunnels), Some(link)) = (&self.tunnels, actual.state.links.get_mut(WIREGUARD)) {
-            link.kind = tunnels.kind(&link.kind);
+        for device in [WIREGUARD, DETOUR] {
+            if let (Some(tunnels), Some(link)) = (&self.tunnels, actual.state.links.get_mut(device)) {
+                link.kind = tunnels.kind(&link.kind);
+            }
         }
         self.known.index = links.iter().map(|link| (link.name.clone(), link.index)).collect();
         self.known.links = actual.state.links.clone();
@@ -135,7 +146,7 @@ fn explain(op: &Op, refusal: &Refusal) -> KernelError {
         (Errno::EPERM, _) => {
             format!("{refusal}: weftd needs the capability CAP_NET_ADMIN; run it as root, or grant it")
         }
-        (Errno::EOPNOTSUPP, Op::AddLink(name, _)) if name == WIREGUARD => format!(
+        (Errno::EOPNOTSUPP, Op::AddLink(name, _)) if name == WIREGUARD || name == DETOUR => format!(
             "{refusal}: this kernel has no wireguard devices; load the module (modprobe wireguard), or set encryption.implementation to \"user-space\""
         ),
         (Errno::EOPNOTSUPP, Op::AddLink(name, _)) => format!(
@@ -154,7 +165,7 @@ impl Kernel for Linux {
     fn dump(&mut self, settings: &BTreeSet<String>) -> Result<Actual, KernelError> {
         let mut actual = self.dump_all(settings).map_err(|refusal| KernelError(refusal.to_string()))?;
         actual.state.nft = nft::dump(&mut self.nft).map_err(|error| KernelError(error.to_string()))?;
-        actual.state.tunnel = self.tunnels.as_mut().and_then(Tunnels::carried);
+        actual.state.tunnels = self.tunnels.as_mut().map(Tunnels::carried).unwrap_or_default();
         Ok(actual)
     }
 
@@ -168,8 +179,8 @@ impl Kernel for Linux {
                 | Op::SetSysctl(..)
                 | Op::SetNft(_)
                 | Op::DelNft
-                | Op::SetTunnel(_)
-                | Op::DelTunnel => {
+                | Op::SetTunnel(..)
+                | Op::DelTunnel(_) => {
                     self.apply_batch(&ops[run..place], &mut answers);
                     answers.push(self.apply_other(op));
                     run = place + 1;
@@ -190,7 +201,7 @@ impl Kernel for Linux {
         self.apply_batch(&ops[run..], &mut answers);
         // Tunnels that another daemon carries still are opened by the first pass that has any, or there are none.
         if let Some(tunnels) = &mut self.tunnels
-            && !ops.iter().any(|op| matches!(op, Op::SetTunnel(_)))
+            && !ops.iter().any(|op| matches!(op, Op::SetTunnel(..)))
         {
             tunnels.forgo();
         }
@@ -199,6 +210,10 @@ impl Kernel for Linux {
 
     fn underlay(&mut self, spec: &UnderlaySpec) -> Result<Underlay, UnderlayError> {
         find_underlay(&mut self.conn, spec)
+    }
+
+    fn sessions(&mut self) -> Sessions {
+        self.tunnels.as_mut().map(Tunnels::sessions).unwrap_or_default()
     }
 
     fn tunnels(&self) -> Option<TunnelLook> {
@@ -240,8 +255,8 @@ impl Linux {
     fn add_tunnel_device(&mut self, name: &str, link: &Link) -> Result<(), KernelError> {
         let tunnels = self.own_tunnels()?;
         // One that was read before is no longer there.
-        tunnels.close();
-        tunnels.open()?;
+        tunnels.close(name);
+        tunnels.open(name)?;
         let mut answers = Vec::new();
         if tunnels.in_kernel() {
             self.apply_batch(&[Op::AddLink(name.to_owned(), link.clone())], &mut answers);
@@ -268,9 +283,9 @@ impl Linux {
                 nft::apply(&mut self.nft, table).map_err(|error| KernelError(error.to_string()))
             }
             Op::DelNft => nft::remove(&mut self.nft).map_err(|error| KernelError(error.to_string())),
-            Op::SetTunnel(wanted) => self.own_tunnels()?.set(wanted),
-            Op::DelTunnel => {
-                self.own_tunnels()?.close();
+            Op::SetTunnel(device, wanted) => self.own_tunnels()?.set(device, wanted),
+            Op::DelTunnel(device) => {
+                self.own_tunnels()?.close(device);
                 Ok(())
             }
             _ => Ok(()),

@@ -9,7 +9,9 @@ use std::collections::BTreeSet;
 use ipnet::IpNet;
 
 use super::{Kernel, KernelError, UnderlayError, UnderlaySpec};
-use crate::plan::model::{Actual, BRIDGE, Op, State, Underlay, VXLAN_V4, VXLAN_V6, WIREGUARD, is_host_veth};
+use crate::plan::model::{
+    Actual, BRIDGE, DETOUR, Op, Sessions, State, Underlay, VXLAN_V4, VXLAN_V6, WIREGUARD, is_host_veth,
+};
 
 /// The kernel of one machine.
 #[derive(Debug, Clone)]
@@ -18,6 +20,8 @@ pub struct MemoryKernel {
     pub actual: Actual,
     /// What carries the tunnels.
     pub underlay: Result<Underlay, UnderlayError>,
+    /// Whom there are sessions with.
+    pub sessions: Sessions,
     /// So many of the operations to come are refused for want of memory.
     pub refusals: usize,
     /// So many of the dumps to come fail.
@@ -27,7 +31,13 @@ pub struct MemoryKernel {
 impl MemoryKernel {
     /// A kernel that holds nothing of weft's.
     pub fn new(underlay: Result<Underlay, UnderlayError>) -> Self {
-        Self { actual: Actual::default(), underlay, refusals: 0, failed_dumps: 0 }
+        Self {
+            actual: Actual::default(),
+            underlay,
+            sessions: Sessions::default(),
+            refusals: 0,
+            failed_dumps: 0,
+        }
     }
 
     /// Removes a device as anyone may, with what hangs on it.
@@ -42,7 +52,7 @@ impl MemoryKernel {
         state.fdb.retain(|(dev, _), _| dev != name);
         state.routes.retain(|_, route| route.dev != name);
         state.offloads.remove(name);
-        state.tunnel.take_if(|_| name == WIREGUARD);
+        state.tunnels.remove(name);
         state.sysctls.retain(|path, _| !path.contains(&format!("/{name}/")));
         if name == BRIDGE {
             self.actual.veths.values_mut().for_each(|veth| veth.bridged = false);
@@ -114,11 +124,11 @@ impl MemoryKernel {
             Op::SetSysctl(path, value) => drop(self.actual.state.sysctls.insert(path, value)),
             Op::SetNft(table) => self.actual.state.nft = Some(table.digest()),
             Op::DelNft => some(self.actual.state.nft.take().is_some())?,
-            Op::SetTunnel(tunnels) => {
-                self.has_link(WIREGUARD)?;
-                self.actual.state.tunnel = Some(tunnels);
+            Op::SetTunnel(dev, tunnels) => {
+                self.has_link(&dev)?;
+                self.actual.state.tunnels.insert(dev, tunnels);
             }
-            Op::DelTunnel => some(self.actual.state.tunnel.take().is_some())?,
+            Op::DelTunnel(dev) => some(self.actual.state.tunnels.remove(&dev).is_some())?,
             Op::SetVeth(name, veth) => {
                 if veth.bridged {
                     self.has_link(BRIDGE)?;
@@ -156,7 +166,7 @@ fn forget_source(state: &mut State, gone: IpNet) {
 
 /// Tells which object without weft's mark an operation is about.
 fn check_mark(op: &Op, underlay: Option<&Underlay>) -> Result<(), String> {
-    let ours = |dev: &str| [BRIDGE, VXLAN_V4, VXLAN_V6, WIREGUARD].contains(&dev);
+    let ours = |dev: &str| [BRIDGE, VXLAN_V4, VXLAN_V6, WIREGUARD, DETOUR].contains(&dev);
     let marked = match op {
         Op::AddLink(dev, _)
         | Op::SetLink(dev, _)
@@ -167,7 +177,9 @@ fn check_mark(op: &Op, underlay: Option<&Underlay>) -> Result<(), String> {
         | Op::DelNeighbour(dev, _)
         | Op::SetFdb(dev, ..)
         | Op::DelFdb(dev, ..)
-        | Op::SetOffload(dev, _) => ours(dev),
+        | Op::SetOffload(dev, _)
+        | Op::SetTunnel(dev, _)
+        | Op::DelTunnel(dev) => ours(dev),
         Op::SetVeth(dev, _) | Op::DelVeth(dev) => is_host_veth(dev),
         Op::SetSysctl(path, _) => {
             let parts: Vec<_> = path.split('/').collect();
@@ -181,12 +193,7 @@ fn check_mark(op: &Op, underlay: Option<&Underlay>) -> Result<(), String> {
             }
         }
         // Routes and the table bear their mark by what they are.
-        Op::SetRoute(..)
-        | Op::DelRoute(..)
-        | Op::SetNft(_)
-        | Op::DelNft
-        | Op::SetTunnel(_)
-        | Op::DelTunnel => true,
+        Op::SetRoute(..) | Op::DelRoute(..) | Op::SetNft(_) | Op::DelNft => true,
     };
     if marked { Ok(()) } else { Err(format!("{op}: not weft's")) }
 }
@@ -209,6 +216,10 @@ impl Kernel for MemoryKernel {
             self.perform(op).map_err(KernelError)
         };
         ops.iter().map(&mut answer).collect()
+    }
+
+    fn sessions(&mut self) -> Sessions {
+        self.sessions.clone()
     }
 
     fn underlay(&mut self, _spec: &UnderlaySpec) -> Result<Underlay, UnderlayError> {

@@ -23,7 +23,7 @@ use weft_wire::types::MacAddress;
 
 use super::netlink::{Conn, Refusal};
 use crate::plan::model::{
-    Actual, BRIDGE, Link, LinkKind, Op, PROTOCOL, Route, State, VXLAN_V4, VXLAN_V6, VethState, Vxlan,
+    Actual, BRIDGE, DETOUR, Link, LinkKind, Op, PROTOCOL, Route, State, VXLAN_V4, VXLAN_V6, VethState, Vxlan,
     WIREGUARD, is_host_veth,
 };
 
@@ -47,7 +47,7 @@ impl Found {
 }
 
 pub(super) fn is_ours(name: &str) -> bool {
-    matches!(name, BRIDGE | VXLAN_V4 | VXLAN_V6 | WIREGUARD)
+    matches!(name, BRIDGE | VXLAN_V4 | VXLAN_V6 | WIREGUARD | DETOUR)
 }
 
 fn family(v4: bool) -> AddressFamily {
@@ -437,8 +437,8 @@ pub(super) fn encode(op: &Op, known: &Known) -> Option<Vec<(RouteNetlinkMessage,
         | Op::SetSysctl(..)
         | Op::SetNft(_)
         | Op::DelNft
-        | Op::SetTunnel(_)
-        | Op::DelTunnel => return None,
+        | Op::SetTunnel(..)
+        | Op::DelTunnel(_) => return None,
     }])
 }
 

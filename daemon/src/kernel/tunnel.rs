@@ -5,8 +5,9 @@
 
 mod inside;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::time::Duration;
 
 use serde::Deserialize;
 use weft_wire::types::NodeName;
@@ -14,7 +15,7 @@ use weft_wire::types::NodeName;
 use super::KernelError;
 use super::wireguard::Wireguard;
 use crate::handover::{Talk, Tunnels as Inherited};
-use crate::plan::model::{self, LinkKind};
+use crate::plan::model::{self, DETOUR, LinkKind, Sessions};
 use crate::tunnel::{Reason, Tunnel, TunnelConfig, TunnelMonitor, TunnelPeer, TunnelSecret, TunnelStatus};
 use inside::Inside;
 pub use inside::KernelMonitor;
@@ -32,6 +33,9 @@ pub enum Implementation {
     UserSpace,
 }
 
+/// That of now, the one to come and the detour's, and one of a plan that was made before.
+const SECRETS: usize = 4;
+
 /// The node's tunnels.
 #[derive(Debug)]
 pub(super) struct Tunnels {
@@ -44,7 +48,31 @@ pub(super) struct Tunnels {
 #[derive(Debug)]
 enum Carrier {
     UserSpace(Box<UserSpace>),
-    Kernel(Inside),
+    Kernel(Box<Kernel>),
+}
+
+/// The kernel's two devices. The second is there while keys change only.
+#[derive(Debug)]
+struct Kernel {
+    main: Inside,
+    detour: Inside,
+}
+
+impl Kernel {
+    fn new(config: &TunnelConfig, detour_port: u16, socket: Option<Wireguard>) -> Self {
+        Self {
+            main: Inside::new(&config.device, config.port, socket),
+            detour: Inside::new(DETOUR, detour_port, None),
+        }
+    }
+
+    fn both(&mut self) -> [&mut Inside; 2] {
+        [&mut self.main, &mut self.detour]
+    }
+
+    fn on(&mut self, device: &str) -> &mut Inside {
+        if device == DETOUR { &mut self.detour } else { &mut self.main }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -108,18 +136,19 @@ fn dismiss(inherited: Inherited) {
 impl Tunnels {
     /// Chooses; the device is made later, when a plan asks for it. What the kernel has is looked at once: tunnels that run do
     /// not change their implementation because someone loads a module.
-    pub(super) fn new(config: TunnelConfig, choice: Implementation) -> Self {
+    pub(super) fn new(config: TunnelConfig, detour_port: u16, choice: Implementation) -> Self {
         let asked = |socket: std::io::Result<Option<Wireguard>>| {
             socket.unwrap_or_else(|error| {
                 tracing::warn!(err = %error, "kernel not asked for WireGuard");
                 None
             })
         };
+        let kernel = |socket| Carrier::Kernel(Box::new(Kernel::new(&config, detour_port, socket)));
         let carrier = match choice {
             Implementation::UserSpace => Carrier::UserSpace(Box::default()),
-            Implementation::Kernel => Carrier::Kernel(Inside::new(asked(Wireguard::open()))),
+            Implementation::Kernel => kernel(asked(Wireguard::open())),
             Implementation::Auto => match asked(Wireguard::open()) {
-                Some(socket) => Carrier::Kernel(Inside::new(Some(socket))),
+                Some(socket) => kernel(Some(socket)),
                 None => Carrier::UserSpace(Box::default()),
             },
         };
@@ -156,7 +185,7 @@ impl Tunnels {
 
     pub(super) fn add_secret(&mut self, secret: TunnelSecret) {
         self.secrets.push(secret);
-        self.secrets.drain(..self.secrets.len().saturating_sub(2));
+        self.secrets.drain(..self.secrets.len().saturating_sub(SECRETS));
     }
 
     /// Whether the kernel makes the device and carries the packets.
@@ -173,16 +202,31 @@ impl Tunnels {
         }
     }
 
-    /// Returns what is carried; nothing where no tunnels run.
-    pub(super) fn carried(&mut self) -> Option<model::Tunnels> {
+    /// Returns what each device carries; nothing where no tunnels run.
+    pub(super) fn carried(&mut self) -> BTreeMap<String, model::Tunnels> {
         match &mut self.carrier {
-            Carrier::Kernel(inside) => inside.carried(&self.config),
+            Carrier::Kernel(kernel) => kernel
+                .both()
+                .into_iter()
+                .filter_map(|inside| Some((inside.device().to_owned(), inside.carried()?)))
+                .collect(),
             Carrier::UserSpace(own) => {
                 if let Some(why) = own.running.as_ref().and_then(|(tunnel, _)| tunnel.failure()) {
                     tracing::warn!(err = why, "tunnels ended");
                     own.running = None;
                 }
-                own.running.as_ref().map(|(_, carried)| carried.clone())
+                let carried = own.running.as_ref().map(|(_, carried)| carried.clone());
+                carried.map(|carried| (self.config.device.clone(), carried)).into_iter().collect()
+            }
+        }
+    }
+
+    /// Returns whom there are sessions with.
+    pub(super) fn sessions(&mut self) -> Sessions {
+        match &mut self.carrier {
+            Carrier::Kernel(kernel) => kernel.both().into_iter().flat_map(Inside::sessions).collect(),
+            Carrier::UserSpace(own) => {
+                own.running.as_ref().map(|(tunnel, _)| tunnel.sessions()).unwrap_or_default()
             }
         }
     }
@@ -190,7 +234,9 @@ impl Tunnels {
     /// Whether someone changed what the kernel carries: it sends no notice of that.
     pub(super) fn strayed(&mut self) -> bool {
         match &mut self.carrier {
-            Carrier::Kernel(inside) => inside.is_set() && inside.carried(&self.config).is_none(),
+            Carrier::Kernel(kernel) => {
+                kernel.both().into_iter().any(|inside| inside.is_set() && inside.carried().is_none())
+            }
             Carrier::UserSpace(_) => false,
         }
     }
@@ -200,38 +246,46 @@ impl Tunnels {
             Carrier::UserSpace(own) => {
                 own.running.as_ref().map(|(tunnel, _)| TunnelLook::UserSpace(tunnel.monitor()))
             }
-            Carrier::Kernel(inside) => inside.monitor().map(TunnelLook::Kernel),
+            Carrier::Kernel(kernel) => {
+                let looks = [&kernel.main, &kernel.detour].map(Inside::monitor);
+                looks[0].is_some().then(|| TunnelLook::Kernel(looks.into_iter().flatten().collect()))
+            }
         }
     }
 
-    /// Makes ready for the device to be there: in user space that makes it and begins to carry packets.
-    pub(super) fn open(&mut self) -> Result<(), KernelError> {
+    /// Makes ready for a device to be there: in user space that makes it and begins to carry packets.
+    pub(super) fn open(&mut self, device: &str) -> Result<(), KernelError> {
         match &mut self.carrier {
             Carrier::UserSpace(own) => own.open(&self.config).map(drop),
-            Carrier::Kernel(inside) => inside.open(),
+            Carrier::Kernel(kernel) => kernel.on(device).open(),
         }
     }
 
-    pub(super) fn set(&mut self, wanted: &model::Tunnels) -> Result<(), KernelError> {
+    pub(super) fn set(&mut self, device: &str, wanted: &model::Tunnels) -> Result<(), KernelError> {
         let secret = self.secrets.iter().find(|secret| secret.public() == wanted.key).cloned();
         let secret =
             secret.ok_or_else(|| KernelError(format!("the secret of key {} is not known", wanted.key)))?;
-        self.config.secret = secret;
         let refused = match &mut self.carrier {
-            Carrier::UserSpace(own) => own.set(&self.config, wanted)?,
-            Carrier::Kernel(inside) => {
+            Carrier::UserSpace(own) => {
+                self.config.secret = secret;
+                own.set(&self.config, wanted)?
+            }
+            Carrier::Kernel(kernel) => {
+                let other = if device == DETOUR { &mut kernel.main } else { &mut kernel.detour };
+                let in_use = other.sessions_of_nodes();
+                let inside = kernel.on(device);
                 inside.open()?;
-                inside.set(&self.config, wanted)?
+                inside.set(&secret, wanted, &in_use)?
             }
         };
         if refused.is_empty() { Ok(()) } else { Err(KernelError(refused.join("; "))) }
     }
 
-    /// Ends the tunnels; the device stays for the reconciler to remove.
-    pub(super) fn close(&mut self) {
+    /// Ends the tunnels of a device; the device stays for the reconciler to remove.
+    pub(super) fn close(&mut self, device: &str) {
         match &mut self.carrier {
             Carrier::UserSpace(own) => own.running = None,
-            Carrier::Kernel(inside) => inside.forget(),
+            Carrier::Kernel(kernel) => kernel.on(device).forget(),
         }
     }
 }
@@ -241,8 +295,8 @@ impl Tunnels {
 pub enum TunnelLook {
     /// weftd does.
     UserSpace(TunnelMonitor),
-    /// The kernel does.
-    Kernel(KernelMonitor),
+    /// The kernel does, on one device or, while keys change, on two.
+    Kernel(Vec<KernelMonitor>),
 }
 
 impl fmt::Display for TunnelLook {
@@ -259,7 +313,17 @@ impl TunnelLook {
     pub fn status(&self) -> Vec<TunnelStatus> {
         match self {
             Self::UserSpace(monitor) => monitor.status(),
-            Self::Kernel(monitor) => monitor.status(),
+            Self::Kernel(monitors) => {
+                // Of a peer that is on both the one with the later handshake is told; the usual one where none is.
+                let mut latest: BTreeMap<NodeName, TunnelStatus> = BTreeMap::new();
+                for status in monitors.iter().flat_map(KernelMonitor::status) {
+                    let age = |status: &TunnelStatus| status.handshake.unwrap_or(Duration::MAX);
+                    if latest.get(&status.node).is_none_or(|other| age(&status) < age(other)) {
+                        latest.insert(status.node.clone(), status);
+                    }
+                }
+                latest.into_values().collect()
+            }
         }
     }
 

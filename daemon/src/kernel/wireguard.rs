@@ -5,6 +5,8 @@
 //! should be is not mentioned to the kernel, so its session goes on; a message stays below the 64 KiB that a nest of
 //! attributes can have, however many peers and prefixes there are.
 
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod wire;
 
 use std::collections::{BTreeMap, BTreeSet};

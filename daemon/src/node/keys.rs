@@ -10,7 +10,7 @@ use weft_wire::seal::{ClusterKey, KeyRing};
 use weft_wire::types::TunnelKey;
 
 use super::{Node, worker};
-use crate::state::{self, StateError};
+use crate::state::{self, StateError, TunnelPlace};
 
 /// After a rotation on schedule that failed, and between two because of a twin.
 const RETRY: Duration = Duration::from_secs(60);
@@ -110,6 +110,10 @@ impl Node {
 
     /// Replaces the key of the tunnels, where there are any, and says when it is time again.
     pub(super) fn rotate_on_schedule(&mut self, now: Instant) {
+        if let Some(at) = self.settled_at(now) {
+            self.rekey = at;
+            return;
+        }
         let pause = match self.rotate_tunnel_key(now) {
             Ok(key) => {
                 // Nodes that started together do not rotate together: up to an eighth later.
@@ -124,6 +128,12 @@ impl Node {
         self.rekey = now + pause;
     }
 
+    /// Returns when to look again whether the last change of the tunnel key is over; nothing where it is.
+    fn settled_at(&self, now: Instant) -> Option<Instant> {
+        let followed = self.rotated.map(|at| at + FOLLOWED).filter(|at| *at > now);
+        followed.or_else(|| self.control.is_rotating(now).then_some(now + FOLLOWED))
+    }
+
     /// Returns whether to replace the tunnel key because another node has it, as the clone of a disk does: whoever of the two
     /// speaks would take the other's sessions. Both do so, and not over and over should someone copy what is announced.
     pub(super) fn has_twin(&mut self, now: Instant) -> bool {
@@ -136,32 +146,55 @@ impl Node {
         again
     }
 
+    /// Begins to change the key of the tunnels. Returns the next one; nothing where there are no tunnels.
     fn rotate_tunnel_key(&mut self, now: Instant) -> Result<Option<TunnelKey>, StateError> {
         if self.control.tunnel_key().is_none() {
             return Ok(None);
         }
-        let secret = self.dir.new_tunnel_secret()?;
+        let key = self.new_tunnel_secret(TunnelPlace::Next)?;
+        self.control.rotate_tunnel_key(key, now);
+        self.rotated = Some(now);
+        info!(%key, "tunnel key is to change");
+        Ok(Some(key))
+    }
+
+    fn new_tunnel_secret(&self, place: TunnelPlace) -> Result<TunnelKey, StateError> {
+        let secret = self.dir.new_tunnel_secret(place)?;
         let key = secret.public();
         self.jobs
             .send(worker::Job::TunnelSecret(secret))
             .expect("the kernel's thread lives as long as the loop");
-        self.control.use_tunnel_key(key, now);
-        self.rotated = Some(now);
-        info!(%key, "tunnel key rotated");
-        Ok(Some(key))
+        Ok(key)
+    }
+
+    /// Takes that the next key of the tunnels is in force.
+    pub(super) fn turn_tunnel_key(&self, key: TunnelKey) {
+        match self.dir.turn_tunnel_secret() {
+            Ok(()) => info!(%key, "tunnel key changed"),
+            // The next daemon finds it as the one that was to come, and begins anew.
+            Err(error) => warn!(%key, err = %error, "tunnel key changed, but not on the disk"),
+        }
+    }
+
+    /// Makes another key for the next detour.
+    pub(super) fn renew_spare_key(&mut self) {
+        match self.new_tunnel_secret(TunnelPlace::Detour) {
+            Ok(key) => self.control.use_spare_key(key),
+            Err(error) => warn!(err = %error, "the key of the detour is used once more"),
+        }
     }
 
     /// Replaces the node's keys: that of its tunnels, if it has any, and that which signs, which the old one endorses. Peers
     /// follow without a person.
     pub(super) fn rotate_node_key(&mut self, now: Instant) -> Reply {
-        let tunnel = match self.rotated.map(|at| at + FOLLOWED).filter(|at| *at > now) {
+        let tunnel = match self.settled_at(now) {
             Some(at) => {
                 self.rekey = self.rekey.min(at);
-                ", and changes that of its tunnels within five seconds, as it did so just now".to_owned()
+                ", and changes that of its tunnels again when the last change is over".to_owned()
             }
             None => match self.rotate_tunnel_key(now) {
                 Ok(None) => String::new(),
-                Ok(Some(key)) => format!(", and speaks WireGuard with key {key}"),
+                Ok(Some(key)) => format!(", and goes over to tunnel key {key}"),
                 Err(error) => return Reply::refusal(1, error.to_string()),
             },
         };

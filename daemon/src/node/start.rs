@@ -13,8 +13,8 @@ use weft_ipam::store::{EtcdStore, KubernetesStore, SqliteStore, StaticStore, Sto
 use super::cluster::Cluster;
 use super::handover::OPEN_AFTER;
 use super::{Fatal, Inbox, Node, keys, pods, sites, worker};
-use crate::config::{Config, StoreKind};
-use crate::control::{Control, PROBE_PORT, Start};
+use crate::config::{Config, EncryptionConfig, StoreKind};
+use crate::control::{Control, OwnKeys, PROBE_PORT, Start};
 use crate::gossip::Sockets;
 use crate::handover::{self, Heritage, Talk, Tunnels as Inherited};
 use crate::journal::{self, Journal};
@@ -26,8 +26,8 @@ use crate::leases::Leases;
 use crate::metrics;
 use crate::plan::model::WIREGUARD;
 use crate::server::{self, Door};
-use crate::state::{self, StateDir};
-use crate::tunnel::TunnelConfig;
+use crate::state::{self, StateDir, TunnelPlace};
+use crate::tunnel::{TunnelConfig, TunnelSecret};
 
 /// How many datagrams wait for the loop; more are dropped, and gossip repeats itself.
 const DATAGRAMS: usize = 1024;
@@ -127,23 +127,34 @@ pub async fn start(config: Config, origin: Origin) -> Result<Node, Fatal> {
     let kernel = Linux::open().map_err(|error| {
         Fatal(format!("the kernel gives no netlink socket: {error}; weftd needs CAP_NET_ADMIN and nf_tables"))
     })?;
-    let mut tunnel = config.encryption.tunnels.then(|| dir.tunnel_secret()).transpose().map_err(fatal)?;
-    let kernel = match &tunnel {
-        None => kernel,
-        Some(secret) => {
+    let (kernel, tunnel) = match config.encryption.tunnels {
+        false => (kernel, None),
+        true => {
+            let read = |place| dir.tunnel_secret(place).map_err(fatal);
+            let (mut secret, next, spare) =
+                (read(TunnelPlace::Main)?, read(TunnelPlace::Next)?, read(TunnelPlace::Detour)?);
             let tunnels = TunnelConfig {
                 device: WIREGUARD.into(),
                 port: config.encryption.port,
-                secret: secret.clone(),
+                secret: secret.clone().expect("one is made where there is none"),
                 seed: state::random().map_err(fatal)?,
             };
-            let mut kernel = kernel.with_tunnels(tunnels, config.encryption.implementation);
+            let EncryptionConfig { detour_port, implementation, .. } = config.encryption;
+            let mut kernel = kernel.with_tunnels(tunnels, detour_port, implementation);
             if kernel.follows_user_space().map_err(fatal)? {
-                let fresh = dir.new_tunnel_secret().map_err(fatal)?;
-                kernel.add_tunnel_secret(fresh.clone());
-                tunnel = Some(fresh);
+                secret = Some(dir.new_tunnel_secret(TunnelPlace::Main).map_err(fatal)?);
             }
-            kernel
+            for secret in [&secret, &next, &spare].into_iter().flatten() {
+                kernel.add_tunnel_secret(secret.clone());
+            }
+            let public = |secret: Option<TunnelSecret>| secret.map(|secret| secret.public());
+            let keys = public(secret).zip(public(spare)).map(|(main, spare)| OwnKeys {
+                main,
+                next: public(next),
+                spare,
+                carrier: kernel.carrier(),
+            });
+            (kernel, keys)
         }
     };
     let kernel = kernel.with_inherited(tunnels, dir.active_peers());
@@ -202,7 +213,6 @@ pub async fn start(config: Config, origin: Origin) -> Result<Node, Fatal> {
     };
     info!(node = %config.node.name, site = %config.node.site, incarnation = memory.incarnation, "weftd started");
     let seed = state::random().map_err(fatal)?;
-    let tunnel = tunnel.map(|secret| secret.public());
     let rekey = now + config.encryption.rotate_after;
     let start = Start { config, memory, boot, key, ring, tunnel, trust, seed };
     let control = Control::new(start, now);

@@ -7,7 +7,7 @@ use weft_wire::api::{
     Check, Count, Doctor, Hop, Lease, Leases, Peer, PeerCounts, Peers, Pod, Pods, Reconcile, Route, Routes,
     Status, Store, Trace, TraceRequest, Tunnel, Tunnels,
 };
-use weft_wire::mesh::{MemberState, Verdict};
+use weft_wire::mesh::{MemberState, TunnelFacts, Verdict};
 use weft_wire::types::NodeName;
 
 use super::Node;
@@ -32,6 +32,7 @@ fn shown(tunnel: &TunnelStatus) -> Tunnel {
         sent_bytes: tunnel.sent.1,
         received: tunnel.received.0,
         received_bytes: tunnel.received.1,
+        ..Tunnel::default()
     }
 }
 
@@ -207,7 +208,16 @@ impl Node {
 
     pub(super) fn peers(&self, now: Instant) -> Peers {
         let tunnels: Vec<_> = self.tunnels().map(TunnelLook::status).unwrap_or_default();
-        let tunnel = |node: &NodeName| tunnels.iter().find(|tunnel| tunnel.node == *node).map(shown);
+        let carrier = self.tunnels().map(ToString::to_string).unwrap_or_default();
+        let tunnel = |node: &NodeName, facts: Option<&TunnelFacts>| {
+            let tunnel = tunnels.iter().find(|tunnel| tunnel.node == *node)?;
+            let theirs = facts.and_then(|facts| facts.carrier).map(|carrier| carrier.to_string());
+            Some(Tunnel {
+                carrier: carrier.clone(),
+                peer_carrier: theirs.unwrap_or_default(),
+                ..shown(tunnel)
+            })
+        };
         let mut peers: Vec<_> = self
             .control
             .mesh
@@ -233,7 +243,7 @@ impl Node {
                     },
                     key: member.record.key.to_string(),
                     version: member.record.version,
-                    tunnel: tunnel(member.node),
+                    tunnel: tunnel(member.node, facts.tunnel.as_ref()),
                 }
             })
             .collect();

@@ -37,7 +37,7 @@ pub enum Done {
         /// The underlay as found.
         underlay: Result<Underlay, UnderlayError>,
         /// What was done.
-        report: Option<Report>,
+        report: Option<Box<Report>>,
     },
     /// Something is not as it was left.
     Strayed,
@@ -63,7 +63,7 @@ pub fn spawn(
                 Ok(Job::Reconcile(inputs)) => {
                     let underlay = kernel.underlay(&spec);
                     let same = underlay.as_ref().is_ok_and(|found| *found == inputs.underlay);
-                    let report = same.then(|| reconcile(&mut *kernel, &inputs));
+                    let report = same.then(|| Box::new(reconcile(&mut *kernel, &inputs)));
                     Done::Reconciled { underlay, report }
                 }
                 Ok(Job::TunnelSecret(secret)) => {

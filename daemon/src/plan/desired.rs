@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
-use weft_wire::mesh::TunnelFacts;
+use weft_wire::mesh::{Carrier, TunnelFacts};
 use weft_wire::preshared::PresharedKey;
 use weft_wire::types::{MacAddress, Subnet, TunnelKey};
 
 use super::model::{
-    BRIDGE, Desired, Encryption, Inputs, Link, LinkKind, Peer, PlannedRoute, Route, Transport, TunnelPeer,
-    Tunnels, VXLAN_V4, VXLAN_V6, Vxlan, WIREGUARD, metric,
+    BRIDGE, DETOUR, Dataplane, Desired, Encryption, Inputs, Link, LinkKind, Peer, PlannedRoute, Route,
+    Transport, TunnelPeer, Tunnels, VXLAN_V4, VXLAN_V6, Vxlan, WIREGUARD, metric,
 };
 use super::table::{Table, VERSION};
 
@@ -38,6 +38,11 @@ pub fn desired(inputs: &Inputs) -> Desired {
             plan_subnet(inputs, peer, *subnet, &mut plan);
         }
     }
+    if plan.state.tunnels.get(DETOUR).is_some_and(|tunnels| tunnels.peers.is_empty()) {
+        plan.state.tunnels.remove(DETOUR);
+        plan.state.addresses.retain(|(dev, _)| dev != DETOUR);
+        plan.state.links.remove(DETOUR);
+    }
     plan_sysctls(inputs, &mut plan);
     let table = Table {
         cluster: inputs.dataplane.cluster_cidrs.clone(),
@@ -46,7 +51,7 @@ pub fn desired(inputs: &Inputs) -> Desired {
         vxlan_port: inputs.dataplane.vxlan_port,
         sealed: sealed(inputs),
         bridge: BRIDGE.into(),
-        tunnel: WIREGUARD.into(),
+        tunnels: [WIREGUARD.into(), DETOUR.into()],
         version: VERSION,
     };
     plan.state.nft = Some(table.digest());
@@ -125,19 +130,32 @@ fn wireguard_overhead(v4: bool) -> u32 {
 }
 
 fn plan_wireguard(inputs: &Inputs, plan: &mut Desired) {
-    let Some(key) = inputs.dataplane.tunnel else { return };
     let overhead = wireguard_overhead(local(inputs, true).is_some());
     let mtu = inputs.underlay.mtu.saturating_sub(overhead);
-    // It carries IP packets, not frames.
-    let link = Link { kind: LinkKind::Tun, mtu, up: true, mac: MacAddress([0; 6]) };
-    plan.state.links.insert(WIREGUARD.into(), link);
-    // kube-proxy has the node's own packets to Services, and those from outside, masqueraded as they leave. For IPv4 the kernel
-    // takes an address of this device (inet_select_addr), and were there none an underlay address, which the peer knows for
-    // no pod's and drops.
-    for subnet in inputs.subnets.iter().filter(|subnet| subnet.is_ipv4()) {
-        plan.state.addresses.insert((WIREGUARD.into(), subnet.gateway().into()));
+    for (dev, key) in own_keys(inputs) {
+        // It carries IP packets, not frames.
+        let link = Link { kind: LinkKind::Tun, mtu, up: true, mac: MacAddress([0; 6]) };
+        plan.state.links.insert(dev.into(), link);
+        // kube-proxy has the node's own packets to Services, and those from outside, masqueraded as they leave. For IPv4 the
+        // kernel takes an address of this device (inet_select_addr), and were there none an underlay address, which the peer
+        // knows for no pod's and drops.
+        for subnet in inputs.subnets.iter().filter(|subnet| subnet.is_ipv4()) {
+            plan.state.addresses.insert((dev.into(), subnet.gateway().into()));
+        }
+        plan.state.tunnels.insert(dev.into(), Tunnels { key, mtu, peers: BTreeMap::new() });
     }
-    plan.state.tunnel = Some(Tunnels { key, mtu, peers: BTreeMap::new() });
+}
+
+/// Returns the devices of the tunnels with this node's keys there. In user space one device takes packets under two keys, of
+/// which the later one is told.
+fn own_keys(inputs: &Inputs) -> Vec<(&'static str, TunnelKey)> {
+    let Dataplane { tunnel, detour, carrier, .. } = &inputs.dataplane;
+    match (tunnel, detour, carrier) {
+        (None, ..) => Vec::new(),
+        (Some(_), Some(detour), Carrier::UserSpace) => vec![(WIREGUARD, detour.key)],
+        (Some(key), None, _) => vec![(WIREGUARD, *key)],
+        (Some(key), Some(detour), Carrier::Kernel) => vec![(WIREGUARD, *key), (DETOUR, detour.key)],
+    }
 }
 
 /// Returns what must not be sent or taken in clear.
@@ -182,7 +200,7 @@ fn encrypted_way(
     plan: &mut Desired,
 ) -> Result<(Route, String), String> {
     let node = &peer.node;
-    let Some(Tunnels { peers, key, .. }) = &mut plan.state.tunnel else {
+    let Some(usual_key) = inputs.dataplane.tunnel else {
         return Err(format!(
             "{node} exchanges no clear pod traffic, and this node has no tunnels; set encryption.policy here as there"
         ));
@@ -192,21 +210,107 @@ fn encrypted_way(
             "pod traffic with {node} must be encrypted, and it announces no tunnel key; set encryption.policy there as here"
         ));
     };
-    let Some((v4, endpoint)) = common_underlay(inputs, peer, |_| true) else {
+    let Some((v4, address)) = common_underlay(inputs, peer, |_| true) else {
         return Err(no_common_underlay(peer));
     };
-    if facts.key.0 == [0; 32] {
+    let own = inputs.dataplane.detour.as_ref();
+    let prefers_detour = [own.map(|own| own.preferred), facts.detour.as_ref().map(|detour| detour.preferred)]
+        .contains(&Some(true));
+    let main = Entrance { key: facts.key, port: facts.port };
+    let detour = detour_of(facts);
+    let mut lead = |dev: &'static str, entrance: Entrance| -> Result<_, String> {
+        let endpoint = SocketAddr::new(address, entrance.port);
+        let entry = tunnel_to(inputs, peer, dev, (entrance.key, endpoint), plan)?;
+        entry.prefixes.push(subnet.net());
+        let how =
+            entry.preshared.as_ref().map(|key| format!(", with a secret from cluster key {}", key.from));
+        Ok((dev, format!("encrypted to {endpoint}{}", how.unwrap_or_default())))
+    };
+    let sessions = &inputs.sessions;
+    let (dev, reason, pending) = match inputs.dataplane.carrier {
+        Carrier::UserSpace => {
+            let entrance = detour.filter(|_| prefers_detour).unwrap_or(main);
+            let (dev, reason) = lead(WIREGUARD, entrance)?;
+            // A session under the keys before is in use as long as there is no other.
+            let key = own.map_or(usual_key, |own| own.key);
+            let reached = sessions
+                .iter()
+                .any(|(_, theirs)| [Some(main.key), detour.map(|other| other.key)].contains(&Some(*theirs)));
+            (dev, reason, own.is_some() && reached && !sessions.contains(&(key, entrance.key)))
+        }
+        Carrier::Kernel => {
+            let usual = lead(WIREGUARD, main)?;
+            let other = detour.filter(|_| own.is_some_and(|own| own.peers.contains(node)));
+            // Where there can be no detour the usual way stays.
+            match other.and_then(|entrance| Some((entrance, lead(DETOUR, entrance).ok()?))) {
+                None => {
+                    // It has yet to open its own.
+                    let awaited =
+                        facts.carrier == Some(Carrier::Kernel) && own.is_some_and(|own| own.preferred);
+                    (usual.0, usual.1, awaited && sessions.contains(&(usual_key, main.key)))
+                }
+                Some((entrance, around)) => {
+                    let via_detour = own.is_some_and(|own| sessions.contains(&(own.key, entrance.key)));
+                    let (by_detour, pending) =
+                        way(prefers_detour, (sessions.contains(&(usual_key, main.key)), via_detour));
+                    let (dev, reason) = if by_detour { around } else { usual };
+                    (dev, reason, pending)
+                }
+            }
+        }
+    };
+    plan.pending += usize::from(pending);
+    let room = peer.mtu.min(inputs.underlay.mtu).saturating_sub(wireguard_overhead(v4));
+    let mtu = (room < plan.pod_mtu).then_some(room);
+    Ok((Route { dev: dev.into(), via: None, source: source(inputs, subnet), mtu }, reason))
+}
+
+/// Where a peer's tunnels are entered.
+#[derive(Debug, Clone, Copy)]
+struct Entrance {
+    key: TunnelKey,
+    port: u16,
+}
+
+/// Returns the entrance beside the usual one. Tunnels of user space take packets under two keys of this node at one place.
+fn detour_of(facts: &TunnelFacts) -> Option<Entrance> {
+    match (&facts.detour, facts.carrier) {
+        (Some(detour), _) => Some(Entrance { key: detour.key, port: detour.port }),
+        (None, Some(Carrier::UserSpace)) => Some(Entrance { key: facts.key, port: facts.port }),
+        (None, _) => None,
+    }
+}
+
+/// Returns whether to take the detour, and whether that is against the preference, because only the other way has a session.
+/// Both ends take packets from both ways, so each changes when it likes, and nothing waits for a handshake.
+fn way(prefers_detour: bool, (usual, around): (bool, bool)) -> (bool, bool) {
+    let (preferred, other) = if prefers_detour { (around, usual) } else { (usual, around) };
+    let against = other && !preferred;
+    (prefers_detour != against, against)
+}
+
+/// Returns the peer's entry on a device, or why there can be none.
+fn tunnel_to<'a>(
+    inputs: &Inputs,
+    peer: &Peer,
+    dev: &str,
+    (theirs, endpoint): (TunnelKey, SocketAddr),
+    plan: &'a mut Desired,
+) -> Result<&'a mut TunnelPeer, String> {
+    let node = &peer.node;
+    let Some(Tunnels { peers, key, .. }) = plan.state.tunnels.get_mut(dev) else {
+        return Err(format!("this node has no {dev}"));
+    };
+    if theirs.0 == [0; 32] {
         return Err(format!(
             "{node} announces a tunnel key of zeros; restart its daemon with a key of its own"
         ));
     }
-    if facts.key == *key {
+    if theirs == *key {
         return Err(format!("{node} announces this node's own tunnel key; run `weft rotate-key` on it"));
     }
-    let endpoint = SocketAddr::new(endpoint, facts.port);
-    let preshared = preshared(inputs, peer, *key, facts)?;
-    let how = preshared.as_ref().map(|key| format!(", with a secret from cluster key {}", key.from));
-    let entry = peers.entry(facts.key).or_insert_with(|| TunnelPeer {
+    let preshared = preshared(inputs, peer, (*key, theirs))?;
+    let entry = peers.entry(theirs).or_insert_with(|| TunnelPeer {
         node: node.clone(),
         endpoint,
         prefixes: Vec::new(),
@@ -218,22 +322,18 @@ fn encrypted_way(
             entry.node
         ));
     }
-    entry.prefixes.push(subnet.net());
-    let room = peer.mtu.min(inputs.underlay.mtu).saturating_sub(wireguard_overhead(v4));
-    let mtu = (room < plan.pod_mtu).then_some(room);
-    let way = Route { dev: WIREGUARD.into(), via: None, source: source(inputs, subnet), mtu };
-    Ok((way, format!("encrypted to {endpoint}{}", how.unwrap_or_default())))
+    Ok(entry)
 }
 
 /// Returns the secret that handshakes with a peer need beside the two keys, if any; an error is why there can be no session.
 fn preshared(
     inputs: &Inputs,
     peer: &Peer,
-    own: TunnelKey,
-    facts: &TunnelFacts,
+    (own, other): (TunnelKey, TunnelKey),
 ) -> Result<Option<PresharedKey>, String> {
     let node = &peer.node;
-    match (&inputs.dataplane.preshared, &facts.preshared[..]) {
+    let theirs = peer.tunnel.as_ref().map(|facts| &facts.preshared[..]).unwrap_or_default();
+    match (&inputs.dataplane.preshared, theirs) {
         (None, []) => Ok(None),
         (None, _) => Err(format!(
             "{node} wants a secret from the cluster key in handshakes, and this node uses none; set encryption.preshared here as there"
@@ -241,7 +341,7 @@ fn preshared(
         (Some(_), []) => Err(format!(
             "this node wants a secret from the cluster key in handshakes, and {node} uses none; set encryption.preshared there as here"
         )),
-        (Some(ring), theirs) => PresharedKey::of_pair(ring, theirs, own, facts.key).map(Some).ok_or_else(|| {
+        (Some(ring), theirs) => PresharedKey::of_pair(ring, theirs, own, other).map(Some).ok_or_else(|| {
             format!("{node} and this node have no cluster key in common; `weft cluster-key list` on both shows what they have, `add` adds one")
         }),
     }

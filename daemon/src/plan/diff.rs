@@ -3,7 +3,9 @@
 
 use std::collections::BTreeSet;
 
-use super::model::{Actual, Desired, LinkKind, Op, State, VethState};
+use ipnet::IpNet;
+
+use super::model::{Actual, Desired, LinkKind, Op, Route, State, VethState};
 
 /// Computes the changes; none for a kernel that is as desired.
 pub fn diff(desired: &Desired, actual: &Actual) -> Vec<Op> {
@@ -19,10 +21,13 @@ pub fn diff(desired: &Desired, actual: &Actual) -> Vec<Op> {
     add_links(&desired.state, &left, &mut ops);
     amend_settings(desired, &left, &mut ops);
     add_settings(&desired.state, &left, &mut ops);
-    // Before the routes that lead to it, and after the table that keeps clear packets back.
     set_nft(desired, actual, &mut ops);
-    set_tunnel(&desired.state, &left, &mut ops);
+    // Routes to tunnels come before those tunnels' peers that packets leave by this go, and after those that they need; all of
+    // it after the table that keeps clear packets back.
+    set_routes(&desired.state, &left, &mut ops, |route| keeps_tunnels(&desired.state, &left, &route.dev));
+    set_tunnels(&desired.state, &left, &mut ops);
     add_paths(&desired.state, &left, &mut ops);
+    set_routes(&desired.state, &left, &mut ops, |route| !keeps_tunnels(&desired.state, &left, &route.dev));
     mend_veths(desired, actual, &replaced, &mut ops);
     remove(desired, actual, &left, &mut ops);
     ops
@@ -42,7 +47,7 @@ fn without(state: &State, gone: &BTreeSet<String>) -> State {
     left.neighbours.retain(|(dev, _), _| !gone.contains(dev));
     left.fdb.retain(|(dev, _), _| !gone.contains(dev));
     left.routes.retain(|_, route| !gone.contains(&route.dev));
-    left.tunnel.take_if(|_| gone.contains(super::model::WIREGUARD));
+    left.tunnels.retain(|dev, _| !gone.contains(dev));
     left.offloads.retain(|dev, _| !gone.contains(dev));
     left.sysctls.retain(|path, _| !gone.iter().any(|dev| path.contains(&format!("/{dev}/"))));
     left
@@ -94,11 +99,19 @@ fn add_paths(desired: &State, left: &State, ops: &mut Vec<Op>) {
             ops.push(Op::SetNeighbour(key.0.clone(), key.1, *mac));
         }
     }
-    for (key, route) in &desired.routes {
-        if left.routes.get(key) != Some(route) {
-            ops.push(Op::SetRoute(key.0, key.1, route.clone()));
-        }
-    }
+}
+
+/// Whether a device of the tunnels is there and stays as it is.
+fn keeps_tunnels(desired: &State, left: &State, dev: &str) -> bool {
+    let wanted = desired.tunnels.get(dev);
+    wanted.is_some() && left.links.contains_key(dev) && left.tunnels.get(dev) == wanted
+}
+
+fn set_routes(desired: &State, left: &State, ops: &mut Vec<Op>, which: impl Fn(&Route) -> bool) {
+    let differs =
+        |(key, route): &(&(IpNet, u32), &Route)| left.routes.get(key) != Some(route) && which(route);
+    let routes = desired.routes.iter().filter(differs);
+    ops.extend(routes.map(|(key, route)| Op::SetRoute(key.0, key.1, route.clone())));
 }
 
 fn mend_veths(desired: &Desired, actual: &Actual, replaced: &BTreeSet<String>, ops: &mut Vec<Op>) {
@@ -111,13 +124,13 @@ fn mend_veths(desired: &Desired, actual: &Actual, replaced: &BTreeSet<String>, o
     }
 }
 
-fn set_tunnel(desired: &State, left: &State, ops: &mut Vec<Op>) {
-    // A device that is not there takes the tunnels with it.
-    let found = left.tunnel.as_ref().filter(|_| left.links.contains_key(super::model::WIREGUARD));
-    match (&desired.tunnel, found) {
-        (Some(tunnels), found) if found != Some(tunnels) => ops.push(Op::SetTunnel(tunnels.clone())),
-        (None, Some(_)) => ops.push(Op::DelTunnel),
-        _ => {}
+fn set_tunnels(desired: &State, left: &State, ops: &mut Vec<Op>) {
+    for (dev, tunnels) in &desired.tunnels {
+        // A device that is not there takes the tunnels with it.
+        let found = left.tunnels.get(dev).filter(|_| left.links.contains_key(dev));
+        if found != Some(tunnels) {
+            ops.push(Op::SetTunnel(dev.clone(), tunnels.clone()));
+        }
     }
 }
 
@@ -139,6 +152,9 @@ fn remove(desired: &Desired, actual: &Actual, left: &State, ops: &mut Vec<Op>) {
             ops.push(Op::DelRoute(key.0, key.1, route.clone()));
         }
     }
+    // Only once no route leads there.
+    let ended = left.tunnels.keys().filter(|dev| !wanted.tunnels.contains_key(*dev));
+    ops.extend(ended.map(|dev| Op::DelTunnel(dev.clone())));
     for (dev, address) in left.neighbours.keys() {
         if !wanted.neighbours.contains_key(&(dev.clone(), *address)) && !gone(dev) {
             ops.push(Op::DelNeighbour(dev.clone(), *address));

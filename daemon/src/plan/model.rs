@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
-use weft_wire::mesh::TunnelFacts;
+use weft_wire::mesh::{Carrier, TunnelFacts};
 use weft_wire::preshared::PresharedKey;
 use weft_wire::seal::KeyRing;
 use weft_wire::types::{MacAddress, NodeName, SiteName, Subnet, TunnelKey};
@@ -17,6 +17,8 @@ use super::table::Table as NftTable;
 pub const BRIDGE: &str = "weft0";
 /// The WireGuard device.
 pub const WIREGUARD: &str = "weft-wg";
+/// A second one of the kernel, only while keys change (docs/decisions/0008-kernel-wireguard.md).
+pub const DETOUR: &str = "weft-wg1";
 /// The VXLAN device over an IPv4 underlay.
 pub const VXLAN_V4: &str = "weft-vx4";
 /// The VXLAN device over an IPv6 underlay.
@@ -71,6 +73,8 @@ pub struct Inputs {
     /// Host ends that an earlier pass found and no pod accounts for: they go. A pod may be attached between
     /// the making of the inputs and the look at the kernel, so what one pass finds unknown is not a stray yet.
     pub strays: BTreeSet<String>,
+    /// Whom there are sessions with; the kernel is asked for them while there is a detour.
+    pub sessions: Sessions,
 }
 
 /// What the operator chose.
@@ -100,7 +104,25 @@ pub struct Dataplane {
     pub preshared: Option<KeyRing>,
     /// The key of the node's tunnels. With one, the WireGuard device is there and the MTU of pods leaves room for it.
     pub tunnel: Option<TunnelKey>,
+    /// Who carries the tunnels, if there are any.
+    pub carrier: Carrier,
+    /// A second way, while keys change.
+    pub detour: Option<OwnDetour>,
 }
+
+/// This node's second way into its tunnels.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OwnDetour {
+    /// The key there.
+    pub key: TunnelKey,
+    /// The node's other key is about to change: what goes and comes is to take this way.
+    pub preferred: bool,
+    /// Who may come this way.
+    pub peers: BTreeSet<NodeName>,
+}
+
+/// The sessions that packets can go by, each named by this node's key and the peer's.
+pub type Sessions = BTreeSet<(TunnelKey, TunnelKey)>;
 
 /// Between which nodes pod traffic must be encrypted. A pair keeps the stricter of its two policies.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -251,6 +273,8 @@ pub struct Desired {
     pub hairpin: bool,
     /// Settings that change only where they have a certain value: from what, to what.
     pub amend: BTreeMap<String, (String, String)>,
+    /// How many peers do not go the way that they should yet, since there is no session on it.
+    pub pending: usize,
     /// What a person should hear.
     pub warnings: Vec<String>,
 }
@@ -283,8 +307,8 @@ pub struct State {
     pub sysctls: BTreeMap<String, String>,
     /// The digest of the nftables table.
     pub nft: Option<String>,
-    /// The tunnels of the WireGuard device; nothing where none run.
-    pub tunnel: Option<Tunnels>,
+    /// The tunnels of each WireGuard device; nothing where none run.
+    pub tunnels: BTreeMap<String, Tunnels>,
 }
 
 /// The tunnels of a node.
@@ -412,10 +436,10 @@ pub enum Op {
     SetNft(NftTable),
     /// Remove the nftables table.
     DelNft,
-    /// Replace the peers of the WireGuard device, all at once; sessions of those that stay go on.
-    SetTunnel(Tunnels),
-    /// End the tunnels.
-    DelTunnel,
+    /// Replace the peers of a WireGuard device, all at once; sessions of those that stay go on.
+    SetTunnel(String, Tunnels),
+    /// End the tunnels of a device.
+    DelTunnel(String),
     /// Mend the host end of a pod: bridge, hairpin, state, MTU.
     SetVeth(String, VethState),
     /// Remove the host end of a pod that is gone.
@@ -444,8 +468,8 @@ impl fmt::Display for Op {
             Self::SetSysctl(path, value) => write!(f, "set sysctl {path} = {value}"),
             Self::SetNft(_) => write!(f, "set nftables table inet weft"),
             Self::DelNft => write!(f, "remove nftables table inet weft"),
-            Self::SetTunnel(tunnels) => write!(f, "set the {} peers of {WIREGUARD}", tunnels.peers.len()),
-            Self::DelTunnel => write!(f, "end the tunnels of {WIREGUARD}"),
+            Self::SetTunnel(dev, tunnels) => write!(f, "set the {} peers of {dev}", tunnels.peers.len()),
+            Self::DelTunnel(dev) => write!(f, "end the tunnels of {dev}"),
             Self::SetVeth(name, _) => write!(f, "set pod device {name}"),
         }
     }

@@ -42,14 +42,14 @@ pub struct Table {
     pub sealed: Vec<IpNet>,
     /// The bridge of the pods.
     pub bridge: String,
-    /// The device that encrypts.
-    pub tunnel: String,
+    /// The devices that encrypt, whether they are there or not.
+    pub tunnels: [String; 2],
     /// The version of the layout: raised by code that writes other rules for the same input.
     pub version: u32,
 }
 
 /// The layout that this code writes.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Expr {
@@ -91,6 +91,7 @@ pub(crate) enum Expr {
 pub(crate) enum Device {
     Bridge,
     Tunnel,
+    Detour,
     Loopback,
 }
 
@@ -112,7 +113,8 @@ impl Table {
     pub(crate) fn device(&self, device: Device) -> &str {
         match device {
             Device::Bridge => &self.bridge,
-            Device::Tunnel => &self.tunnel,
+            Device::Tunnel => &self.tunnels[0],
+            Device::Detour => &self.tunnels[1],
             Device::Loopback => "lo",
         }
     }
@@ -234,7 +236,7 @@ fn guard() -> [Chain; 2] {
                     Expr::MetaByte { key: META_NFPROTO, value: proto },
                     Expr::Address { offset, len, set, negated: false },
                 ];
-                rule.extend([Device::Tunnel, Device::Bridge, Device::Loopback].map(device));
+                rule.extend([Device::Tunnel, Device::Detour, Device::Bridge, Device::Loopback].map(device));
                 rule.extend([Expr::Counter, Expr::Drop]);
                 rule
             })

@@ -17,8 +17,8 @@ use super::counters::{Counters, Reason, Traffic};
 use super::udp::Batch;
 use super::{Identity, TunnelPeer};
 
-/// So long after a session under new keys the one before is still heard: packets may be under way.
-const OVERLAP: Duration = Duration::from_secs(5);
+/// So long after a session under new keys the one before is still heard: a kernel goes over only when it looks.
+const OVERLAP: Duration = Duration::from_secs(15);
 /// So long a peer that may not have heard of this node's new key is answered under the one before, if none comes after it.
 const UNHEARD: Duration = Duration::from_secs(600);
 /// So many packets wait for a session; boringtun would keep four times as many.
@@ -137,8 +137,13 @@ impl Peer {
 
     /// Returns the peer whose sessions belong to an identity of this node.
     pub(super) fn under(self: &Arc<Self>, identity: &Identity) -> Option<Arc<Self>> {
-        let is_under = |peer: &Arc<Self>| peer.session().own.as_bytes() == identity.secret.as_bytes();
+        let is_under = |peer: &Arc<Self>| peer.is_under(identity);
         Some(Arc::clone(self)).filter(is_under).or_else(|| self.previous().filter(is_under))
+    }
+
+    /// Whether its sessions belong to that identity of this node.
+    pub(super) fn is_under(&self, identity: &Identity) -> bool {
+        self.session().own.as_bytes() == identity.secret.as_bytes()
     }
 
     /// Returns the same node under the keys before.

@@ -4,7 +4,7 @@ use std::net::{IpAddr, UdpSocket};
 
 use boringtun::noise::{Tunn, TunnResult};
 use boringtun::x25519::{PublicKey, StaticSecret};
-use weft_wire::mesh::TunnelFacts;
+use weft_wire::mesh::{Carrier, TunnelFacts};
 use weft_wire::preshared::PresharedKey;
 use weft_wire::seal::KeyRing;
 use weft_wire::types::TunnelKey;
@@ -23,6 +23,8 @@ pub fn facts(peer: usize, ring: &KeyRing) -> TunnelFacts {
         key: TunnelKey(PublicKey::from(&secret(peer)).to_bytes()),
         port: FIRST_PORT + u16::try_from(peer).expect("peers fit the ports"),
         preshared: ring.ids().collect(),
+        carrier: Some(Carrier::UserSpace),
+        detour: None,
     }
 }
 

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use libfuzzer_sys::fuzz_target;
 use weft_daemon::kernel::{fuzz, nft};
 use weft_daemon::plan::model::{
-    BRIDGE, Link, LinkKind, Op, Route, VXLAN_V4, VXLAN_V6, Vxlan, WIREGUARD, is_host_veth,
+    BRIDGE, DETOUR, Link, LinkKind, Op, Route, VXLAN_V4, VXLAN_V6, Vxlan, WIREGUARD, is_host_veth,
 };
 use weft_daemon::plan::table::{Table, VERSION};
 use weft_wire::types::MacAddress;
@@ -157,7 +157,7 @@ fn is_recognized(parts: &mut Parts<'_>) {
         // Last: the seeds before it keep their meaning.
         sealed: nets(parts, how / 16 % 4),
         bridge: BRIDGE.to_owned(),
-        tunnel: WIREGUARD.to_owned(),
+        tunnels: [WIREGUARD, DETOUR].map(str::to_owned),
         version: VERSION,
     };
     let mut bytes = fuzz::table(&table);

@@ -25,8 +25,10 @@ pub struct Disk {
     synced: Memory,
     /// The node's key; always synced.
     pub key: NodeKey,
-    /// The key of its tunnels; always synced.
+    /// The keys of its tunnels: in force, about to follow, and the detour's; always synced.
     pub tunnel: TunnelKey,
+    pub next_tunnel: Option<TunnelKey>,
+    pub spare_tunnel: TunnelKey,
     /// The cluster keys; always synced.
     pub ring: KeyRing,
     /// The journal of pod addresses, with the boot it is of; every write is synced.
@@ -36,11 +38,29 @@ pub struct Disk {
     pub full: bool,
 }
 
+/// Makes a key from another one.
+pub fn another(mut key: TunnelKey) -> TunnelKey {
+    let count = u64::from_be_bytes(*key.0.last_chunk().expect("a key has more bytes"));
+    *key.0.last_chunk_mut().expect("a key has more bytes") = count.wrapping_add(1).to_be_bytes();
+    key
+}
+
 impl Disk {
     /// A disk with keys and nothing else.
     pub fn new(key: NodeKey, tunnel: TunnelKey, ring: KeyRing) -> Self {
         let (memory, synced) = Default::default();
-        Self { memory, synced, key, tunnel, ring, journal: BTreeMap::new(), journal_boot: 0, full: false }
+        Self {
+            memory,
+            synced,
+            key,
+            tunnel,
+            next_tunnel: None,
+            spare_tunnel: another(tunnel),
+            ring,
+            journal: BTreeMap::new(),
+            journal_boot: 0,
+            full: false,
+        }
     }
 
     /// Reads what was remembered.

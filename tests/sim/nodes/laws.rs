@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use weft_daemon::control::Control;
 use weft_daemon::kernel::memory::MemoryKernel;
-use weft_daemon::plan::model::{Encryption, VXLAN_V4, WIREGUARD, metric};
+use weft_daemon::plan::model::{DETOUR, Encryption, VXLAN_V4, WIREGUARD, metric};
 use weft_daemon::reconcile::reconcile;
 use weft_ipam::lease::{HeldLease, LeaseValue};
 use weft_ipam::store::Snapshot;
@@ -120,7 +120,8 @@ pub fn nothing_leaves_in_clear(machine: &Machine) -> Option<String> {
         return None;
     }
     let routes = &machine.kernel.actual.state.routes;
-    let ((prefix, _), route) = routes.iter().find(|(_, route)| route.dev != WIREGUARD)?;
+    let ((prefix, _), route) =
+        routes.iter().find(|(_, route)| ![WIREGUARD, DETOUR].contains(&route.dev.as_str()))?;
     Some(format!("{} sends to {prefix} in clear, by {}", machine.config.node.name, route.dev))
 }
 
@@ -136,7 +137,7 @@ fn must_encrypt(one: &Machine, other: &Machine) -> bool {
 fn sealed_way(machine: &Machine, peer: &Machine) -> Option<String> {
     let state = &machine.kernel.actual.state;
     let name = &peer.config.node.name;
-    let Some(tunnels) = &state.tunnel else { return Some("no tunnels run".into()) };
+    let Some(tunnels) = state.tunnels.get(WIREGUARD) else { return Some("no tunnels run".into()) };
     if tunnels.key != machine.disk.tunnel {
         return Some(format!("the tunnels use {}, which is not the node's key", tunnels.key));
     }
@@ -191,7 +192,7 @@ fn routes(machine: &Machine, running: &[&Machine]) -> Option<String> {
         .map(|peer| peer.disk.tunnel)
         .collect();
     if let Some(stranger) =
-        state.tunnel.iter().flat_map(|tunnels| tunnels.peers.keys()).find(|key| !partners.contains(key))
+        state.tunnels.values().flat_map(|tunnels| tunnels.peers.keys()).find(|key| !partners.contains(key))
     {
         return Some(format!("a tunnel leads to {stranger}, the key of no one"));
     }

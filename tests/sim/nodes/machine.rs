@@ -13,18 +13,18 @@ use ipnet::IpNet;
 use rand_chacha::ChaCha8Rng;
 use rand_core::{RngCore, SeedableRng};
 use weft_daemon::config::Config;
-use weft_daemon::control::{Control, Output, Start, StoreAnswer, StoreRequest};
+use weft_daemon::control::{Control, Output, OwnKeys, Start, StoreAnswer, StoreRequest};
 use weft_daemon::kernel::Kernel;
 use weft_daemon::kernel::memory::MemoryKernel;
 use weft_daemon::plan::model::{BRIDGE, HostVeth, Inputs, Underlay, VethState};
 use weft_daemon::reconcile::{Report, reconcile};
 use weft_ipam::pods::{AttachmentId, PodPool};
 use weft_tests::sim::net;
-use weft_wire::mesh::NodeKey;
+use weft_wire::mesh::{Carrier, NodeKey};
 use weft_wire::seal::KeyRing;
 use weft_wire::types::{Subnet, TunnelKey};
 
-use super::disk::{Disk, Pod};
+use super::disk::{Disk, Pod, another};
 use super::laws;
 use super::meddling::{Meddled, Meddling};
 use super::store::{Link, SharedStore};
@@ -198,7 +198,12 @@ impl Machine {
             key: self.disk.key.clone(),
             trust: None,
             ring: self.disk.ring.clone(),
-            tunnel: self.config.encryption.tunnels.then_some(self.disk.tunnel),
+            tunnel: self.config.encryption.tunnels.then_some(OwnKeys {
+                main: self.disk.tunnel,
+                next: self.disk.next_tunnel,
+                spare: self.disk.spare_tunnel,
+                carrier: self.carrier(),
+            }),
             seed,
         };
         let local = self.clock.read(now);
@@ -232,7 +237,7 @@ impl Machine {
             reconcile(&mut kernel, &inputs);
         }
         // What the process itself carried ends with it; the device stays.
-        self.kernel.actual.state.tunnel = None;
+        self.kernel.actual.state.tunnels.clear();
         // Requests on their way to the store arrive all the same.
         self.todo.retain(|_, (_, todo)| matches!(todo, Todo::Ask(_)));
     }
@@ -305,8 +310,22 @@ impl Machine {
         let Some(daemon) = self.daemon.as_mut().filter(|daemon| daemon.config.encryption.tunnels) else {
             return;
         };
-        self.disk.tunnel = next;
-        daemon.control.use_tunnel_key(next, local);
+        if !daemon.control.is_rotating(local) {
+            self.disk.next_tunnel = Some(next);
+            daemon.control.rotate_tunnel_key(next, local);
+        }
+    }
+
+    /// Returns who carries the machine's tunnels.
+    fn carrier(&self) -> Carrier {
+        if self.number.is_multiple_of(2) { Carrier::Kernel } else { Carrier::UserSpace }
+    }
+
+    /// Handshakes go through or not: whom the kernel says that there are sessions with.
+    fn shake_hands(&mut self) {
+        let tunnels = self.kernel.actual.state.tunnels.values();
+        let pairs = tunnels.flat_map(|tunnels| tunnels.peers.keys().map(|key| (tunnels.key, *key)));
+        self.kernel.sessions = pairs.filter(|_| self.rng.next_u32().is_multiple_of(3)).collect();
     }
 
     /// Replaces the cluster keys.
@@ -409,6 +428,9 @@ impl Machine {
             let answer = self.store.borrow_mut().perform(request, &mut self.link);
             return self.put_off(now, 40, Todo::Answer(answer));
         }
+        if matches!(todo, Todo::Pass) {
+            self.shake_hands();
+        }
         let Some(daemon) = &mut self.daemon else { return };
         match todo {
             Todo::Ask(_) => {}
@@ -498,6 +520,14 @@ impl Machine {
                 }
                 Output::Send { to, datagram } => self.outbox.push_back((to, datagram)),
                 Output::Probe { .. } | Output::Listen(_) | Output::Pong { .. } => {}
+                Output::TunnelKey(key) => {
+                    self.disk.tunnel = key;
+                    self.disk.next_tunnel = None;
+                }
+                Output::SpareKeyUsed => {
+                    self.disk.spare_tunnel = another(self.disk.spare_tunnel);
+                    daemon.control.use_spare_key(self.disk.spare_tunnel);
+                }
                 Output::Subnets(subnets) => daemon.pool.set_subnets(&subnets),
                 Output::Reconcile(mut inputs) => {
                     daemon.complete(&mut inputs);

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use ipnet::IpNet;
 use weft_daemon::kernel::memory::MemoryKernel;
 use weft_daemon::kernel::{Kernel, KernelError, UnderlayError, UnderlaySpec};
-use weft_daemon::plan::model::{Actual, Op, Underlay};
+use weft_daemon::plan::model::{Actual, Op, Sessions, Underlay};
 
 /// Something that another program does to an object of weft's; `choice` picks which.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -96,6 +96,10 @@ impl Kernel for Meddled<'_> {
 
     fn apply(&mut self, ops: &[Op]) -> Vec<Result<(), KernelError>> {
         self.kernel.apply(&ops[..ops.len().min(self.most)])
+    }
+
+    fn sessions(&mut self) -> Sessions {
+        self.kernel.sessions()
     }
 
     fn underlay(&mut self, spec: &UnderlaySpec) -> Result<Underlay, UnderlayError> {

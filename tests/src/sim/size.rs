@@ -10,7 +10,7 @@ use rand_core::RngCore;
 use weft_daemon::kernel::memory::MemoryKernel;
 use weft_daemon::plan::model::{Dataplane, Encryption, Inputs, Peer, Underlay};
 use weft_daemon::reconcile::reconcile;
-use weft_wire::mesh::{Authority, MemberState, MemberView, MeshConfig};
+use weft_wire::mesh::{Authority, Carrier, MemberState, MemberView, MeshConfig};
 use weft_wire::types::MacAddress;
 
 use super::meshes::{Meshes, address, config, facts, name, seconds, subnet, table};
@@ -307,12 +307,15 @@ pub fn reconciler_work(nodes: usize) -> [Work; 3] {
             encryption: Encryption::Never,
             preshared: None,
             tunnel: None,
+            carrier: Carrier::UserSpace,
+            detour: None,
         },
         underlay: underlay.clone(),
         subnets: vec![subnet(0)],
         peers: (1..nodes).map(peer).collect(),
         attachments: Vec::new(),
         strays: BTreeSet::new(),
+        sessions: BTreeSet::new(),
     };
     let mut kernel = MemoryKernel::new(Ok(underlay));
     let mut pass = |inputs: &Inputs| {

@@ -62,6 +62,14 @@ pub struct Record {
     pub cluster_keys: Vec<u8>,
     #[prost(bytes = "vec", tag = "22")]
     pub certificate: Vec<u8>,
+    #[prost(uint32, tag = "23")]
+    pub tunnel_carrier: u32,
+    #[prost(bytes = "vec", tag = "24")]
+    pub detour_key: Vec<u8>,
+    #[prost(uint32, tag = "25")]
+    pub detour_port: u32,
+    #[prost(bool, tag = "26")]
+    pub detour_preferred: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]

@@ -40,8 +40,13 @@ prop_compose! {
         keys in vec(any::<[u8; 4]>().prop_map(KeyId), 0..=MAX_KEYS),
         certificate in proptest::option::of((any::<u64>(), vec(any::<u8>(), SIGNATURE))),
         tunnel in proptest::option::of((any::<[u8; 32]>(), 1..=u16::MAX, vec(any::<[u8; 4]>(), 0..=MAX_KEYS))),
+        carrier in proptest::option::of(any::<bool>()),
+        detour in proptest::option::of((any::<[u8; 32]>(), 1..=u16::MAX, any::<bool>())),
     ) -> Facts {
+        let detour = detour.map(|(key, port, preferred)| Detour { key: TunnelKey(key), port, preferred });
         let tunnel = tunnel.map(|(key, port, preshared)| TunnelFacts {
+            carrier: carrier.map(|kernel| if kernel { Carrier::Kernel } else { Carrier::UserSpace }),
+            detour: detour.clone(),
             key: TunnelKey(key),
             port,
             preshared: preshared.into_iter().map(KeyId).collect(),

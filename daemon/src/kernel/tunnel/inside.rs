@@ -13,16 +13,20 @@ use ipnet::IpNet;
 use weft_wire::types::{NodeName, TunnelKey};
 
 use super::super::KernelError;
-use super::super::wireguard::{Device, WantedPeer, Wireguard, changes, to_ask};
+use super::super::wireguard::{ChangeKind, Device, FoundPeer, WantedPeer, Wireguard, changes, to_ask};
 use crate::plan::model;
-use crate::tunnel::{TunnelConfig, TunnelStatus};
+use crate::tunnel::{TunnelSecret, TunnelStatus};
 
-/// The kernel's tunnels.
+/// One device of the kernel's tunnels.
 #[derive(Debug)]
 pub(super) struct Inside {
+    device: String,
+    port: u16,
     /// Nothing where the kernel had no WireGuard at the last look.
     socket: Option<Wireguard>,
     set: Option<Set>,
+    /// When the device got its key, by the wall clock: a handshake before that is of no use any more.
+    keyed: Option<SystemTime>,
     monitor: Option<KernelMonitor>,
 }
 
@@ -43,8 +47,12 @@ fn is(found: &Device, key: TunnelKey, port: u16) -> bool {
 }
 
 impl Inside {
-    pub(super) fn new(socket: Option<Wireguard>) -> Self {
-        Self { socket, set: None, monitor: None }
+    pub(super) fn new(device: &str, port: u16, socket: Option<Wireguard>) -> Self {
+        Self { device: device.into(), port, socket, set: None, keyed: None, monitor: None }
+    }
+
+    pub(super) fn device(&self) -> &str {
+        &self.device
     }
 
     /// Looks again for what was not there.
@@ -57,6 +65,7 @@ impl Inside {
 
     pub(super) fn forget(&mut self) {
         self.set = None;
+        self.keyed = None;
         self.monitor = None;
     }
 
@@ -69,22 +78,46 @@ impl Inside {
     }
 
     /// Returns what the kernel carries; nothing where it is not what was last set.
-    pub(super) fn carried(&mut self, config: &TunnelConfig) -> Option<model::Tunnels> {
-        let found = self.socket.as_mut()?.read(&config.device).ok()?;
+    pub(super) fn carried(&mut self) -> Option<model::Tunnels> {
+        let found = self.socket.as_mut()?.read(&self.device).ok()?;
         let Set { plan, peers } = self.set.as_ref()?;
-        let same = is(&found, plan.key, config.port)
+        let same = is(&found, plan.key, self.port)
             && changes(&found, peers, &announced(plan), SystemTime::now()).is_empty();
         same.then(|| plan.clone())
     }
 
-    /// Makes it so; returns what was left out and why, a sentence each.
+    /// Returns the sessions. The kernel tells of handshakes, also of those before its key changed.
+    pub(super) fn sessions(&mut self) -> model::Sessions {
+        let Some(Ok(found)) = self.socket.as_mut().map(|socket| socket.read(&self.device)) else {
+            return model::Sessions::new();
+        };
+        let wall = SystemTime::now();
+        let lives = |peer: &FoundPeer| peer.session(wall).is_some() && peer.handshake > self.keyed;
+        let peers = found.peers.iter().filter(|(_, peer)| lives(peer));
+        peers.filter_map(|(key, _)| Some((found.key?, *key))).collect()
+    }
+
+    /// Is [`Inside::sessions`] by the names of the nodes.
+    pub(super) fn sessions_of_nodes(&mut self) -> BTreeSet<NodeName> {
+        let sessions = self.sessions();
+        let plan = self.set.as_ref().map(|set| &set.plan);
+        let peers = plan.into_iter().flat_map(|plan| plan.peers.iter().map(move |peer| (plan.key, peer)));
+        peers
+            .filter(|(own, (key, _))| sessions.contains(&(*own, **key)))
+            .map(|(_, (_, peer))| peer.node.clone())
+            .collect()
+    }
+
+    /// Makes it so; returns what was left out and why, a sentence each. Who is new here and `in_use` on another device is asked
+    /// for a session at once.
     pub(super) fn set(
         &mut self,
-        config: &TunnelConfig,
+        secret: &TunnelSecret,
         wanted: &model::Tunnels,
+        in_use: &BTreeSet<NodeName>,
     ) -> Result<Vec<String>, KernelError> {
+        let (name, port) = (&self.device, self.port);
         let socket = self.socket.as_mut().ok_or_else(no_wireguard)?;
-        let name = &config.device;
         let found = socket.read(name).map_err(refused)?;
         let (peers, left_out) = usable(wanted);
         let before = self.set.take();
@@ -92,13 +125,21 @@ impl Inside {
         let wall = SystemTime::now();
         let changes = changes(&found, &peers, &known, wall);
         let new_key = found.key != Some(wanted.key);
-        if !is(&found, wanted.key, config.port) {
-            let secret = config.secret.to_bytes();
-            socket.set_identity(name, &secret, config.port).map_err(|error| at_port(error, config.port))?;
-            tracing::info!(key = %wanted.key, port = config.port, "tunnels carry packets in the kernel");
+        if !is(&found, wanted.key, port) {
+            socket.set_identity(name, &secret.to_bytes(), port).map_err(|error| at_port(error, port))?;
+            tracing::info!(device = name, key = %wanted.key, port, "tunnels carry packets in the kernel");
+        }
+        if new_key {
+            self.keyed = Some(wall);
         }
         let changed = socket.set_peers(name, &changes);
-        let asked = to_ask(&found, &changes, new_key, &known, wall);
+        let mut asked = to_ask(&found, &changes, new_key, &known, wall);
+        for change in changes.iter().filter(|change| change.kind == ChangeKind::Add) {
+            let node = wanted.peers.get(&change.key).map(|peer| &peer.node);
+            if node.is_some_and(|node| in_use.contains(node)) && !asked.contains(&change.key) {
+                asked.push(change.key);
+            }
+        }
         changed.and_then(|()| socket.ask(name, &asked)).map_err(refused)?;
         self.set = Some(Set { plan: wanted.clone(), peers });
         let names = wanted.peers.iter().map(|(key, peer)| (*key, peer.node.clone())).collect();
