@@ -1,7 +1,7 @@
 //! How a daemon takes over from one that runs: what the two say to each other, and the descriptors that go along.
 //!
-//! The control plane goes over as in any restart: the earlier daemon ends it whole and gives the lock of the state
-//! directory back before the later one begins. What may not pause goes over by `SCM_RIGHTS` (unix(7)): the local socket and
+//! The control plane goes over as in any restart: the earlier daemon ends it whole and hands the lock of the state
+//! directory over, which the later one then begins on. What may not pause goes over by `SCM_RIGHTS` (unix(7)): the local socket and
 //! that of the metrics, in whose queues callers wait meanwhile, and the tunnels (`crate::tunnel`).
 //! [Decision 9](../../docs/decisions/0009-hand-over.md) has the order and the reasons.
 //!
@@ -30,13 +30,13 @@ use crate::tunnel::{Tunnel, TunnelsOffered};
 /// The socket in the state directory at which a daemon offers to be taken over from.
 pub const SOCKET: &str = "handover.sock";
 /// Of what is said here; a later daemon that says another number is refused.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// The longest message. A session takes about 150 bytes, and they come in parts.
 const MOST: usize = 1 << 20;
 /// So many sessions are told in one message.
 const PART: usize = 1000;
-/// The most descriptors of a message: two listeners, the TUN device, a channel, a UDP socket a family.
-const DESCRIPTORS: usize = 6;
+/// The most descriptors of a message: the lock, two listeners, the TUN device, a channel, a UDP socket a family.
+const DESCRIPTORS: usize = 7;
 /// How long either side waits for a message that the other has no reason to delay.
 const PROMPT: Duration = Duration::from_secs(5);
 /// How long the later daemon waits for the earlier one to come to rest, which gives up before.
@@ -57,7 +57,7 @@ pub enum Message {
     },
     /// The earlier daemon goes on, for this reason.
     Refused(String),
-    /// The earlier daemon's control plane has ended, its lock is free; with the descriptors.
+    /// The earlier daemon's control plane has ended; with the descriptors, of which one is its lock.
     Offer(Offer),
     /// The later daemon knows its peers and reads from now on.
     Take,
@@ -69,7 +69,7 @@ pub enum Message {
     Done,
 }
 
-/// Which descriptors come, in this order: the local socket first.
+/// Which descriptors come, in this order: the lock and the local socket first.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Offer {
     /// The socket of the metrics.
@@ -219,6 +219,8 @@ impl Talk {
 /// What a daemon starts with besides its state directory.
 #[derive(Debug, Default)]
 pub struct Heritage {
+    /// The lock of the state directory, from an earlier daemon or to a later one.
+    pub lock: Option<OwnedFd>,
     /// The local socket, whose callers wait.
     pub local: Option<UnixListener>,
     /// The socket of the metrics.
@@ -274,6 +276,7 @@ pub fn take_over(state_dir: &Path) -> Result<Option<Heritage>, TakeOverError> {
     };
     let missing = || TakeOverError::Lost(io::Error::other("a descriptor is missing"));
     let mut fds = fds.into_iter();
+    let lock = fds.next().ok_or_else(missing)?;
     let local = UnixListener::from(fds.next().ok_or_else(missing)?);
     let metrics = match offer.metrics {
         true => Some(TcpListener::from(fds.next().ok_or_else(missing)?)),
@@ -296,7 +299,7 @@ pub fn take_over(state_dir: &Path) -> Result<Option<Heritage>, TakeOverError> {
             })
         }
     };
-    Ok(Some(Heritage { local: Some(local), metrics, tunnels, talk: Some(talk) }))
+    Ok(Some(Heritage { lock: Some(lock), local: Some(local), metrics, tunnels, talk: Some(talk) }))
 }
 
 /// Returns whether a daemon listens for others on a state directory.
@@ -362,8 +365,9 @@ fn offer(heritage: &mut Heritage, talk: &Talk) -> io::Result<()> {
         Tunnels::Running(tunnel) => Some(tunnel.channel()?),
         _ => None,
     };
-    let missing = || io::Error::other("there is no local socket");
-    let mut fds = vec![heritage.local.as_ref().ok_or_else(missing)?.as_fd()];
+    let missing = || io::Error::other("there is no lock, or no local socket");
+    let lock = heritage.lock.as_ref().ok_or_else(missing)?.as_fd();
+    let mut fds = vec![lock, heritage.local.as_ref().ok_or_else(missing)?.as_fd()];
     fds.extend(heritage.metrics.as_ref().map(AsFd::as_fd));
     let mut offer = Offer { metrics: heritage.metrics.is_some(), tunnels: None };
     if let (Tunnels::Running(tunnel), Some(channel)) = (&heritage.tunnels, &channel) {
@@ -372,12 +376,16 @@ fn offer(heritage: &mut Heritage, talk: &Talk) -> io::Result<()> {
         fds.extend([device, channel.as_fd()]);
         fds.extend([v4, v6].into_iter().flatten());
     }
-    talk.say(&Message::Offer(offer), &fds)
+    talk.say(&Message::Offer(offer), &fds)?;
+    // It is the later daemon's alone: should that one end, whoever comes first has it.
+    heritage.lock = None;
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::{StateDir, StateError};
 
     fn pair() -> (Talk, Talk) {
         let (one, other) = UnixStream::pair().unwrap();
@@ -429,6 +437,34 @@ mod tests {
         assert_eq!(other.hear().unwrap_err().kind(), io::ErrorKind::InvalidData);
         drop(one);
         assert_eq!(other.hear().unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn a_third_daemon_never_finds_the_lock_free_on_its_way() {
+        let path = std::env::temp_dir().join(format!("weft-handover-lock-{}", std::process::id()));
+        let dir = StateDir::open(&path).unwrap();
+        let listener = UnixListener::bind(path.join(SOCKET)).unwrap();
+        let third = || assert!(matches!(StateDir::open(&path), Err(StateError::Locked { .. })));
+        let later = std::thread::spawn({
+            let path = path.clone();
+            move || take_over(&path).unwrap().unwrap()
+        });
+        let talk = Talk::new(listener.accept().unwrap().0).unwrap();
+        talk.greeted().unwrap();
+        third();
+        let local = listener.try_clone().unwrap();
+        let mut heritage =
+            Heritage { lock: Some(dir.into_lock()), local: Some(local), ..Heritage::default() };
+        offer(&mut heritage, &talk).unwrap();
+        assert!(heritage.lock.is_none());
+        third();
+        let heritage = later.join().unwrap();
+        third();
+        let dir = StateDir::adopt(&path, heritage.lock.unwrap());
+        third();
+        drop(dir);
+        drop(StateDir::open(&path).expect("it ended with who had it"));
+        std::fs::remove_dir_all(&path).unwrap();
     }
 
     #[test]

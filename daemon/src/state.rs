@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -33,7 +34,7 @@ const PRIVATE: u32 = 0o600;
 #[derive(Debug)]
 pub struct StateDir {
     path: PathBuf,
-    _lock: File,
+    lock: File,
 }
 
 /// Why the state directory cannot be used; each says what to do.
@@ -161,12 +162,22 @@ impl StateDir {
             .open(&lock_path)
             .map_err(io("open", &lock_path))?;
         match lock.try_lock() {
-            Ok(()) => Ok(Self { path: path.to_owned(), _lock: lock }),
+            Ok(()) => Ok(Self { path: path.to_owned(), lock }),
             Err(TryLockError::WouldBlock) => Err(StateError::Locked { path: path.to_owned() }),
             Err(TryLockError::Error(source)) => {
                 Err(StateError::Io { action: "lock", path: lock_path, source })
             }
         }
+    }
+
+    /// Goes on with a lock that another daemon took and gave away.
+    pub fn adopt(path: &Path, lock: OwnedFd) -> Self {
+        Self { path: path.to_owned(), lock: lock.into() }
+    }
+
+    /// Gives the lock away as it is: it belongs to the open file (flock(2)), not to the process, so nobody can take it on its way.
+    pub fn into_lock(self) -> OwnedFd {
+        self.lock.into()
     }
 
     /// Returns the path of a file in the directory.

@@ -125,6 +125,7 @@ impl Node {
         self.remember(true, Instant::now());
         info!("at rest, another daemon may begin");
         Ended::HandOver(Heritage {
+            lock: Some(self.dir.into_lock()),
             local: Some(self.local),
             metrics: self.metrics,
             tunnels: tunnels.map_or(Tunnels::None, Tunnels::Running),

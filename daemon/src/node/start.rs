@@ -56,14 +56,20 @@ fn open_state(path: &Path, origin: Origin) -> Result<(StateDir, Heritage, bool),
     match origin {
         Origin::Alone => Ok((StateDir::open(path).map_err(fatal)?, Heritage::default(), false)),
         Origin::TakeOver => {
-            let heritage = handover::take_over(path).map_err(fatal)?;
-            let dir = StateDir::open(path).map_err(fatal)?;
-            Ok((dir, heritage.unwrap_or_default(), true))
+            let mut heritage = handover::take_over(path).map_err(fatal)?.unwrap_or_default();
+            let dir = match heritage.lock.take() {
+                Some(lock) => StateDir::adopt(path, lock),
+                None => StateDir::open(path).map_err(fatal)?,
+            };
+            Ok((dir, heritage, true))
         }
         Origin::Back(mut heritage) => {
             let began = Instant::now();
+            // What was not given away is still held.
+            let mut kept = heritage.lock.take();
             loop {
-                match StateDir::open(path) {
+                match kept.take().map_or_else(|| StateDir::open(path), |lock| Ok(StateDir::adopt(path, lock)))
+                {
                     Err(state::StateError::Locked { .. }) if began.elapsed() < LOCK => {
                         std::thread::sleep(Duration::from_millis(20));
                     }
@@ -110,7 +116,7 @@ pub async fn start(config: Config, origin: Origin) -> Result<Node, Fatal> {
     let ring = keys::read_ring(&config.cluster.key_file).map_err(Fatal)?;
     let trust = sites::trust(&config).map_err(Fatal)?;
     let (dir, heritage, waited_for) = open_state(&config.node.state_dir, origin)?;
-    let Heritage { local, metrics, tunnels, talk } = heritage;
+    let Heritage { local, metrics, tunnels, talk, .. } = heritage;
     let waited_for = waited_for && local.is_some();
     let (tunnels, predecessor) = fitting(&config, tunnels, talk);
     let key = dir.node_key().map_err(fatal)?;
