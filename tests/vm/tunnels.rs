@@ -82,6 +82,8 @@ fn gap(lost: &[u64]) -> (usize, usize) {
 fn told(what: &str, (sent, mut lost): (u64, Vec<u64>)) -> (usize, usize) {
     // Answers to those of the last second may have been under way when the ping was ended.
     lost.retain(|sequence| sequence + 100 < sent);
+    // The first may come before another ping's have warmed what they share; nothing has been done to the nodes by then.
+    lost.retain(|sequence| *sequence > 5);
     let (longest, all) = gap(&lost);
     println!("{what}: of {sent} pings {all} lost, {longest} in a row, from {:?}", lost.first());
     assert!(sent > 200, "{what}: only {sent} pings");
