@@ -623,7 +623,10 @@ fn leasing(start: &Start, seeds: &mut ChaCha8Rng, now: Instant) -> Leasing {
     let mut lease_config = LeaseConfig::new(node, site, key, config.cluster.carver.clone(), run)
         .with_ttl(config.store.lease_ttl);
     match &config.store.kind {
-        StoreKind::Static(subnets) => lease_config.fixed.clone_from(subnets),
+        StoreKind::Static(subnets) => {
+            lease_config.fixed.clone_from(subnets);
+            lease_config.only_fixed = true;
+        }
         StoreKind::Kubernetes(options) => {
             lease_config = lease_config.kept_by_store();
             lease_config.only_fixed = options.mode == Mode::NodePodCidr;

@@ -151,6 +151,11 @@ impl Control {
                 .unwrap_or_else(|| "the store has not answered yet".into());
             return Err(format!("the node has no pod subnet: {why}"));
         }
+        // A pod gets its addresses when it is attached, and no other later.
+        let getting = self.leasing.getting();
+        if let (Some(family), None) = (getting.first(), &self.store_error) {
+            return Err(format!("the node has no {family} subnet yet: its lease is on the way"));
+        }
         if let Err(why) = &self.underlay {
             return Err(format!("the node has no underlay: {why}"));
         }

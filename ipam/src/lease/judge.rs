@@ -374,6 +374,12 @@ impl Leasing {
         self.config.fixed.iter().copied().filter(move |subnet| Family::of(*subnet) == family)
     }
 
+    /// Returns whether the node is to have a lease of a family.
+    pub(super) fn wants(&self, family: Family) -> bool {
+        let chosen = self.fixed(family).next().is_some();
+        chosen || (!self.config.only_fixed && self.config.carver.family(family).next().is_some())
+    }
+
     fn wanted(&self, family: Family, subnet: Subnet) -> bool {
         let mut fixed = self.fixed(family).peekable();
         if fixed.peek().is_some() {

@@ -447,6 +447,14 @@ impl Leasing {
         self.slots.iter().filter_map(|slot| slot.held.as_ref()).map(|held| held.lease).collect()
     }
 
+    /// Returns the families that the node is still getting a lease of: it wants one, and nothing was found to be in the way.
+    pub fn getting(&self) -> Vec<Family> {
+        let gets = |slot: &&Slot| {
+            slot.held.is_none() && !slot.fenced && slot.told.is_none() && self.wants(slot.family)
+        };
+        self.slots.iter().filter(gets).map(|slot| slot.family).collect()
+    }
+
     /// Returns all leases of the store as last seen, by subnet; those that cannot be read are left out.
     pub fn table(&self, now: Instant) -> Vec<LeaseView> {
         let watched = self.view.watched(now, self.most_gap());

@@ -119,6 +119,35 @@ fn acquired(events: &[LeaseEvent]) -> Vec<HeldLease> {
 }
 
 #[test]
+fn a_node_says_of_which_families_it_still_gets_a_lease() {
+    let mut world = World::new();
+    let mut node = node(&world, 1, DUAL);
+    for _ in 0..20 {
+        assert_eq!(node.held().len() + node.getting().len(), 2, "{node:?}");
+        match node.poll_output(world.now) {
+            Output::List => node.handle_snapshot(&world.map.list("s"), world.now),
+            Output::Put { key, expect, value } => {
+                node.handle_put(key, world.map.put_if(key, expect, value), world.now);
+            }
+            _ => {}
+        }
+    }
+    assert_eq!(node.held().len(), 2);
+    // What cannot be had is not on the way, and what is not wanted neither.
+    let full = &[("10.32.4.0/24", 24), ("fd00:32::/64", 64)];
+    let taken = acquired(&world.run(&mut self::node(&world, 2, full)));
+    assert_eq!(taken.len(), 2);
+    let mut late = self::node(&world, 3, full);
+    assert_eq!(late.getting().len(), 2);
+    world.run(&mut late);
+    assert_eq!((late.held().len(), late.getting().len()), (0, 0));
+    let mut one = self::node(&world, 4, &[("10.64.0.0/16", 24)]);
+    assert_eq!(one.getting(), [Family::V4]);
+    world.run(&mut one);
+    assert_eq!((one.held().len(), one.getting().len()), (1, 0));
+}
+
+#[test]
 fn a_node_leases_one_subnet_of_each_family() {
     let mut world = World::new();
     let mut node = node(&world, 1, DUAL);
