@@ -18,7 +18,7 @@ NEEDS_VM := qemu-system-x86_64:qemu-system-x86 cpio:cpio modprobe:kmod objcopy:b
 NEEDS_TEST := c++:g++ etcd:etcd-server setpriv:util-linux iperf3:iperf3 tcpdump:tcpdump wg:wireguard-tools wireguard-go:wireguard-go containerd:containerd ctr:containerd runc:runc busybox:busybox-static
 
 .DEFAULT_GOAL := help
-.PHONY: help deps deps-lab deps-vm deps-kubernetes installed build lab lab-down test test-vm kubernetes kubernetes-e2e test-kubernetes conformance lint bench peers interop bench-cni fuzz fuzz-build fuzz-short sim chaos mutants bench-control bench-scale bench-vxlan bench-wireguard bench-node bench-kubernetes image install manifests deploy-tools
+.PHONY: help programs deps deps-lab deps-vm deps-kubernetes installed build lab lab-down test test-vm kubernetes kubernetes-e2e test-kubernetes conformance lint bench peers interop bench-cni fuzz fuzz-build fuzz-short sim chaos mutants bench-control bench-scale bench-vxlan bench-wireguard bench-node bench-kubernetes image install manifests deploy-tools
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -87,7 +87,7 @@ lab: deps-lab build ## bring up three nodes with two pods each, and show peers, 
 lab-down: ## take the lab down
 	@$(BIN)/weft-lab --name $(LAB) down
 
-test: deps build peers deploy-tools fuzz-short ## install what the tests need and run all of them
+test: deps build peers deploy-tools programs fuzz-short ## install what the tests need and run all of them
 	WEFT_BIN_DIR=$(BIN) cargo test --locked --no-fail-fast --workspace $(TEST_ARGS) </dev/null
 
 # What runs in the guest: TARGET, or TARGET:parts,of,names. The other tests of encryption hold the daemon to what a kernel
@@ -104,6 +104,9 @@ test-vm: deps-vm build ## run the tests of kernel WireGuard in a virtual machine
 KUBERNETES := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/weft-tests/kubernetes
 kubernetes: deps-kubernetes ## build a Kubernetes, containerd and CoreDNS for the tests, and images (minutes, once; 1 GB)
 	tests/kubernetes/build $(KUBERNETES)
+
+programs:
+	@$(MAKE) --no-print-directory kubernetes || echo "programs: not built, see above; the tests that need them are skipped"
 
 kubernetes-e2e: kubernetes ## build Kubernetes's own tests of conformance too (minutes, once)
 	tests/kubernetes/build $(KUBERNETES) e2e

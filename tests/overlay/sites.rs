@@ -109,6 +109,8 @@ fn sites_with_stores_of_their_own_join_keep_their_peers_and_part() {
     assert!(silent.contains("does not have the key of its site"), "{silent}");
 
     // A stolen key of a node is void in both sites; the rest goes on.
+    let known = || lab.weft("n3", &["peers"])["peers"].to_string().contains("\"n4\"");
+    wait_until("n3 has heard of n4 again", PATIENCE, known);
     lab.run("n3", &["weft", "site", "void", "n4"]);
     wait_until("the node is out", PATIENCE, || has_no_way(&lab, FIRST, ["n4", "n4"]));
     assert!(reaches(&lab, "n1", "n3") && reaches(&lab, "n3", "n2"));
