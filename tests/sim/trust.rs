@@ -254,6 +254,44 @@ fn a_node_key_rotates_without_a_moment_of_refusal_under_both_authorities() {
 }
 
 #[test]
+fn what_a_node_said_last_under_its_earlier_key_costs_it_no_route() {
+    let mut net = Meshes::new("what_a_node_said_last");
+    let authority = |generation| {
+        let of = move |node| (node, node, if node == 2 { generation } else { 1 }, node as u64 + 1);
+        table_of(&(0..3).map(of).collect::<Vec<_>>())
+    };
+    for node in 0..3 {
+        net.start(config(node, 1), authority(1));
+        net.announce(node, facts(node));
+    }
+    net.run_until("join", seconds(30), |net| net.converged(&all(3)));
+    // The lease names the next key but one already; meanwhile the node says something under its first, and then its second.
+    for node in 0..2 {
+        net.with(node, |mesh, now| mesh.set_authority(authority(3), now));
+    }
+    let routed = |net: &Meshes, node: usize| {
+        net.mesh(node).member(&name(2)).and_then(|member| member.routed.map(|record| record.facts.mtu))
+    };
+    net.announce(2, Facts { mtu: 1400, ..facts(2) });
+    for generation in [2, 3] {
+        for _ in 0..50 {
+            net.run(Duration::from_millis(100));
+            assert!((0..2).all(|node| routed(&net, node) == Some(1500)), "WEFT_SEED={}", net.seed);
+        }
+        net.with(2, |mesh, now| mesh.rotate_key(key(2, generation), now));
+    }
+    net.run_until("the last key", seconds(30), |net| (0..2).all(|node| routed(net, node) == Some(1400)));
+    assert!(net.sees(0, &all(3)));
+    // Whoever was never believed gets nothing by it.
+    net.start(config(3, 1), table_of(&[(3, 3, 9, 4)]));
+    let more = table_of(&[(0, 0, 1, 1), (1, 1, 1, 2), (2, 2, 3, 3), (3, 3, 9, 4)]);
+    net.with(0, |mesh, now| mesh.set_authority(more, now));
+    net.announce(3, facts(3));
+    net.run(seconds(10));
+    assert!(matches!(net.verdict(0, 3), Some(Verdict::Refused { .. })), "{:?}", net.verdict(0, 3));
+}
+
+#[test]
 fn a_node_that_missed_two_rotations_follows_the_endorsements() {
     let mut net = Meshes::new("a_node_that_missed_two_rotations");
     for node in 0..3 {

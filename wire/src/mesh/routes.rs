@@ -58,7 +58,12 @@ enum Judgement {
     Accepted,
     Pending(String),
     Refused(String),
-    Conflict { subnet: Subnet, kept: NodeName },
+    /// The lease is the node's, under another key.
+    OtherKey(String),
+    Conflict {
+        subnet: Subnet,
+        kept: NodeName,
+    },
 }
 
 impl Mesh {
@@ -82,6 +87,11 @@ impl Mesh {
                 was_routed.as_ref().is_some_and(|routed| **routed == *signed),
             )
         };
+        let judgement = match judgement {
+            // It may be what the node said last under the key before, and come after news of the lease.
+            Judgement::OtherKey(why) if was_routed.is_some() => Judgement::Pending(why),
+            other => other,
+        };
         let (verdict, routed) = match judgement {
             Judgement::Accepted => (Verdict::Accepted, Some(signed)),
             Judgement::Pending(why) => {
@@ -89,7 +99,7 @@ impl Mesh {
                 let kept = was_routed.clone().filter(|routed| self.holds(routed.record(), hash));
                 (Verdict::Pending { why }, kept)
             }
-            Judgement::Refused(why) => (Verdict::Refused { why }, None),
+            Judgement::Refused(why) | Judgement::OtherKey(why) => (Verdict::Refused { why }, None),
             Judgement::Conflict { subnet, kept } => {
                 let why = format!("{subnet} belongs to node {kept}");
                 if fresh || !matches!(verdict_before, Verdict::Refused { .. }) {
@@ -301,7 +311,7 @@ impl Mesh {
             return Judgement::Refused(format!("{subnet} has epoch {epoch}, the lease is of epoch {here}"));
         }
         if owner.key != record.key && !record.succeeds(&owner.key) {
-            return Judgement::Refused(format!(
+            return Judgement::OtherKey(format!(
                 "{subnet} is leased with key {}, the record is signed with key {}",
                 owner.key.short(),
                 record.key.short()
