@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use weft_tests::figures::{Figures, interleaved};
 use weft_tests::kubernetes::{Cluster, ClusterOptions, Network, Reference, Weft, missing, until};
-use weft_tests::lab::{Backend, skip};
+use weft_tests::lab::skip;
 
 const PAUSE: &str = "registry.k8s.io/pause:3.10.2";
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -31,7 +31,7 @@ fn main() {
         return skip(&why);
     }
     let mut figures = Figures::default();
-    let weft: &dyn Network = &Weft(Backend::Vxlan);
+    let weft: &dyn Network = &Weft::Vxlan;
     interleaved(CLUSTERS, &mut [weft, &Reference], |_, network| from_nothing(&mut figures, *network));
     let cluster = up(weft);
     weft.install(&cluster);

@@ -7,6 +7,7 @@ mod pods;
 mod rollout;
 mod secrecy;
 mod services;
+mod trouble;
 mod waves;
 
 use crate::scene::Scene;
@@ -37,6 +38,7 @@ pub fn of_weft() -> Vec<Case> {
     all.extend::<Vec<Case>>(vec![
         ("a_rolling_restart_loses_nothing", rollout::a_rolling_restart_loses_nothing),
         ("an_upgrade_loses_nothing", rollout::an_upgrade_loses_nothing),
+        ("a_pod_is_made_anew_while_the_api_is_gone", life::a_pod_is_made_anew_while_the_api_is_gone),
     ]);
     all
 }
@@ -46,6 +48,27 @@ pub fn of_encrypted_weft() -> Vec<Case> {
     let mut all = of_any_network();
     all.push(("nothing_is_in_clear_between_nodes", secrecy::nothing_is_in_clear_between_nodes));
     all
+}
+
+/// What holds where Kubernetes chooses the nodes' blocks.
+pub fn of_node_podcidr() -> Vec<Case> {
+    vec![
+        ("nodes_turn_ready", pods::nodes_turn_ready),
+        ("pods_reach_pods_across_nodes_without_nat", pods::pods_reach_pods_across_nodes_without_nat),
+        ("a_node_is_deleted_and_added_again", life::a_node_is_deleted_and_added_again),
+        ("pods_are_in_the_cidrs_of_their_nodes", pods::pods_are_in_the_cidrs_of_their_nodes),
+    ]
+}
+
+/// What a person is told who made a mistake, and that all is well again once it is mended.
+pub fn of_trouble() -> Vec<Case> {
+    vec![
+        ("nodes_turn_ready", pods::nodes_turn_ready),
+        ("missing_verbs_are_named", trouble::missing_verbs_are_named),
+        ("an_older_definition_is_named", trouble::an_older_definition_is_named),
+        ("a_network_before_wefts_is_named", trouble::a_network_before_wefts_is_named),
+        ("pods_wait_for_a_daemon_that_is_late", trouble::pods_wait_for_a_daemon_that_is_late),
+    ]
 }
 
 /// Kubernetes's own tests of its network, which take their time: only when they are named.

@@ -12,13 +12,14 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use weft_tests::kubernetes::{Cluster, ClusterOptions, Network, Proxy, Reference, Weft, missing};
-use weft_tests::lab::{Backend, skip};
+use weft_tests::lab::skip;
 
 /// A cluster, and what is tried on it.
 struct Suite {
     name: &'static str,
     network: Box<dyn Network>,
     proxy: Proxy,
+    nodes: usize,
     cases: Vec<cases::Case>,
 }
 
@@ -28,31 +29,50 @@ fn suites() -> Vec<Suite> {
             name: "reference_nftables",
             network: Box::new(Reference),
             proxy: Proxy::Nftables,
+            nodes: 2,
             cases: cases::of_any_network(),
         },
         Suite {
             name: "reference_iptables",
             network: Box::new(Reference),
             proxy: Proxy::Iptables,
+            nodes: 2,
             cases: cases::of_services(),
         },
         Suite {
             name: "weft_nftables",
-            network: Box::new(Weft(Backend::Vxlan)),
+            network: Box::new(Weft::Vxlan),
             proxy: Proxy::Nftables,
+            nodes: 2,
             cases: cases::of_weft(),
         },
         Suite {
             name: "weft_iptables",
-            network: Box::new(Weft(Backend::Vxlan)),
+            network: Box::new(Weft::Vxlan),
             proxy: Proxy::Iptables,
+            nodes: 2,
             cases: cases::of_services(),
         },
         Suite {
             name: "weft_encrypted",
-            network: Box::new(Weft(Backend::Wireguard)),
+            network: Box::new(Weft::Encrypted),
             proxy: Proxy::Nftables,
+            nodes: 2,
             cases: cases::of_encrypted_weft(),
+        },
+        Suite {
+            name: "weft_node_podcidr",
+            network: Box::new(Weft::NodePodCidr),
+            proxy: Proxy::Nftables,
+            nodes: 3,
+            cases: cases::of_node_podcidr(),
+        },
+        Suite {
+            name: "weft_trouble",
+            network: Box::new(Weft::Vxlan),
+            proxy: Proxy::Nftables,
+            nodes: 2,
+            cases: cases::of_trouble(),
         },
     ]
 }
@@ -104,6 +124,7 @@ fn run(suite: &Suite) -> (usize, Vec<String>) {
     let made = catch_unwind(AssertUnwindSafe(|| {
         let mut options = ClusterOptions::new(&suite.name.replace('_', "-"));
         options.proxy = suite.proxy;
+        options.nodes = suite.nodes;
         options.node_cidrs = suite.network.wants_node_cidrs();
         let cluster = Cluster::up(options);
         assert_eq!(cluster.ready_nodes(), 0, "a node is Ready though it has no pod network");

@@ -104,7 +104,7 @@ fn unreachable(request: &CniRequest, socket: &Path, error: &std::io::Error) -> C
     let code = if request.verb == "STATUS" { Code::NotAvailable } else { Code::TryAgainLater };
     let message = match error.kind() {
         std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => format!(
-            "weftd does not run on this node (nothing listens at {shown}); start it with `systemctl start weftd` or look at its log"
+            "weftd does not run on this node (nothing listens at {shown}); look at its log, and start it: its pod of the DaemonSet weft, or `systemctl start weftd`"
         ),
         std::io::ErrorKind::PermissionDenied => {
             format!("weft-cni may not talk to weftd at {shown}; the container runtime must run as root")

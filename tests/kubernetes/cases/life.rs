@@ -1,5 +1,10 @@
 //! What befalls a cluster: its API goes, a node goes and comes back.
 
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use serde_json::Value;
+
 use crate::scene::{Client, PATIENCE, Pod, Scene};
 
 /// A pod of each of two nodes.
@@ -39,6 +44,51 @@ pub fn pods_talk_while_the_api_is_gone_for_a_minute(scene: &Scene<'_>) {
         assert!(lost.is_empty(), "no answer to {lost:?} of {sent}");
         assert!(sent > 5000, "{sent} pings in more than a minute");
     }
+}
+
+/// The network namespaces of pods on a node.
+fn spaces(scene: &Scene<'_>, node: &str) -> BTreeSet<String> {
+    scene.cluster.lab().sh(node, "ls /run/netns").split_whitespace().map(str::to_owned).collect()
+}
+
+pub fn a_pod_is_made_anew_while_the_api_is_gone(scene: &Scene<'_>) {
+    let pods = scene.servers("web", 2);
+    let (one, other) = pair(&pods);
+    let client = scene.inside(one);
+    let before = spaces(scene, &other.node);
+    let Client::Pod { netns, .. } = scene.inside(other) else { unreachable!("a pod has a namespace") };
+    scene.cluster.stop(scene.cluster.plane(), "kube-apiserver");
+    // With the process that holds its namespaces goes the sandbox, and with that the address.
+    let end = "kill -9 $(ip netns pids \"$(basename \"$0\")\")";
+    scene.cluster.lab().run(other.node.as_str(), &["sh", "-c", end, &netns]);
+    let mut now = Vec::new();
+    scene.until("the pod has another sandbox, whose addresses answer another node's pod", || {
+        now = spaces(scene, &other.node)
+            .difference(&before)
+            .flat_map(|space| {
+                let look = ["ip", "-n", space, "-j", "address", "show", "dev", "eth0"];
+                let seen = scene.cluster.lab().exec(other.node.as_str(), &look);
+                addresses(&serde_json::from_slice(&seen.stdout).unwrap_or_default())
+            })
+            .collect();
+        now.len() == 2 && now.iter().all(|ip| scene.try_ask(&client, *ip, 8080, "/hostname").is_some())
+    });
+    assert!(!scene.cluster.try_kubectl(&["get", "nodes"]).status.success(), "the API is gone");
+    scene.cluster.start_api();
+    let bound = format!("--timeout={}s", PATIENCE.as_secs());
+    scene.cluster.kubectl(&["wait", "--for=condition=Ready", "node", "--all", &bound]);
+    now.sort();
+    scene.until("the API hears of the pod's addresses", || {
+        scene.pods("web").iter().any(|pod| pod.name == other.name && pod.ips == now)
+    });
+}
+
+/// The global addresses in what `ip -j address` says.
+fn addresses(links: &Value) -> Vec<IpAddr> {
+    let all = links.as_array().into_iter().flatten();
+    let all = all.flat_map(|link| link["addr_info"].as_array().into_iter().flatten());
+    let all = all.filter(|address| address["scope"] == "global");
+    all.filter_map(|address| address["local"].as_str()?.parse().ok()).collect()
 }
 
 pub fn a_node_is_deleted_and_added_again(scene: &Scene<'_>) {

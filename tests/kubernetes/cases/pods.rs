@@ -1,5 +1,7 @@
 //! Pods and nodes, without Services.
 
+use std::net::IpAddr;
+
 use serde_json::json;
 
 use crate::scene::{AGNHOST, PATIENCE, Scene, single};
@@ -72,4 +74,31 @@ pub fn host_network_and_host_path_are_the_nodes_own(scene: &Scene<'_>) {
         let own = scene.kubectl(&["exec", &pod, "--", "cat", "/sys/class/net/eth0/address"]);
         assert_eq!(own, scene.cluster.lab().run(node.as_str(), &["cat", "/sys/class/net/eth0/address"]));
     }
+}
+
+pub fn pods_are_in_the_cidrs_of_their_nodes(scene: &Scene<'_>) {
+    let pods = scene.servers("web", 2 * scene.cluster.nodes().len());
+    for node in scene.cluster.nodes() {
+        let spec = scene.cluster.objects(&["node", &node])["spec"].clone();
+        let cidrs: Vec<&str> =
+            spec["podCIDRs"].as_array().into_iter().flatten().filter_map(|one| one.as_str()).collect();
+        assert_eq!(cidrs.len(), 2, "{node}: {spec}");
+        let here: Vec<_> = pods.iter().filter(|pod| pod.node == node).collect();
+        assert_eq!(here.len(), 2, "{pods:?}");
+        for ip in here.iter().flat_map(|pod| &pod.ips) {
+            assert!(cidrs.iter().any(|cidr| contains(cidr, *ip)), "{ip} on {node} is in none of {cidrs:?}");
+        }
+    }
+}
+
+/// Whether an address is in a CIDR.
+fn contains(cidr: &str, ip: IpAddr) -> bool {
+    let (network, length) = cidr.split_once('/').expect("an address and a length");
+    let bits = |ip: IpAddr| match ip {
+        IpAddr::V4(ip) => (u128::from(ip.to_bits()) << 96, true),
+        IpAddr::V6(ip) => (ip.to_bits(), false),
+    };
+    let (network, ip) = (bits(network.parse().expect("an address")), bits(ip));
+    let length: u32 = length.parse().expect("a length");
+    network.1 == ip.1 && (network.0 ^ ip.0).leading_zeros() >= length
 }

@@ -6,25 +6,32 @@ use std::process::Command;
 
 use super::cluster::Cluster;
 use super::network::Network;
-use crate::lab::Backend;
 
-/// weft with VXLAN, or with everything between nodes encrypted. Both families.
-#[derive(Debug)]
-pub struct Weft(pub Backend);
+/// weft as an overlay of deploy/ configures it, with both families.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Weft {
+    /// VXLAN, and blocks that weft chooses.
+    Vxlan,
+    /// Everything between nodes is encrypted.
+    Encrypted,
+    /// VXLAN, and the blocks in `spec.podCIDRs` of each Node.
+    NodePodCidr,
+}
 
 /// What deploy/ gives its DaemonSet to run.
 pub const WEFT_IMAGE: &str = concat!("ghcr.io/weft-net/weft:", env!("CARGO_PKG_VERSION"));
 
 impl Network for Weft {
     fn name(&self) -> &str {
-        match self.0 {
-            Backend::Wireguard => "weft, encrypted",
-            Backend::Vxlan | Backend::Auto => "weft",
+        match self {
+            Self::Vxlan => "weft",
+            Self::Encrypted => "weft, encrypted",
+            Self::NodePodCidr => "weft, node-podcidr",
         }
     }
 
     fn wants_node_cidrs(&self) -> bool {
-        false
+        *self == Self::NodePodCidr
     }
 
     fn install(&self, cluster: &Cluster) {
@@ -47,21 +54,23 @@ impl Network for Weft {
 }
 
 impl Weft {
-    /// The directory that is applied: an overlay of deploy/, or one made of two of them.
+    /// The directory that is applied: the dual-stack overlay of deploy/, or another one with that one's ranges.
     fn kustomization(&self, cluster: &Cluster) -> PathBuf {
         let overlays = root().join("deploy/kubernetes/overlays");
-        if self.0 != Backend::Wireguard {
-            return overlays.join("dual-stack");
-        }
+        let (overlay, more) = match self {
+            Self::Vxlan => return overlays.join("dual-stack"),
+            Self::Encrypted => ("wireguard", "\n[encryption]\npolicy = \"always\"\n"),
+            // The last table of the file is the store's.
+            Self::NodePodCidr => ("node-podcidr", "mode = \"node-podcidr\"\n"),
+        };
         let directory = cluster.lab().handle().dir().join("weft");
         fs::create_dir_all(&directory).expect("the lab's directory takes another");
         let dual = fs::read_to_string(overlays.join("dual-stack/weft.toml"))
             .expect("deploy/ has a dual-stack overlay");
-        fs::write(directory.join("weft.toml"), dual + "\n[encryption]\npolicy = \"always\"\n")
-            .expect("a file");
+        fs::write(directory.join("weft.toml"), dual + more).expect("a file");
         // kustomize takes no absolute path.
         let up: PathBuf = directory.components().skip(1).map(|_| "..").collect();
-        let base = up.join(overlays.join("wireguard").strip_prefix("/").expect("an absolute path"));
+        let base = up.join(overlays.join(overlay).strip_prefix("/").expect("an absolute path"));
         let text = format!(
             "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources: [{}]\n\
              configMapGenerator:\n- {{ name: weft, namespace: weft-system, behavior: merge, files: [weft.toml] }}\n\
