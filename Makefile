@@ -111,7 +111,7 @@ programs:
 kubernetes-e2e: kubernetes ## build Kubernetes's own tests of conformance too (minutes, once)
 	tests/kubernetes/build $(KUBERNETES) e2e
 
-test-kubernetes: kubernetes build ## run the tests in a real Kubernetes on this machine (root, minutes); TEST_ARGS names cases
+test-kubernetes: kubernetes build ## run the tests in a real Kubernetes on this machine (root, minutes); TEST_ARGS=all runs every case, or names cases
 	WEFT_BIN_DIR=$(BIN) cargo test --locked -p weft-tests --test kubernetes -- $(TEST_ARGS) </dev/null
 
 # One suite at a time: TEST_ARGS=weft_nftables, or =reference_nftables.

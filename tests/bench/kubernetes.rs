@@ -32,13 +32,13 @@ fn main() {
     }
     let mut figures = Figures::default();
     let weft: &dyn Network = &Weft::Vxlan;
-    interleaved(CLUSTERS, &mut [weft, &Reference], |_, network| from_nothing(&mut figures, *network));
     let cluster = up(weft);
     weft.install(&cluster);
     ready(&cluster);
     at_rest_and_in_waves(&mut figures, &cluster);
     starts(&mut figures, &cluster);
     drop(cluster);
+    interleaved(CLUSTERS, &mut [weft, &Reference], |_, network| from_nothing(&mut figures, *network));
 
     for name in figures.names() {
         println!("{name}: {:.2}", figures.spread(name));
@@ -54,7 +54,18 @@ fn main() {
 fn up(network: &dyn Network) -> Cluster {
     let mut options = ClusterOptions::new("bench");
     options.node_cidrs = network.wants_node_cidrs();
-    Cluster::up(options)
+    let cluster = Cluster::up(options);
+    // A pod without a controller is refused until then.
+    until("the controllers have made the account of pods", PATIENCE, || {
+        cluster.try_kubectl(&["get", "serviceaccount", "default"]).status.success()
+    });
+    cluster
+}
+
+/// Takes a figure, and shows it: a whole run takes a quarter of an hour.
+fn note(figures: &mut Figures, name: &str, figure: f64) {
+    println!("  {name}: {figure:.2}");
+    figures.add(name, figure);
 }
 
 fn ready(cluster: &Cluster) {
@@ -72,7 +83,7 @@ fn from_nothing(figures: &mut Figures, network: &dyn Network) {
     let began = Instant::now();
     network.install(&cluster);
     ready(&cluster);
-    figures.add(&format!("{}: apply to Ready (s)", network.name()), began.elapsed().as_secs_f64());
+    note(figures, &format!("{}: apply to Ready (s)", network.name()), began.elapsed().as_secs_f64());
     let mut address = String::new();
     until("the second node's pod answers the first's", PATIENCE, || {
         if address.is_empty() {
@@ -83,7 +94,7 @@ fn from_nothing(figures: &mut Figures, network: &dyn Network) {
         let script = "[ -n \"$0\" ] && nsenter --net=/run/netns/$(ls /run/netns | head -1) -- ping -n -q -c 1 -W 1 \"$0\"";
         cluster.lab().exec(nodes[0].as_str(), &["sh", "-c", script, &address]).status.success()
     });
-    figures.add(&format!("{}: apply to the first ping (s)", network.name()), began.elapsed().as_secs_f64());
+    note(figures, &format!("{}: apply to the first ping (s)", network.name()), began.elapsed().as_secs_f64());
 }
 
 fn pod(name: &str, node: &str) -> Value {
@@ -117,13 +128,13 @@ fn at_rest_and_in_waves(figures: &mut Figures, cluster: &Cluster) {
     let began = (Instant::now(), ticks());
     cluster.lab().run(node.as_str(), &["sleep", &REST.as_secs().to_string()]);
     let share = |began: (Instant, f64)| (ticks() - began.1) / began.0.elapsed().as_secs_f64();
-    figures.add("weftd at rest: % of a core", share(began));
-    figures.add("weftd at rest: MiB", memory());
+    note(figures, "weftd at rest: % of a core", share(began));
+    note(figures, "weftd at rest: MiB", memory());
     let began = (Instant::now(), ticks());
     many(cluster, WAVE, &cluster.nodes());
-    figures.add("weftd in a wave of 60 pods: MiB", memory());
+    note(figures, "weftd in a wave of 60 pods: MiB", memory());
     gone(cluster);
-    figures.add("weftd in a wave of 60 pods: % of a core", share(began));
+    note(figures, "weftd in a wave of 60 pods: % of a core", share(began));
     assert_eq!(daemon(), pid, "the daemon was another one in the end");
 }
 
@@ -172,7 +183,7 @@ fn starts(figures: &mut Figures, cluster: &Cluster) {
             address.starts_with("10.99.") == (*network == "reference")
         });
         for (count, what) in [(1, "1 pod to Ready (s)"), (PODS, "10 pods to Ready (s)")] {
-            figures.add(&format!("{network}: {what}"), many(cluster, count, &node).as_secs_f64());
+            note(figures, &format!("{network}: {what}"), many(cluster, count, &node).as_secs_f64());
             gone(cluster);
         }
     });

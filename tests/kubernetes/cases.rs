@@ -55,8 +55,12 @@ pub fn of_node_podcidr() -> Vec<Case> {
     vec![
         ("nodes_turn_ready", pods::nodes_turn_ready),
         ("pods_reach_pods_across_nodes_without_nat", pods::pods_reach_pods_across_nodes_without_nat),
-        ("a_node_is_deleted_and_added_again", life::a_node_is_deleted_and_added_again),
         ("pods_are_in_the_cidrs_of_their_nodes", pods::pods_are_in_the_cidrs_of_their_nodes),
+        ("a_node_is_deleted_and_added_again", life::a_node_is_deleted_and_added_again),
+        (
+            "new_pods_are_in_the_cidrs_of_a_node_made_anew",
+            pods::new_pods_are_in_the_cidrs_of_a_node_made_anew,
+        ),
     ]
 }
 

@@ -2,7 +2,8 @@
 //!
 //! A cluster takes its time to come up, so the cases of a suite share one, one after the other, each in a Kubernetes namespace of
 //! its own. That is why this is not libtest: a cluster must be gone when the last case ended, however it ended. Arguments are
-//! parts of the names of cases to run, as libtest takes them, and `--list`.
+//! parts of the names of cases to run, as libtest takes them, `all` for all of them, and `--list`. Without a name those of
+//! [`SHORT`] run.
 
 mod cases;
 mod scene;
@@ -13,6 +14,27 @@ use std::time::Instant;
 
 use weft_tests::kubernetes::{Cluster, ClusterOptions, Network, Proxy, Reference, Weft, missing};
 use weft_tests::lab::skip;
+
+/// What runs when no case is named: each mode of kube-proxy, each backend, who chooses the blocks, an upgrade, and mistakes. Left
+/// out is what takes long, the reference network, and the same cases a second time.
+const SHORT: &[&str] = &[
+    "weft_nftables::nodes_turn_ready",
+    "weft_nftables::pods_reach",
+    "weft_nftables::names_resolve",
+    "weft_nftables::cluster_ips",
+    "weft_nftables::node_ports",
+    "weft_nftables::external_ips",
+    "weft_nftables::host_ports",
+    "weft_nftables::a_pod_is_made_anew",
+    "weft_nftables::an_upgrade",
+    "weft_iptables::",
+    "weft_encrypted::nodes_turn_ready",
+    "weft_encrypted::pods_reach",
+    "weft_encrypted::nothing_is_in_clear",
+    "weft_node_podcidr::nodes_turn_ready",
+    "weft_node_podcidr::pods_",
+    "weft_trouble::",
+];
 
 /// A cluster, and what is tried on it.
 struct Suite {
@@ -80,7 +102,13 @@ fn suites() -> Vec<Suite> {
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--nocapture").collect();
     let list = args.iter().any(|arg| arg == "--list");
-    let filters: Vec<&String> = args.iter().filter(|arg| !arg.starts_with("--")).collect();
+    let mut filters: Vec<&str> =
+        args.iter().map(String::as_str).filter(|arg| !arg.starts_with("--")).collect();
+    match filters[..] {
+        [] => filters = SHORT.to_vec(),
+        ["all"] => filters.clear(),
+        _ => {}
+    }
     let mut suites = suites();
     for suite in &mut suites {
         let name = suite.name;
@@ -89,7 +117,7 @@ fn main() -> ExitCode {
             let full = format!("{name}::{case}");
             let asked_for =
                 *case != cases::CONFORMANCE.0 || filters.iter().any(|filter| filter.contains(case));
-            asked_for && (filters.is_empty() || filters.iter().any(|filter| full.contains(filter.as_str())))
+            asked_for && (filters.is_empty() || filters.iter().any(|filter| full.contains(filter)))
         });
     }
     if list {

@@ -139,6 +139,11 @@ impl Control {
         if self.leaving {
             return Err("the node is leaving the cluster; no more pods are attached".into());
         }
+        if let Some(subnet) = self.leasing.giving_back() {
+            return Err(format!(
+                "{subnet} is being given back for another subnet; pods are attached once that is done"
+            ));
+        }
         if self.subnets().is_empty() {
             let why = self
                 .problems

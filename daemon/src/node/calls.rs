@@ -61,7 +61,9 @@ impl Node {
         let answer = match body {
             RequestBody::Cni(request) => {
                 let ready = self.control.ready();
-                return self.pods.handle_call(request, reply, ready);
+                self.pods.handle_call(request, reply, ready);
+                // A pod that is being attached has its addresses already.
+                return self.pods_changed(now);
             }
             RequestBody::Ping(request) => return self.start_ping(&request, reply, now),
             RequestBody::Leave(_) => return self.start_leaving(reply, now),

@@ -455,6 +455,15 @@ impl Leasing {
         self.slots.iter().filter(gets).map(|slot| slot.family).collect()
     }
 
+    /// Returns the held subnet that the store is being asked to take back: a pod that got an address of it now would keep an
+    /// address that is another node's later.
+    pub fn giving_back(&self) -> Option<Subnet> {
+        self.in_flight
+            .as_ref()
+            .filter(|sent| matches!(sent.request, Request::Release(_)))
+            .and_then(|sent| sent.key)
+    }
+
     /// Returns all leases of the store as last seen, by subnet; those that cannot be read are left out.
     pub fn table(&self, now: Instant) -> Vec<LeaseView> {
         let watched = self.view.watched(now, self.most_gap());

@@ -508,7 +508,15 @@ fn a_subnet_outside_new_ranges_is_kept_while_pods_live_and_then_exchanged() {
     let events = world.pass(TTL, &mut [&mut again]);
     assert_eq!(events[0], LeaseEvent::Conflict(LeaseConflict::Outside { subnet: held[0].subnet }));
     assert_eq!(again.held(), held);
+    assert_eq!(again.giving_back(), None);
     again.set_may_renumber(true, world.now);
+    let Output::Delete { key, revision } = again.poll_output(world.now) else {
+        panic!("nothing is given back")
+    };
+    assert_eq!((key, again.giving_back()), (held[0].subnet, Some(held[0].subnet)));
+    let deleted = world.map.delete_if(key, revision);
+    again.handle_delete(key, deleted, world.now);
+    assert_eq!((again.held(), again.giving_back()), (Vec::new(), None));
     let events = world.run(&mut again);
     assert_eq!(events[0], LeaseEvent::Released(held[0].subnet));
     assert_eq!(world.keys(), [again.held()[0].subnet.to_string()]);

@@ -15,6 +15,8 @@ pub fn of_networks(scene: &Scene<'_>) {
     let suite = scene.cluster.program("e2e.test");
     assert!(std::path::Path::new(&suite).exists(), "{suite} is not built: run `make kubernetes-e2e`");
     names::start_coredns(scene);
+    // Some of them have the API server fetch from pods.
+    scene.network.lead_the_plane(scene.cluster);
     let directory = scene.cluster.lab().handle().dir().join("conformance");
     fs::create_dir_all(&directory).expect("the lab's directory takes another");
     let (output, focus) = (format!("--output-dir={}", directory.display()), format!("--focus={FOCUS}"));

@@ -77,18 +77,40 @@ pub fn host_network_and_host_path_are_the_nodes_own(scene: &Scene<'_>) {
 }
 
 pub fn pods_are_in_the_cidrs_of_their_nodes(scene: &Scene<'_>) {
-    let pods = scene.servers("web", 2 * scene.cluster.nodes().len());
-    for node in scene.cluster.nodes() {
+    let strays = strays(scene, "web");
+    assert!(strays.is_empty(), "{strays:#?}");
+}
+
+/// A Node that is made anew may get other CIDRs. What it had before is kept while pods use it, and no longer.
+pub fn new_pods_are_in_the_cidrs_of_a_node_made_anew(scene: &Scene<'_>) {
+    let mut turn = 0;
+    scene.until("no new pod is outside of its node's CIDRs", || {
+        turn += 1;
+        let app = format!("web-{turn}");
+        let strays = strays(scene, &app);
+        println!("turn {turn}: {strays:?}");
+        scene.kubectl(&["delete", "deployment", &app, "--cascade=foreground", "--wait"]);
+        strays.is_empty()
+    });
+}
+
+/// Starts two pods on each node, and says which have addresses that are not in the CIDRs of their nodes.
+fn strays(scene: &Scene<'_>, app: &str) -> Vec<String> {
+    let nodes = scene.cluster.nodes();
+    let pods = scene.servers(app, 2 * nodes.len());
+    let mut strays = Vec::new();
+    for node in nodes {
         let spec = scene.cluster.objects(&["node", &node])["spec"].clone();
-        let cidrs: Vec<&str> =
-            spec["podCIDRs"].as_array().into_iter().flatten().filter_map(|one| one.as_str()).collect();
+        let cidrs = spec["podCIDRs"].as_array().into_iter().flatten();
+        let cidrs: Vec<&str> = cidrs.filter_map(|cidr| cidr.as_str()).collect();
         assert_eq!(cidrs.len(), 2, "{node}: {spec}");
         let here: Vec<_> = pods.iter().filter(|pod| pod.node == node).collect();
         assert_eq!(here.len(), 2, "{pods:?}");
-        for ip in here.iter().flat_map(|pod| &pod.ips) {
-            assert!(cidrs.iter().any(|cidr| contains(cidr, *ip)), "{ip} on {node} is in none of {cidrs:?}");
-        }
+        let outside = here.iter().flat_map(|pod| &pod.ips);
+        let outside = outside.filter(|ip| !cidrs.iter().any(|cidr| contains(cidr, **ip)));
+        strays.extend(outside.map(|ip| format!("{ip} on {node}, which has {cidrs:?}")));
     }
+    strays
 }
 
 /// Whether an address is in a CIDR.

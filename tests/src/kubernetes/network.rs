@@ -23,6 +23,10 @@ pub trait Network {
     /// Is told of a node that left the cluster for good, when its pods are gone: what a person does who takes a node out.
     fn left(&self, cluster: &Cluster, node: &str);
 
+    /// Gives the machine of the control plane, which is no node, ways to the pods of all nodes, as the API server needs them that is
+    /// asked to carry a request to a pod.
+    fn lead_the_plane(&self, cluster: &Cluster);
+
     /// How many pod addresses it holds for given out on a node.
     fn addresses_in_use(&self, cluster: &Cluster, node: &str) -> usize;
 }
@@ -84,6 +88,10 @@ impl Network for Reference {
         // The bridge keeps its address, and the plugin refuses one of another CIDR.
         let script = "rm -rf /etc/cni/net.d/10-reference.conflist /var/lib/cni/networks; ip link delete cni0";
         cluster.lab().sh(node, script);
+    }
+
+    fn lead_the_plane(&self, _: &Cluster) {
+        // `joined` gives the routes to every machine.
     }
 
     fn addresses_in_use(&self, cluster: &Cluster, node: &str) -> usize {

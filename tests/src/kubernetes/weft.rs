@@ -46,6 +46,17 @@ impl Network for Weft {
 
     fn left(&self, _: &Cluster, _: &str) {}
 
+    fn lead_the_plane(&self, cluster: &Cluster) {
+        let leases = cluster.objects(&["podsubnets"]);
+        for lease in leases["items"].as_array().expect("a list") {
+            let text = |field: &str| lease["spec"][field].as_str().expect("a PodSubnet has it").to_owned();
+            let (subnet, node) = (text("subnet"), text("node"));
+            let via = cluster.addresses(&node).into_iter().find(|via| via.is_ipv6() == subnet.contains(':'));
+            let via = via.expect("the underlay has both families").to_string();
+            cluster.lab().run(cluster.plane(), &["ip", "route", "replace", &subnet, "via", &via]);
+        }
+    }
+
     fn addresses_in_use(&self, cluster: &Cluster, node: &str) -> usize {
         let pods = cluster.lab().weft(node, &["pods"]);
         let pods = pods["pods"].as_array().cloned().unwrap_or_default();
