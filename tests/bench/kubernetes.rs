@@ -35,6 +35,9 @@ fn main() {
     let cluster = up(weft);
     weft.install(&cluster);
     ready(&cluster);
+    // A node is Ready once it has a network configuration, a moment before its daemon runs.
+    let bound = format!("--timeout={}s", PATIENCE.as_secs());
+    cluster.kubectl(&["-n", "weft-system", "rollout", "status", "daemonset/weft", &bound]);
     at_rest_and_in_waves(&mut figures, &cluster);
     starts(&mut figures, &cluster);
     drop(cluster);
@@ -59,6 +62,7 @@ fn up(network: &dyn Network) -> Cluster {
     until("the controllers have made the account of pods", PATIENCE, || {
         cluster.try_kubectl(&["get", "serviceaccount", "default"]).status.success()
     });
+    network.deliver(&cluster);
     cluster
 }
 

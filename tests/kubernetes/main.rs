@@ -156,6 +156,7 @@ fn run(suite: &Suite) -> (usize, Vec<String>) {
         options.node_cidrs = suite.network.wants_node_cidrs();
         let cluster = Cluster::up(options);
         assert_eq!(cluster.ready_nodes(), 0, "a node is Ready though it has no pod network");
+        suite.network.deliver(&cluster);
         suite.network.install(&cluster);
         cluster
     }));

@@ -14,6 +14,9 @@ pub trait Network {
     /// Whether the cluster has to allocate a CIDR for every node.
     fn wants_node_cidrs(&self) -> bool;
 
+    /// Gives the nodes the images that it runs, as a registry would. None, where it has none.
+    fn deliver(&self, cluster: &Cluster);
+
     /// Installs it on nodes that have none. It need not be ready when this returns.
     fn install(&self, cluster: &Cluster);
 
@@ -45,6 +48,8 @@ impl Network for Reference {
     fn wants_node_cidrs(&self) -> bool {
         true
     }
+
+    fn deliver(&self, _: &Cluster) {}
 
     fn install(&self, cluster: &Cluster) {
         for node in cluster.nodes() {

@@ -34,11 +34,14 @@ impl Network for Weft {
         *self == Self::NodePodCidr
     }
 
-    fn install(&self, cluster: &Cluster) {
+    fn deliver(&self, cluster: &Cluster) {
         let image = image(cluster);
         for node in cluster.nodes() {
             cluster.import(&node, &image);
         }
+    }
+
+    fn install(&self, cluster: &Cluster) {
         cluster.kubectl(&["apply", "-k", &self.kustomization(cluster).display().to_string()]);
     }
 
