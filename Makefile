@@ -218,4 +218,4 @@ bench-control: deps ## time programming and withdrawing peers against ip -batch;
 lint: ## rustfmt and clippy, warnings denied
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
-	cargo clippy --locked -p weft-tests --test vm -- -D warnings
+	cargo clippy --locked -p weft-tests --test vm --test kubernetes -- -D warnings

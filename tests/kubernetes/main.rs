@@ -31,8 +31,7 @@ const SHORT: &[&str] = &[
     "weft_encrypted::nodes_turn_ready",
     "weft_encrypted::pods_reach",
     "weft_encrypted::nothing_is_in_clear",
-    "weft_node_podcidr::nodes_turn_ready",
-    "weft_node_podcidr::pods_",
+    "weft_node_podcidr::",
     "weft_trouble::",
 ];
 

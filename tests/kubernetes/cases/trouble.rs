@@ -80,7 +80,7 @@ pub fn a_network_before_wefts_is_named(scene: &Scene<'_>) {
     assert!(made.status.success());
     let words =
         ["/etc/cni/net.d/05-other.conflist comes before /etc/cni/net.d/10-weft.conflist", "remove it"];
-    await_told(scene, &[node.clone()], "WeftOtherNetwork", &words);
+    await_told(scene, std::slice::from_ref(&node), "WeftOtherNetwork", &words);
     scene.cluster.lab().run(node.as_str(), &["rm", file]);
     // The runtime reads the directory when it changes.
     let mut turn = 0;
