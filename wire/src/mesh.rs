@@ -5,7 +5,8 @@
 //! [`Output::Wait`] after every call. `docs/protocol.md` describes what crosses the network.
 //!
 //! Invariants: a member is a node whose record was verified; a datagram that is rejected changes nothing
-//! but a counter; no datagram and no timeout costs time in proportion to the number of members.
+//! but a counter; no datagram and no timeout costs time in proportion to the number of members, but for a new word of a site,
+//! after which all are judged again, at most five times a second.
 
 mod api;
 mod contact;

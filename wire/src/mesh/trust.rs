@@ -58,14 +58,6 @@ impl Mesh {
         Ok(())
     }
 
-    /// Takes a statement that came another way than by gossip, with a token say. Returns whether it was news.
-    pub fn learn(&mut self, statement: SignedStatement, now: Instant) -> bool {
-        self.advance(now);
-        let news = self.merge_statement(Arc::new(statement));
-        self.settle();
-        news
-    }
-
     /// Returns whether other sites are judged by what they say.
     pub fn judges_sites(&self) -> bool {
         self.sites.judges()
