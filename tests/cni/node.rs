@@ -5,7 +5,7 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
@@ -110,6 +110,43 @@ impl Pod {
     }
 }
 
+/// A call of a CNI plugin that has begun.
+pub struct Calling(Child);
+
+impl Calling {
+    /// The plugin's answer, or its error as the specification has it.
+    pub fn answer(self) -> Result<Value, Value> {
+        let output = self.0.wait_with_output().unwrap();
+        let answer = if output.stdout.is_empty() {
+            Value::Null
+        } else {
+            serde_json::from_slice(&output.stdout)
+                .unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&output.stdout)))
+        };
+        if output.status.success() { Ok(answer) } else { Err(answer) }
+    }
+
+    /// Waits until the plugin sleeps, as one does that tried and will try again.
+    pub fn await_sleep(&self) {
+        let file = format!("/proc/{}/syscall", self.0.id());
+        let asleep = nix::libc::SYS_clock_nanosleep.to_string();
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        loop {
+            let said = std::fs::read_to_string(&file).unwrap();
+            if said.split(' ').next() == Some(&asleep) {
+                return;
+            }
+            assert!(std::time::Instant::now() < deadline, "it does not wait: {said}");
+            std::thread::yield_now();
+        }
+    }
+
+    pub fn kill(mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
 /// A node.
 pub struct Node {
     holder: Holder,
@@ -207,6 +244,10 @@ impl Node {
         environment: &[(&str, &str)],
         input: &[u8],
     ) -> Output {
+        self.spawn(program, arguments, environment, input).wait_with_output().unwrap()
+    }
+
+    fn spawn(&self, program: &Path, arguments: &[&str], environment: &[(&str, &str)], input: &[u8]) -> Child {
         let mut child = self
             .command(&program.to_string_lossy())
             .args(arguments)
@@ -219,7 +260,7 @@ impl Node {
             .spawn()
             .unwrap();
         let _ = child.stdin.take().unwrap().write_all(input);
-        child.wait_with_output().unwrap()
+        child
     }
 
     /// Calls a CNI plugin; its answer, or its error as the specification has it.
@@ -232,6 +273,19 @@ impl Node {
         netns: &str,
         config: &Value,
     ) -> Result<Value, Value> {
+        self.begin(plugin, verb, container, ifname, netns, config).answer()
+    }
+
+    /// Begins a call of a CNI plugin.
+    pub fn begin(
+        &self,
+        plugin: &Path,
+        verb: &str,
+        container: &str,
+        ifname: &str,
+        netns: &str,
+        config: &Value,
+    ) -> Calling {
         let environment = [
             ("CNI_COMMAND", verb),
             ("CNI_CONTAINERID", container),
@@ -240,15 +294,7 @@ impl Node {
             ("CNI_ARGS", "IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web"),
             ("CNI_PATH", "/usr/lib/cni"),
         ];
-        let output = self.exec(plugin, &[], &environment, config.to_string().as_bytes());
-        let answer = if output.stdout.is_empty() {
-            Value::Null
-        } else {
-            serde_json::from_slice(&output.stdout).unwrap_or_else(|error| {
-                panic!("{verb}: {error}: {}", String::from_utf8_lossy(&output.stdout))
-            })
-        };
-        if output.status.success() { Ok(answer) } else { Err(answer) }
+        Calling(self.spawn(plugin, &[], &environment, config.to_string().as_bytes()))
     }
 
     /// Calls weft-cni.

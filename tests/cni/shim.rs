@@ -78,6 +78,75 @@ fn a_missing_daemon_is_named_with_what_to_do() {
 }
 
 #[test]
+fn an_add_that_begins_before_the_daemon_succeeds_once_it_is_there() {
+    if !possible() {
+        return;
+    }
+    let mut node = Node::new();
+    node.stop();
+    let (pod, config) = (Pod::new(), node.config("1.1.0"));
+    let waiting = node.begin(&executable("weft-cni"), "ADD", "c1", "eth0", &pod.netns(), &config);
+    waiting.await_sleep();
+    node.start();
+    let result = waiting.answer().expect("attached");
+    assert_eq!(result["ips"].as_array().unwrap().len(), 2);
+    pod.run("ping -q -c1 -W1 10.32.4.1");
+}
+
+#[test]
+fn an_add_waits_for_a_daemon_that_is_not_ready_or_ends_in_the_middle() {
+    if !possible() {
+        return;
+    }
+    let mut node = Node::new();
+    let (pods, config) = ([Pod::new(), Pod::new()], node.config("1.1.0"));
+    let begin = |node: &Node, container: &str, pod: &Pod| {
+        node.begin(&executable("weft-cni"), "ADD", container, "eth0", &pod.netns(), &config)
+    };
+    *node.blocked.lock().unwrap() = "no pod subnet is leased yet".into();
+    let waiting = begin(&node, "c1", &pods[0]);
+    waiting.await_sleep();
+    node.blocked.lock().unwrap().clear();
+    waiting.answer().expect("attached once nothing is in the way");
+    node.stop();
+    let listener = std::os::unix::net::UnixListener::bind(node.socket()).unwrap();
+    let waiting = begin(&node, "c2", &pods[1]);
+    drop(listener.accept());
+    drop(listener);
+    std::fs::remove_file(node.socket()).unwrap();
+    node.start();
+    waiting.answer().expect("attached by the next daemon");
+}
+
+#[test]
+fn an_add_that_is_killed_while_it_waits_leaves_nothing() {
+    if !possible() {
+        return;
+    }
+    let mut node = Node::new();
+    let links = node.links();
+    node.stop();
+    let (pod, config) = (Pod::new(), node.config("1.1.0"));
+    let waiting = node.begin(&executable("weft-cni"), "ADD", "c1", "eth0", &pod.netns(), &config);
+    waiting.await_sleep();
+    waiting.kill();
+    node.start();
+    assert_eq!(node.weft("DEL", "c1", "eth0", &pod.netns(), &config), Ok(Value::Null));
+    assert_eq!(node.links(), links);
+    assert_eq!(pod.json("ip -j link").as_array().unwrap().len(), 1);
+    // The address that it would have had is still the next.
+    let result = node.weft("ADD", "c2", "eth0", &pod.netns(), &config).expect("attached");
+    assert_eq!(result["ips"][0]["address"], first_address());
+}
+
+/// The address that the first pod of a node of these tests gets.
+fn first_address() -> Value {
+    let (node, pod) = (Node::new(), Pod::new());
+    let result = node.weft("ADD", "c1", "eth0", &pod.netns(), &node.config("1.1.0")).expect("attached");
+    result["ips"][0]["address"].clone()
+}
+
+#[test]
 fn a_daemon_that_ends_in_the_middle_is_no_result() {
     if !possible() {
         return;

@@ -96,6 +96,12 @@ impl CniReply {
             Err(error) => Self { stdout: error.to_json(version), exit_code: 1, is_error: true },
         }
     }
+
+    /// Returns whether this is the error [`Code::TryAgainLater`].
+    pub fn asks_again(&self) -> bool {
+        let code = || serde_json::from_slice::<serde_json::Value>(&self.stdout).ok()?.get("code")?.as_u64();
+        self.is_error && code() == Some(u64::from(Code::TryAgainLater as u32))
+    }
 }
 
 impl Reply {
