@@ -322,6 +322,30 @@ fn of_three_members_any_may_be_killed_the_leader_too() {
 }
 
 #[test]
+fn endpoints_of_two_clusters_are_refused_and_nothing_is_written() {
+    if server::missing() {
+        return;
+    }
+    // With the same token and the same names etcd gives two clusters one identifier: the peers' addresses tell them apart.
+    let (one, other) = (Etcd::start(), Etcd::start());
+    runtime().block_on(async {
+        let own = open(one.options());
+        let revision = own.put_if(key(1), Expect::Absent, vec![1]).await.expect("absent");
+        for endpoints in [[one.url(), other.url()], [other.url(), one.url()]] {
+            let mixed = open_as("n2", options(&endpoints));
+            let error = sentence(mixed.list().await);
+            assert!(error.contains("of the etcd cluster"), "{error}");
+            assert!(error.contains("members of one cluster"), "{error}");
+            let write = mixed.put_if(key(2), Expect::Absent, vec![2]).await.expect_err("two clusters");
+            assert!(write.to_string().contains("members of one cluster"), "{write}");
+        }
+        let left = listed(&own).await;
+        assert_eq!((left.revision, left.entries.len()), (revision, 1), "nothing was written");
+        assert!(listed(&open(other.options())).await.entries.is_empty());
+    });
+}
+
+#[test]
 fn a_watch_leaves_a_member_that_hangs_though_nobody_calls() {
     if server::missing() {
         return;

@@ -47,6 +47,8 @@ struct State {
     next: usize,
     live: Option<Live>,
     made: u64,
+    /// The cluster that was connected to last; all endpoints were of that one, as far as they answered.
+    cluster: Option<u64>,
 }
 
 /// A connection that served a moment ago.
@@ -57,11 +59,13 @@ pub(super) struct Live {
     token: Option<MetadataValue<Ascii>>,
     /// Tells it from the connections before and after.
     pub(super) number: u64,
+    /// The cluster of etcd that the member is of.
+    cluster: u64,
 }
 
 impl Link {
     pub(super) fn new(options: EtcdOptions) -> Arc<Self> {
-        let state = State { next: 0, live: None, made: 0 };
+        let state = State { next: 0, live: None, made: 0, cluster: None };
         Arc::new(Self { options, state: Mutex::new(state), lost: watch::Sender::new(0) })
     }
 
@@ -80,6 +84,10 @@ impl Link {
             let began = Instant::now();
             match self.connect(&endpoint, &credentials, state.made + 1).await {
                 Ok(live) => {
+                    if state.cluster != Some(live.cluster) {
+                        self.of_one_cluster(&live, &credentials).await?;
+                        state.cluster = Some(live.cluster);
+                    }
                     state.made += 1;
                     tracing::debug!(%endpoint, "connected to etcd");
                     state.live = Some(live.clone());
@@ -95,6 +103,20 @@ impl Link {
             }
         }
         Err(Trouble::tell(causes.join("; ")))
+    }
+
+    /// Sees to it that no other endpoint answers for another cluster: a lease there would be none here. Who does not answer is
+    /// not waited for.
+    async fn of_one_cluster(&self, live: &Live, credentials: &Credentials) -> Result<(), Trouble> {
+        for endpoint in self.options.endpoints.iter().filter(|endpoint| **endpoint != live.endpoint) {
+            let answer = timeout(CONNECT, self.connect(endpoint, credentials, live.number)).await;
+            if let Ok(Ok(other)) = answer
+                && other.cluster != live.cluster
+            {
+                return Err(Trouble::two_clusters((&live.endpoint, live.cluster), (endpoint, other.cluster)));
+            }
+        }
+        Ok(())
     }
 
     /// Forgets a connection that failed; the next one goes to another member.
@@ -213,10 +235,11 @@ impl Link {
         let channel = timeout(CONNECT, builder.connect()).await;
         let channel = channel.map_err(|_| Trouble::late(endpoint, CONNECT))?.map_err(refused)?;
         let grpc = Grpc::new(channel).max_decoding_message_size(MOST_BYTES);
-        let mut live = Live { grpc, endpoint: endpoint.clone(), token: None, number };
+        let mut live = Live { grpc, endpoint: endpoint.clone(), token: None, number, cluster: 0 };
         live.token = self.login(&live, credentials.login.as_ref()).await?;
         let probe = RangeRequest { key: super::calls::name_key(&self.options), range_end: Vec::new() };
-        self.bounded::<_, RangeResponse>(&live, CONNECT, proto::RANGE, probe).await?;
+        let answer = self.bounded::<_, RangeResponse>(&live, CONNECT, proto::RANGE, probe).await?;
+        live.cluster = answer.header.map_or(0, |header| header.cluster_id);
         Ok(live)
     }
 

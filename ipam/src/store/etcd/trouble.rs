@@ -48,6 +48,14 @@ impl Trouble {
         ))
     }
 
+    /// Endpoints of two clusters of etcd.
+    pub(super) fn two_clusters(one: (&Endpoint, u64), other: (&Endpoint, u64)) -> Self {
+        Self::tell(format!(
+            "{} is of the etcd cluster {:x} and {} of {:x}: let store.endpoints name members of one cluster, the same on every node",
+            one.0, one.1, other.0, other.1
+        ))
+    }
+
     /// A connection that could not be made.
     pub(super) fn connecting(
         endpoint: &Endpoint,
