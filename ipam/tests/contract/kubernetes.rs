@@ -432,6 +432,7 @@ fn a_definition_that_is_missing_or_of_another_version_is_named_before_anything_i
                 "the definition podsubnets.weft.dev is of another version of weft (it does not know spec.asked): {apply} of this one (kubectl apply -f crd.yaml)"
             )
         );
+        cluster.kubectl(&["annotate", "crd", "podsubnets.weft.dev", "weft.dev/delete=with-all-leases"]);
         cluster.kubectl(&["delete", "crd", "podsubnets.weft.dev"]);
         let missing = format!(
             "the API server at {} does not know podsubnets.weft.dev: {apply} (kubectl apply -f crd.yaml)",
@@ -771,6 +772,66 @@ fn a_node_tells_of_its_own_network_and_of_nothing_else() {
     let conditions =
         cluster.kubectl(&["get", "nodes", "-o", "jsonpath={.items[*].status.conditions[*].type}"]);
     assert_eq!(conditions.trim(), "NetworkUnavailable");
+}
+
+#[test]
+fn a_node_makes_the_secret_with_the_cluster_key_and_no_other_and_changes_none() {
+    if apiserver::missing() {
+        return;
+    }
+    let cluster = Cluster::start();
+    let secret = |name: &str, kind: &str| {
+        let annotations = json!({"kubernetes.io/service-account.name": "weft"});
+        let metadata = json!({"name": name, "namespace": "weft-system", "annotations": annotations});
+        json!({"apiVersion": "v1", "kind": "Secret", "type": kind, "metadata": metadata}).to_string()
+    };
+    let denied = "weftd may make the Secret weft-cluster-key of type Opaque, and change or delete none";
+    let refused = |arguments: &[&str], input: &str| {
+        let error = cluster.kubectl_as("n1", arguments, input).expect_err("not its own");
+        assert!(error.contains(denied), "{arguments:?} {input}: {error}");
+    };
+    // What the permissions let pass: a token of an account is made by making a Secret.
+    let create = ["create", "-f", "-"];
+    refused(&create, &secret("another", "Opaque"));
+    refused(&create, &secret("weft-cluster-key", "kubernetes.io/service-account-token"));
+    cluster
+        .kubectl_as("n1", &create, &secret("weft-cluster-key", "Opaque"))
+        .expect("the first node makes it");
+    let again = cluster.kubectl_as("n1", &create, &secret("weft-cluster-key", "Opaque"));
+    assert!(again.expect_err("made already").contains("already exists"));
+    // What the permissions refuse, the policy refuses alone.
+    let wider = ["create", "role", "wider", "-n", "weft-system", "--verb=*", "--resource=secrets"];
+    cluster.kubectl(&wider);
+    let account = "--serviceaccount=weft-system:weft";
+    cluster.kubectl(&["create", "rolebinding", "wider", "-n", "weft-system", "--role=wider", account]);
+    let bound = Instant::now() + Duration::from_secs(60);
+    let may = ["auth", "can-i", "delete", "secrets", "-n", "weft-system"];
+    while cluster.kubectl_as("n1", &may, "").is_err() {
+        assert!(Instant::now() < bound, "the wider role does not come into force");
+    }
+    let named = ["secret", "weft-cluster-key", "-n", "weft-system"];
+    refused(&[&["delete"][..], &named].concat(), "");
+    refused(&[&["label"][..], &named, &["a=b"]].concat(), "");
+    let left = cluster.kubectl(&["get", "secrets", "-n", "weft-system", "-o", "name"]);
+    assert_eq!(left.trim(), "secret/weft-cluster-key");
+}
+
+#[test]
+fn the_definition_of_the_leases_goes_only_when_its_deletion_is_meant() {
+    if apiserver::missing() {
+        return;
+    }
+    let cluster = Cluster::start();
+    let store = open(cluster.options("n1"));
+    let write = || async { store.put_if(key(1), Expect::Absent, lease(1, 1)).await };
+    let revision = runtime().block_on(write()).expect("absent");
+    let manifest = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/weft.yaml");
+    let delete = ["delete", "--wait=false", "--ignore-not-found", "-f", &manifest.display().to_string()];
+    let error = cluster.try_kubectl(&delete, None).expect_err("the definition stays");
+    assert!(error.contains("with podsubnets.weft.dev go the leases of all nodes"), "{error}");
+    assert!(error.contains("weft.dev/delete=with-all-leases"), "{error}");
+    let left = cluster.kubectl(&["get", "psn", "-o", "jsonpath={.items[*].metadata.resourceVersion}"]);
+    assert_eq!(left.trim(), revision.to_string(), "the lease is as it was");
 }
 
 #[test]
