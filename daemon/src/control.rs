@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 use rand_chacha::ChaCha8Rng;
 use rand_core::{RngCore, SeedableRng};
 use tracing::{debug, error, info, warn};
+use weft_ipam::carve::Family;
 use weft_ipam::lease::{self, LeaseConfig, LeaseConflict, LeaseEvent, Leasing};
 use weft_ipam::store::kubernetes::Mode;
 use weft_ipam::store::{Change, Key, PutError, Snapshot, StoreError};
@@ -153,8 +154,8 @@ pub struct Problems {
     pub route_conflicts: BTreeMap<String, Instant>,
     /// Why this node cannot say what its site announces.
     pub site: Option<String>,
-    /// What keeps the node from its leases: sentence and time.
-    pub lease: BTreeMap<String, Instant>,
+    /// What keeps the node from its leases: sentence and family.
+    pub lease: BTreeMap<String, Family>,
     /// Why the memory could not be written.
     pub memory: Option<String>,
     /// Why the underlay was not there at the last look.
@@ -444,24 +445,25 @@ impl Control {
             LeaseEvent::Acquired(held) | LeaseEvent::Renewed(held) => {
                 debug!(subnet = %held.subnet, epoch = %held.epoch, "lease held");
                 self.use_next_key(now);
-                self.problems.lease.clear();
+                let family = Family::of(held.subnet);
+                self.problems.lease.retain(|_, of| *of != family);
             }
             LeaseEvent::Lost { subnet, to } => {
                 let owner = to.map_or_else(|| "no one".to_owned(), |node| node.to_string());
                 error!(%subnet, owner, "lease lost, the subnet is no longer announced");
                 self.problems.lease.insert(
                     format!("the lease of {subnet} was lost to {owner}; recreate the pods that still use it"),
-                    now,
+                    Family::of(subnet),
                 );
             }
             LeaseEvent::Released(subnet) => info!(%subnet, "lease released"),
-            LeaseEvent::Exhausted { cidrs, capacity, .. } => {
+            LeaseEvent::Exhausted { family, cidrs, capacity } => {
                 let cidrs: Vec<_> = cidrs.iter().map(ToString::to_string).collect();
                 let sentence = format!(
                     "no free node subnet in {}: all {capacity} are leased; add a CIDR to cluster.cidrs or remove nodes that are gone",
                     cidrs.join(", ")
                 );
-                self.tell_lease_problem(sentence, now);
+                self.tell_lease_problem(sentence, family);
             }
             LeaseEvent::Conflict(conflict) => self.handle_lease_conflict(&conflict, now),
             other => debug!(event = ?other, "lease event"),
@@ -471,6 +473,7 @@ impl Control {
 
     fn handle_lease_conflict(&mut self, conflict: &LeaseConflict, now: Instant) {
         let name = &self.config.node.name;
+        let family = Family::of(conflict.subnet());
         let sentence = match conflict {
             LeaseConflict::DuplicateName { subnet, key } => {
                 let sentence = duplicate_name(name.as_str(), &format!("writes the lease of {subnet}"), key);
@@ -500,7 +503,7 @@ impl Control {
             }
             other => format!("lease conflict: {other:?}"),
         };
-        self.tell_lease_problem(sentence, now);
+        self.tell_lease_problem(sentence, family);
     }
 
     /// Whether the Node object names the node's subnets.
@@ -508,8 +511,8 @@ impl Control {
         matches!(&self.config.store.kind, StoreKind::Kubernetes(options) if options.mode == Mode::NodePodCidr)
     }
 
-    fn tell_lease_problem(&mut self, sentence: String, now: Instant) {
-        if self.problems.lease.insert(sentence.clone(), now).is_none() {
+    fn tell_lease_problem(&mut self, sentence: String, family: Family) {
+        if self.problems.lease.insert(sentence.clone(), family).is_none() {
             warn!("{sentence}");
         }
     }

@@ -6,17 +6,24 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use weft_daemon::config::Config;
-use weft_daemon::control::{Control, Output, Start};
+use weft_daemon::control::{Control, Output, Start, StoreAnswer, StoreRequest};
 use weft_daemon::kernel::UnderlayError;
 use weft_daemon::plan::model::Underlay;
 use weft_daemon::reconcile::Report;
 use weft_daemon::state::Memory;
+use weft_ipam::lease::LeaseValue;
+use weft_ipam::store::{Entry, Snapshot};
 use weft_wire::mesh::NodeKey;
 use weft_wire::seal::{ClusterKey, KeyRing};
+use weft_wire::types::{Epoch, Subnet};
 
 fn control(now: Instant) -> Control {
     let text = "[node]\nname = \"n1\"\n[cluster]\ncidrs = [{ cidr = \"10.32.0.0/12\", node_prefix = 24 }]\n\
                 [store]\ntype = \"static\"\nsubnets = [\"10.32.4.0/24\"]\n";
+    control_of(text, now)
+}
+
+fn control_of(text: &str, now: Instant) -> Control {
     let start = Start {
         tunnel: None,
         trust: None,
@@ -58,6 +65,59 @@ fn passes(
         }
     }
     passes
+}
+
+#[test]
+fn what_keeps_one_family_from_its_lease_is_told_though_the_other_has_its_own() {
+    let mut now = Instant::now();
+    let text = "[node]\nname = \"n1\"\n[cluster]\ncidrs = [{ cidr = \"10.32.0.0/24\", node_prefix = 24 }, \
+                { cidr = \"fd00:32::/48\", node_prefix = 64 }]\n";
+    let mut control = control_of(text, now);
+    let taken: Subnet = "10.32.0.0/24".parse().unwrap();
+    let value = LeaseValue {
+        subnet: taken,
+        node: "n2".parse().unwrap(),
+        site: "default".parse().unwrap(),
+        key: NodeKey::from_secret([2; 32]).public(),
+        epoch: Epoch(1),
+        ttl: None,
+        renewals: 0,
+        boot: "boot".into(),
+        gossip: Vec::new(),
+        asked: None,
+    };
+    let entry = Entry { value: value.encode(), revision: 1 };
+    let mut store = Snapshot { store_id: "s".into(), revision: 1, entries: [(taken, entry)].into() };
+    let (end, mut told, mut renewals) = (now + Duration::from_secs(3600), false, 0);
+    while now < end {
+        match control.poll_output(now) {
+            Output::Store(StoreRequest::List) => {
+                control.handle_store(StoreAnswer::Listed(Ok(store.clone())), now);
+            }
+            Output::Store(StoreRequest::Put { key, value, .. }) => {
+                store.revision += 1;
+                renewals += 1;
+                store.entries.insert(key, Entry { value, revision: store.revision });
+                control.handle_store(StoreAnswer::Put(key, Ok(store.revision)), now);
+            }
+            Output::Remember { .. } => control.handle_remembered(Ok(()), now),
+            Output::Reconcile(_) => control.handle_pass(Ok(underlay()), None, now),
+            Output::Wait { until } => {
+                let says = control
+                    .problems
+                    .lease
+                    .keys()
+                    .any(|said| said.contains("no free node subnet in 10.32.0.0/24"));
+                assert!(says || !told, "it is told no more, {renewals} writes later");
+                told |= says;
+                now = until.max(now + Duration::from_millis(1));
+                control.handle_timeout(now);
+            }
+            _ => {}
+        }
+    }
+    assert!(told && renewals > 3, "the other family renewed its lease {renewals} times");
+    assert_eq!(control.subnets().len(), 1);
 }
 
 fn underlay() -> Underlay {

@@ -199,6 +199,19 @@ pub enum LeaseConflict {
     },
 }
 
+impl LeaseConflict {
+    /// Returns the subnet that it is about.
+    pub fn subnet(&self) -> Subnet {
+        match self {
+            Self::DuplicateName { subnet, .. }
+            | Self::NameAsked { subnet, .. }
+            | Self::FixedTaken { subnet, .. }
+            | Self::Outside { subnet }
+            | Self::Unreadable { subnet, .. } => *subnet,
+        }
+    }
+}
+
 /// What the shell has to do next.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Output {
