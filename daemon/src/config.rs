@@ -122,6 +122,9 @@ pub struct UnderlayConfig {
     pub device: Option<String>,
     /// The addresses that peers reach this node at, at most one a family; by default the device's.
     pub addresses: Vec<IpAddr>,
+    /// The addresses are those that the cluster knew the node by, as the environment said: where it says others later,
+    /// they are followed.
+    pub of_cluster: bool,
     /// The MTU in bytes; by default the device's.
     pub mtu: Option<u32>,
 }
@@ -244,18 +247,15 @@ impl Overrides {
         };
         let (instance, metrics) = (text(INSTANCE)?, text("WEFT_METRICS_LISTEN")?);
         let list = text("WEFT_NODE_ADDRESSES")?.unwrap_or_default();
-        let mut addresses: Vec<IpAddr> = Vec::new();
+        let mut listed: Vec<IpAddr> = Vec::new();
         for word in list.split(',').map(str::trim).filter(|word| !word.is_empty()) {
-            let address: IpAddr = word.parse().map_err(|_| {
+            listed.push(word.parse().map_err(|_| {
                 format!(
                     "WEFT_NODE_ADDRESSES: {word:?} is no IP address; write one a family with commas between, as in status.hostIPs"
                 )
-            })?;
-            // A node may have more of a family than its pods' network takes: the first is the preferred one.
-            if !addresses.iter().any(|known| known.is_ipv4() == address.is_ipv4()) {
-                addresses.push(address);
-            }
+            })?);
         }
+        let addresses = first_of_each_family(&listed);
         Ok(Self {
             node,
             addresses: Some(addresses).filter(|addresses| !addresses.is_empty()),
@@ -263,6 +263,17 @@ impl Overrides {
             instance,
         })
     }
+}
+
+/// A node may have more addresses of a family than its pods' network takes: the first is the preferred one.
+pub fn first_of_each_family(listed: &[IpAddr]) -> Vec<IpAddr> {
+    let mut addresses: Vec<IpAddr> = Vec::new();
+    for address in listed {
+        if !addresses.iter().any(|known| known.is_ipv4() == address.is_ipv4()) {
+            addresses.push(*address);
+        }
+    }
+    addresses
 }
 
 impl Config {

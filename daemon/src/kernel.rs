@@ -77,6 +77,8 @@ pub struct UnderlaySpec {
     pub device: Option<String>,
     /// The addresses, at most one a family; by default the device's first of each.
     pub addresses: Vec<IpAddr>,
+    /// The cluster says the addresses, and not a person.
+    pub of_cluster: bool,
     /// The MTU in bytes; by default the device's.
     pub mtu: Option<u32>,
 }
@@ -90,6 +92,11 @@ pub enum UnderlayError {
     /// No device holds the address.
     #[error("no device has the address {0} of underlay.address; set it to one of `ip address`")]
     NoAddress(IpAddr),
+    /// No device holds the address that the cluster says.
+    #[error(
+        "no device has the address {0} that the Node of this node has: give the machine that address, or see that its kubelet runs and tells the Node another; weft follows"
+    )]
+    NoNodeAddress(IpAddr),
     /// There is no default route to tell the device by.
     #[error("there is no default route to tell the underlay by; set underlay.device or underlay.address")]
     NoDefaultRoute,

@@ -172,6 +172,7 @@ async fn tell(
                 let written = events::write(&client, &name, Some(view.uid.clone()), &remark, count).await;
                 if let Err(error) = &written {
                     warn!(err = error, reason = ?remark.reason, "an Event could not be written");
+                    events.lost(&remark);
                 }
                 trouble::note(&troubles, trouble::Subject::Events, written.err());
             }

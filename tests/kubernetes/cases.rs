@@ -58,6 +58,14 @@ pub fn of_node_podcidr() -> Vec<Case> {
         ("pods_are_in_the_cidrs_of_their_nodes", pods::pods_are_in_the_cidrs_of_their_nodes),
         ("a_node_is_deleted_and_added_again", life::a_node_is_deleted_and_added_again),
         (
+            "a_drained_node_disturbs_no_other_and_comes_back",
+            life::a_drained_node_disturbs_no_other_and_comes_back,
+        ),
+        (
+            "a_node_under_another_name_is_a_node_like_any_other",
+            life::a_node_under_another_name_is_a_node_like_any_other,
+        ),
+        (
             "new_pods_are_in_the_cidrs_of_a_node_made_anew",
             pods::new_pods_are_in_the_cidrs_of_a_node_made_anew,
         ),

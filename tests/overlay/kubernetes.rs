@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use weft_tests::kubernetes::{Api, lab_options, no_api};
-use weft_tests::lab::{Lab, Ping, Request, skip, wait_until};
+use weft_tests::lab::{Backend, Lab, LabOptions, Ping, Request, skip, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(90);
 const NODES: [&str; 2] = ["n1", "n2"];
@@ -20,11 +20,15 @@ struct Scene {
 impl Scene {
     /// Nothing runs yet but the API.
     fn quiet(name: &str, mode: &str) -> Option<Self> {
+        Self::quiet_with(name, mode, |options| options)
+    }
+
+    fn quiet_with(name: &str, mode: &str, more: impl FnOnce(LabOptions) -> LabOptions) -> Option<Self> {
         if let Some(why) = no_api() {
             skip(&why);
             return None;
         }
-        let lab = Lab::up(lab_options(name, NODES.len(), mode).pods(0));
+        let lab = Lab::up(more(lab_options(name, NODES.len(), mode).pods(0)));
         for node in NODES {
             lab.sh(node, "rm /etc/weft/cluster.key");
         }
@@ -33,12 +37,17 @@ impl Scene {
     }
 
     fn up(name: &str) -> Option<Self> {
-        let scene = Self::quiet(name, "weft-ipam")?;
+        Self::quiet(name, "weft-ipam").map(Self::begun)
+    }
+
+    /// Starts the daemons, and pods that talk.
+    fn begun(self) -> Self {
+        let scene = self;
         NODES.iter().for_each(|node| scene.lab.start(node));
         scene.wait_until_ready();
         scene.add_pods();
         scene.lab.meet();
-        Some(scene)
+        scene
     }
 
     fn add_pods(&self) {
@@ -145,12 +154,29 @@ fn nodes_come_up_without_seeds_and_keys_and_say_so_on_their_nodes() {
 #[test]
 fn keys_change_by_editing_the_secret_and_nothing_is_lost() {
     let Some(scene) = Scene::up("kubekeys") else { return };
+    keys_change(&scene);
+}
+
+/// Where everything is encrypted, the secret that a pair of tunnels mixes in is made from the cluster key.
+#[test]
+fn keys_change_under_encrypted_traffic_and_nothing_is_lost() {
+    let encrypted = |options: LabOptions| options.backend(Backend::Wireguard);
+    let Some(scene) = Scene::quiet_with("kubekeysenc", "weft-ipam", encrypted) else { return };
+    let scene = scene.begun();
+    let preshared = || scene.lab.weft("n1", &["peers"]).to_string();
+    assert!(preshared().contains("handshake_ms"), "there is a tunnel: {}", preshared());
+    keys_change(&scene);
+    scene.lab.ping_all();
+}
+
+fn keys_change(scene: &Scene) {
     let before = scene.ids("n1");
     let pings = scene.pings();
     let new = "5e".repeat(32);
     scene.set_keys(&format!("{new}\n"));
     scene.wait("both seal with the new key", || NODES.iter().all(|node| scene.ids(node)[0] != before[0]));
-    scene.wait("both have forgotten the old key", || {
+    // With tunnels it is three minutes, so that each has made its secret anew.
+    wait_until("both have forgotten the old key", 4 * PATIENCE, || {
         NODES.iter().all(|node| scene.ids(node).len() == 1 && scene.ids(node)[0] != before[0])
     });
     let file = scene.lab.sh("n2", "cat /var/lib/weft/cluster.key");
@@ -209,6 +235,61 @@ fn a_node_object_that_goes_and_comes_back_is_told_and_used() {
     });
 }
 
+/// The DaemonSet has the node's addresses from `status.hostIPs`, which are those of its start.
+#[test]
+fn an_address_that_the_kubelet_tells_is_used_without_a_restart_once_the_machine_has_it() {
+    let Some(scene) = Scene::quiet("kubemoved", "weft-ipam") else { return };
+    let daemon = |node: &&str| {
+        let said = format!("WEFT_NODE_ADDRESSES=192.0.2.{}", &node[1..]);
+        scene.lab.background(*node, &["env", &said, "weftd", "--config", "/etc/weft/weft.toml"])
+    };
+    let _daemons: Vec<_> = NODES.iter().map(daemon).collect();
+    let answers =
+        |node: &str| scene.lab.exec(node, &["weft", "status"]).status.code().is_some_and(|code| code < 2);
+    scene.wait("the daemons answer", || NODES.iter().all(|node| answers(node)));
+    scene.wait_until_ready();
+    scene.add_pods();
+    scene.lab.meet();
+    let say = |address: &str| {
+        let status = json!({ "status": { "addresses": [{ "type": "InternalIP", "address": address }] } });
+        scene.api.patch_status(&scene.lab, "n2", &status);
+    };
+    let listener = || scene.lab.sh("n2", "ss -Hxlp src /run/weft/weft.sock");
+    let before = listener();
+    // An address that the machine has not changes nothing but what is told.
+    say("192.0.2.99");
+    scene.wait("the Node hears of it", || {
+        scene.is_told(
+            "n2",
+            "WeftNodeAddress",
+            "192.0.2.99, which its underlay has not, and weft uses 192.0.2.2",
+        )
+    });
+    scene.lab.ping_all();
+    // The machine moves first, as with DHCP, and the kubelet tells it a moment later.
+    say("192.0.2.2");
+    scene.lab.sh("n2", "ip address del 192.0.2.2/24 dev eth0; ip address add 192.0.2.102/24 dev eth0");
+    scene.wait("the Node hears that its address is missed", || {
+        scene.is_told(
+            "n2",
+            "WeftMachine",
+            "no device has the address 192.0.2.2 that the Node of this node has",
+        )
+    });
+    say("192.0.2.102");
+    let uses = |node: &str| scene.lab.sh(node, "bridge fdb show dev weft-vx4").contains("dst 192.0.2.102");
+    scene.wait("the kernel of the peer sends to the new address", || uses("n1"));
+    scene.lab.meet();
+    assert_eq!(listener(), before, "the daemon is the same");
+    scene.wait("the lease says where it gossips", || {
+        let leases = scene.api.get(&scene.lab, &["podsubnets"]);
+        leases["items"].to_string().contains("192.0.2.102:7117")
+    });
+    scene.wait("nothing is told any more", || {
+        !scene.warns("n2", "192.0.2.99") && !scene.warns("n2", "no device has the address")
+    });
+}
+
 #[test]
 fn pod_cidrs_are_leased_and_their_trouble_told() {
     let Some(scene) = Scene::quiet("kubecidr", "node-podcidr") else { return };
@@ -230,6 +311,38 @@ fn pod_cidrs_are_leased_and_their_trouble_told() {
     scene.add_pods();
     assert!(scene.lab.ip("n2", "a").to_string().starts_with("10.32.72."));
     scene.lab.meet();
+    scene.wait("that a family is missing is told", || {
+        scene.is_told("n1", "WeftPodCIDR", "has no IPv6 subnet though cluster.cidrs has IPv6 ranges: give")
+    });
+
+    // podCIDRs never change but with the Node, which a person or a controller may make anew.
+    let anew = |cidr: &str| {
+        scene.api.kubectl(&scene.lab, &["delete", "node", "n2"]);
+        scene.api.make_node(&scene.lab, "n2", &json!({ "podCIDR": cidr, "podCIDRs": [cidr] }));
+    };
+    anew("10.32.73.0/24");
+    scene.wait("the change is told", || {
+        scene.is_told(
+            "n2",
+            "WeftPodSubnet",
+            "no longer has 10.32.72.0/24, which this node holds; it is kept while pods use it, drain",
+        )
+    });
+    scene.lab.ping_all();
+    scene.lab.tell(Request::PodRemove { node: "n2".into(), pod: "a".into() });
+    scene.wait("without pods the node has the new one", || {
+        scene.status("n2")["subnets"] == json!(["10.32.73.0/24"])
+    });
+    anew("10.32.71.0/24");
+    scene.wait("an overlap is told", || {
+        scene.is_told(
+            "n2",
+            "WeftPodSubnet",
+            "overlaps 10.32.71.0/24, which n1 leases: see that one controller",
+        )
+    });
+    assert_eq!(scene.status("n1")["subnets"], json!(["10.32.71.0/24"]));
+    assert_eq!(scene.status("n1")["ready"], true);
 }
 
 #[test]

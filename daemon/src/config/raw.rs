@@ -194,6 +194,9 @@ impl Default for Gossip {
 struct Underlay {
     device: Option<String>,
     address: Vec<IpAddr>,
+    /// No key: the environment says the addresses.
+    #[serde(skip)]
+    of_cluster: bool,
     mtu: Option<u32>,
 }
 
@@ -457,6 +460,7 @@ impl Raw {
         self.metrics.listen = overrides.metrics.unwrap_or(std::mem::take(&mut self.metrics.listen));
         if let Some(addresses) = overrides.addresses {
             self.underlay.address = addresses;
+            self.underlay.of_cluster = true;
         }
     }
 
@@ -543,6 +547,7 @@ impl Raw {
             underlay: UnderlayConfig {
                 device: self.underlay.device,
                 addresses: self.underlay.address,
+                of_cluster: self.underlay.of_cluster,
                 mtu: self.underlay.mtu,
             },
             overlay: OverlayConfig {

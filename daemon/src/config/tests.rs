@@ -136,6 +136,7 @@ fn what_differs_by_node_comes_from_the_environment() {
     assert_eq!(config.node.name.as_str(), "worker-1");
     assert_eq!(config.metrics, Some("[::]:7118".parse().unwrap()));
     assert_eq!(config.node.instance.as_deref(), Some("a-uid"));
+    assert!(config.underlay.of_cluster);
     // The first of each family.
     assert_eq!(
         config.underlay.addresses,
@@ -146,6 +147,7 @@ fn what_differs_by_node_comes_from_the_environment() {
         let config = resolve(nothing);
         assert_eq!(config.node.name.as_str(), "of-the-file");
         assert_eq!(config.underlay.addresses, ["192.0.2.9".parse::<IpAddr>().unwrap()]);
+        assert!(!config.underlay.of_cluster, "a person said so");
     }
     let wrong = overrides("No_Good", "").expect_err("no node name");
     assert!(wrong.starts_with("WEFT_NODE_NAME: node name \"No_Good\" is not valid"), "{wrong}");

@@ -295,6 +295,10 @@ impl Linux {
 
 fn find_underlay(conn: &mut Conn, spec: &UnderlaySpec) -> Result<Underlay, UnderlayError> {
     let kernel = |refusal: Refusal| UnderlayError::Kernel(refusal.to_string());
+    let absent = |address: IpAddr| match spec.of_cluster {
+        true => UnderlayError::NoNodeAddress(address),
+        false => UnderlayError::NoAddress(address),
+    };
     let links = rtnl::links(conn).map_err(kernel)?;
     let addresses = rtnl::addresses(conn).map_err(kernel)?;
     let index = match (&spec.device, spec.addresses.first()) {
@@ -304,7 +308,7 @@ fn find_underlay(conn: &mut Conn, spec: &UnderlaySpec) -> Result<Underlay, Under
                 .iter()
                 .find(|(_, held)| held.addr() == *address)
                 .map(|(index, _)| *index)
-                .ok_or(UnderlayError::NoAddress(*address))?,
+                .ok_or_else(|| absent(*address))?,
         ),
         (None, None) => {
             Some(rtnl::default_device(conn).map_err(kernel)?.ok_or(UnderlayError::NoDefaultRoute)?)
@@ -330,10 +334,7 @@ fn find_underlay(conn: &mut Conn, spec: &UnderlaySpec) -> Result<Underlay, Under
         spec.addresses
             .iter()
             .map(|wanted| {
-                own.iter()
-                    .copied()
-                    .find(|held| held.addr() == *wanted)
-                    .ok_or(UnderlayError::NoAddress(*wanted))
+                own.iter().copied().find(|held| held.addr() == *wanted).ok_or_else(|| absent(*wanted))
             })
             .collect::<Result<_, _>>()?
     };

@@ -18,6 +18,8 @@ use super::trouble::{Ask, sentence};
 
 /// The most Events in a minute.
 pub(super) const A_MINUTE: usize = 5;
+/// A remark that the API server did not take is repeated after so long.
+const LOST: Duration = Duration::from_secs(30);
 /// A remark that still holds is repeated after so long: the API server keeps an Event for an hour.
 const AGAIN: Duration = Duration::from_secs(20 * 60);
 /// Between two remarks of one reason, whose words may differ each time.
@@ -91,6 +93,15 @@ pub(super) struct Events {
 struct Told {
     at: Instant,
     count: i32,
+    /// It did not get through.
+    lost: bool,
+}
+
+impl Told {
+    /// Returns how long it is not said again.
+    fn rest(&self) -> Duration {
+        if self.lost { LOST } else { AGAIN }
+    }
 }
 
 impl Events {
@@ -103,19 +114,26 @@ impl Events {
         let mut due = Vec::new();
         for remark in remarks {
             let known = self.told.get(remark);
-            if known.is_some_and(|told| since(told.at) < AGAIN)
+            if known.is_some_and(|told| since(told.at) < told.rest())
                 || self.by_reason.get(&remark.reason).is_some_and(|at| since(*at) < SAME_REASON)
                 || self.lately.len() >= A_MINUTE
             {
                 continue;
             }
-            let count = known.map_or(1, |told| told.count.saturating_add(1));
-            self.told.insert(remark.clone(), Told { at: now, count });
+            let count = known.map_or(1, |told| told.count.saturating_add(i32::from(!told.lost)));
+            self.told.insert(remark.clone(), Told { at: now, count, lost: false });
             self.by_reason.insert(remark.reason, now);
             self.lately.push_back(now);
             due.push((remark.clone(), count));
         }
         due
+    }
+
+    /// Takes that the API server did not take a remark: it is due again soon, as long as it holds.
+    pub(super) fn lost(&mut self, remark: &Remark) {
+        if let Some(told) = self.told.get_mut(remark) {
+            told.lost = true;
+        }
     }
 }
 
@@ -184,6 +202,17 @@ mod tests {
 
     fn remark(reason: Reason, sentence: &str) -> Remark {
         Remark { reason, sentence: sentence.into() }
+    }
+
+    #[test]
+    fn what_did_not_get_through_is_told_again_soon() {
+        let (mut events, now) = (Events::default(), Instant::now());
+        let holds = [remark(Reason::Machine, "the address is gone")];
+        assert_eq!(events.next(&holds, now), [(holds[0].clone(), 1)]);
+        events.lost(&holds[0]);
+        assert!(events.next(&holds, now + LOST / 2).is_empty());
+        assert_eq!(events.next(&holds, now + LOST), [(holds[0].clone(), 1)]);
+        assert!(events.next(&holds, now + LOST * 3).is_empty(), "it got through");
     }
 
     #[test]

@@ -119,7 +119,9 @@ pub fn pod_cidrs(node: &str, cidrs: &[String], carver: &Carver) -> (Vec<Subnet>,
 }
 
 /// Returns a sentence where the cluster knows the node by other addresses than those in use.
-pub fn moved(node: &str, said: &[IpAddr], used: &[IpAddr]) -> Option<String> {
+///
+/// `follows`: where the machine has the others, they are used soon.
+pub fn moved(node: &str, said: &[IpAddr], used: &[IpAddr], follows: bool) -> Option<String> {
     // Of a family that only one side has nothing can be said.
     let other = |address: &&IpAddr| {
         let same_family = |used: &&IpAddr| used.is_ipv4() == address.is_ipv4();
@@ -129,9 +131,15 @@ pub fn moved(node: &str, said: &[IpAddr], used: &[IpAddr]) -> Option<String> {
     };
     let address = said.iter().find(other)?;
     let mine = used.iter().find(|used| used.is_ipv4() == address.is_ipv4())?;
-    Some(format!(
-        "Node {node} has the address {address} and weft uses {mine}: if the node has moved, start weft on it anew; else correct underlay.address, or the kubelet's --node-ip"
-    ))
+    Some(if follows {
+        format!(
+            "Node {node} has the address {address}, which its underlay has not, and weft uses {mine}: correct the kubelet's --node-ip, or give the machine that address; weft follows"
+        )
+    } else {
+        format!(
+            "Node {node} has the address {address} and weft uses {mine}: correct underlay.address and start weft anew, or correct the kubelet's --node-ip"
+        )
+    })
 }
 
 #[cfg(test)]
@@ -183,7 +191,7 @@ mod tests {
         let ips = |texts: &[&str]| -> Vec<IpAddr> {
             texts.iter().map(|text| text.parse().expect("an address")).collect()
         };
-        let said = |said: &[&str], used: &[&str]| moved("n1", &ips(said), &ips(used));
+        let said = |said: &[&str], used: &[&str]| moved("n1", &ips(said), &ips(used), false);
         assert_eq!(said(&["192.0.2.1"], &["192.0.2.1"]), None);
         assert_eq!(said(&["192.0.2.1", "2001:db8::1"], &["192.0.2.1"]), None);
         assert_eq!(said(&["192.0.2.1", "192.0.2.9"], &["192.0.2.9"]), None);

@@ -6,8 +6,8 @@ use std::time::Instant;
 use tracing::{info, warn};
 use weft_ipam::store::kubernetes::Mode;
 
-use super::Node;
-use crate::config::StoreKind;
+use super::{Node, worker};
+use crate::config::{StoreKind, first_of_each_family};
 use crate::kubernetes::{Kubernetes, News, NodeView, Reason, Remark, Said, moved, pod_cidrs};
 
 /// The cluster as it is known.
@@ -29,11 +29,13 @@ impl Cluster {
     }
 
     /// Returns what is wrong with the cluster, or between the cluster and the node.
-    fn remarks(&self, node: &str, used: &[IpAddr]) -> Vec<Remark> {
+    fn remarks(&self, node: &str, used: &[IpAddr], of_cluster: bool) -> Vec<Remark> {
         let mut remarks = self.remarks.clone();
         let mut add = |reason, sentence| remarks.push(Remark { reason, sentence });
         self.keys.iter().for_each(|sentence| add(Reason::ClusterKey, sentence.clone()));
-        if let Some(sentence) = self.view.as_ref().and_then(|view| moved(node, &view.addresses, used)) {
+        if let Some(sentence) =
+            self.view.as_ref().and_then(|view| moved(node, &view.addresses, used, of_cluster))
+        {
             add(Reason::NodeAddress, sentence);
         }
         if self.gone {
@@ -84,9 +86,23 @@ impl Node {
                 // A Node that is gone leaves the last one's addresses: nothing can be said of them.
                 if view.is_some() {
                     cluster.view = view;
+                    self.follow_addresses(now);
                 }
             }
         }
+    }
+
+    /// Has the underlay looked for where the Node says, if it was the cluster that said where it is.
+    fn follow_addresses(&mut self, now: Instant) {
+        let Some(view) = self.cluster.as_mut().and_then(|cluster| cluster.view.as_mut()) else { return };
+        let addresses = first_of_each_family(&view.addresses);
+        if !self.control.config.underlay.of_cluster || addresses.is_empty() {
+            return;
+        }
+        self.jobs
+            .send(worker::Job::Addresses(addresses))
+            .expect("the kernel's thread lives as long as the loop");
+        self.control.handle_kernel_change(now);
     }
 
     /// Tells the cluster whether pods can talk, and what an operator should hear.
@@ -105,7 +121,8 @@ impl Node {
         let Some(cluster) = &self.cluster else { return Vec::new() };
         let addresses = self.control.underlay.iter().flat_map(|underlay| &underlay.addresses);
         let used: Vec<_> = addresses.map(|net| net.addr()).collect();
-        cluster.remarks(self.control.config.node.name.as_str(), &used)
+        let config = &self.control.config;
+        cluster.remarks(config.node.name.as_str(), &used, config.underlay.of_cluster)
     }
 
     /// Everything that becomes an Event. What changes its words all the time is left to `weft status`.

@@ -128,6 +128,7 @@ pub async fn start(config: Config, origin: Origin) -> Result<Node, Fatal> {
     let spec = UnderlaySpec {
         device: config.underlay.device.clone(),
         addresses: config.underlay.addresses.clone(),
+        of_cluster: config.underlay.of_cluster,
         mtu: config.underlay.mtu,
     };
     let kernel = Linux::open().map_err(|error| {

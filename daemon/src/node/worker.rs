@@ -2,6 +2,7 @@
 //!
 //! It decides nothing. Netlink calls block, so they happen here and never on the loop's thread.
 
+use std::net::IpAddr;
 use std::sync::mpsc::RecvTimeoutError;
 use std::thread;
 use std::time::Duration;
@@ -21,6 +22,8 @@ const LOOK: Duration = Duration::from_secs(2);
 pub enum Job {
     /// Look for the underlay, and if it is as the inputs say, bring the kernel to what they ask for.
     Reconcile(Box<Inputs>),
+    /// Look for these addresses first, which the cluster says that the node has now.
+    Addresses(Vec<IpAddr>),
     /// Know one more secret of the tunnels, for the passes that follow.
     TunnelSecret(TunnelSecret),
     /// Remove everything that carries weft's mark.
@@ -55,16 +58,21 @@ pub fn spawn(
 ) -> std::io::Result<std::sync::mpsc::Sender<Job>> {
     let (jobs, inbox) = std::sync::mpsc::channel();
     thread::Builder::new().name("kernel".into()).spawn(move || {
+        let mut said = None;
         loop {
             let answer = match inbox.recv_timeout(LOOK) {
                 Err(RecvTimeoutError::Disconnected) => return,
                 Err(RecvTimeoutError::Timeout) if kernel.strayed() => Done::Strayed,
                 Err(RecvTimeoutError::Timeout) => continue,
                 Ok(Job::Reconcile(inputs)) => {
-                    let underlay = kernel.underlay(&spec);
+                    let underlay = look(&mut *kernel, said.as_ref(), &spec);
                     let same = underlay.as_ref().is_ok_and(|found| *found == inputs.underlay);
                     let report = same.then(|| Box::new(reconcile(&mut *kernel, &inputs)));
                     Done::Reconciled { underlay, report }
+                }
+                Ok(Job::Addresses(addresses)) => {
+                    said = Some(UnderlaySpec { addresses, ..spec.clone() });
+                    continue;
                 }
                 Ok(Job::TunnelSecret(secret)) => {
                     kernel.add_tunnel_secret(secret);
@@ -82,4 +90,15 @@ pub fn spawn(
         }
     })?;
     Ok(jobs)
+}
+
+/// Looks for the underlay. What the cluster says counts where the machine has it; where neither that nor what the daemon began
+/// with is there, the cluster's is what is missed.
+fn look(
+    kernel: &mut dyn Kernel,
+    said: Option<&UnderlaySpec>,
+    begun: &UnderlaySpec,
+) -> Result<Underlay, UnderlayError> {
+    let Some(said) = said else { return kernel.underlay(begun) };
+    kernel.underlay(said).or_else(|error| kernel.underlay(begun).map_err(|_| error))
 }

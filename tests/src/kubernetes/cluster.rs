@@ -180,11 +180,17 @@ impl Cluster {
 
     /// Starts the kubelet of a node again.
     pub fn start_kubelet(&self, node: &str) {
-        let config = self.authority.file(&format!("{node}.kubeconfig"));
-        let server = machine::kubelet_server(self.lab(), &self.programs, node, &config)
+        self.start_kubelet_as(node, node);
+    }
+
+    /// Starts the kubelet of a machine under a name, as after the machine was renamed.
+    pub fn start_kubelet_as(&self, place: &str, name: &str) {
+        let config = self.authority.file(&format!("{name}.kubeconfig"));
+        let server = plane::certify_node(&self.authority, self.outside(), name)
+            .and_then(|()| machine::kubelet_server(self.lab(), &self.programs, place, name, &config))
             .unwrap_or_else(|error| panic!("{error:#}"));
-        self.keep(node, vec![server]);
-        self.await_registered(node);
+        self.keep(place, vec![server]);
+        self.await_registered(name);
     }
 
     /// Prints the end of every log.

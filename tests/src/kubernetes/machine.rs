@@ -131,7 +131,7 @@ pub(crate) fn start(
     for image in IMAGES {
         import(lab, programs, node, &programs.image(image));
     }
-    servers.push(kubelet_server(lab, programs, node, &pki(&format!("{node}.kubeconfig")))?);
+    servers.push(kubelet_server(lab, programs, node, node, &pki(&format!("{node}.kubeconfig")))?);
     let config = format!("--config={}", own("kube-proxy.json"));
     servers.push(Server::start(lab, programs, node, "kube-proxy", &[config])?);
     Ok(servers)
@@ -155,11 +155,12 @@ fn containerd(lab: &Lab, programs: &Programs, node: &str) -> anyhow::Result<Serv
     Ok(server)
 }
 
-/// Starts the kubelet alone.
+/// Starts the kubelet alone, under a name that is that of the machine or another.
 pub(crate) fn kubelet_server(
     lab: &Lab,
     programs: &Programs,
     node: &str,
+    name: &str,
     kubeconfig: &str,
 ) -> anyhow::Result<Server> {
     let state = lab.state();
@@ -167,7 +168,7 @@ pub(crate) fn kubelet_server(
     let args = [
         format!("--config={}", own("kubelet.json")),
         format!("--kubeconfig={kubeconfig}"),
-        format!("--hostname-override={node}"),
+        format!("--hostname-override={name}"),
         format!("--node-ip={}", addresses.join(",")),
     ];
     Server::start(lab, programs, node, "kubelet", &args).context("kubelet")

@@ -33,10 +33,12 @@ pub(crate) fn certify(authority: &Authority, address: IpAddr, nodes: &[String]) 
     for name in ["kube-controller-manager", "kube-scheduler", "kube-proxy"] {
         authority.user(name, &format!("system:{name}"), &[], &api)?;
     }
-    for node in nodes {
-        authority.user(node, &format!("system:node:{node}"), &["system:nodes"], &api)?;
-    }
-    Ok(())
+    nodes.iter().try_for_each(|node| certify_node(authority, address, node))
+}
+
+/// Writes the certificate of a node.
+pub(crate) fn certify_node(authority: &Authority, address: IpAddr, node: &str) -> anyhow::Result<()> {
+    authority.user(node, &format!("system:node:{node}"), &["system:nodes"], &api(address))
 }
 
 /// Starts all of it and waits until it serves.
