@@ -31,7 +31,11 @@ const SHORT: &[&str] = &[
     "weft_encrypted::nodes_turn_ready",
     "weft_encrypted::pods_reach",
     "weft_encrypted::nothing_is_in_clear",
-    "weft_node_podcidr::",
+    "weft_node_podcidr::nodes_turn_ready",
+    "weft_node_podcidr::pods_",
+    "weft_node_podcidr::a_node_is_deleted",
+    "weft_node_podcidr::a_drained_node",
+    "weft_node_podcidr::new_pods",
     "weft_trouble::",
 ];
 
