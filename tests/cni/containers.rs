@@ -335,7 +335,18 @@ fn contained(name: &str, backend: Backend, manifest: &str) {
     assert!(log().contains("stopped, the data plane stays"), "{}", log());
     engine.ctr("tasks rm weftd");
     engine.ctr("containers rm weftd");
+    // The lab's own daemon keeps its sessions for some seconds after it handed over.
+    wait_until("the daemon before has ended", Duration::from_secs(30), || {
+        let pid = lab.state().node("n1").expect("a node").daemon;
+        !pid.is_some_and(runs)
+    });
     lab.start("n1");
+}
+
+/// Whether a process runs; one that only waits to be reaped does not.
+fn runs(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with('Z'))
 }
 
 #[test]
