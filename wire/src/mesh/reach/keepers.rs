@@ -112,6 +112,21 @@ impl Keeper {
         }
     }
 
+    /// Takes an Ack; returns whether it was the repeated one of the trial. It says that the mapping lived if nothing else was
+    /// heard or said meanwhile, and if it did not come early.
+    fn take_ack(&mut self, token: u64, now: Instant) -> bool {
+        let Some(trial) = self.trial.as_mut().filter(|trial| trial.token == token) else { return false };
+        let Some((from, traffic)) = trial.rests else {
+            trial.rests = Some((now, self.traffic));
+            return false;
+        };
+        if self.traffic == traffic + 1 && now + TICK >= from + trial.pause {
+            self.cadence.held(trial.pause);
+        }
+        self.trial = None;
+        true
+    }
+
     /// Ends a trial whose time is over. It says something only if nothing else kept the mapping alive.
     fn end_trial(&mut self, now: Instant) -> bool {
         let Some(Trial { pause, rests: Some((from, traffic)), .. }) = &self.trial else {
@@ -272,18 +287,8 @@ impl Mesh {
         let Some(keeper) = self.reach.keepers.iter_mut().find(|keeper| keeper.hash == reply.hash) else {
             return false;
         };
-        if let Some(trial) = keeper.trial.as_mut().filter(|trial| trial.token == token) {
-            match trial.rests {
-                None => trial.rests = Some((now, keeper.traffic)),
-                Some((_, traffic)) => {
-                    // The Ack itself is all that was heard or said.
-                    if keeper.traffic == traffic + 1 {
-                        keeper.cadence.held(trial.pause);
-                    }
-                    keeper.trial = None;
-                    return true;
-                }
-            }
+        if keeper.take_ack(token, now) {
+            return true;
         }
         (keeper.asked, keeper.missed) = (None, 0);
         if let Some(seen) = seen {
@@ -323,5 +328,32 @@ impl Mesh {
             let (name, have) = (self.table.at(id).name().to_string(), self.table.at(id).item().version);
             self.send(to, &name, Body::Ack(proto::Ack { token, have, seen: Vec::new() }), Vec::new());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a trial of a minute says where the second Ack comes after so long, and so much else crossed the mapping.
+    fn said(after: u64, else_crossed: u32) -> bool {
+        let now = Instant::now();
+        let mut keeper = Keeper::new("k".parse().expect("a name"), 1, now);
+        let pause = Duration::from_secs(60);
+        keeper.trial = Some(Trial { token: 5, pause, rests: None });
+        keeper.note_heard();
+        assert!(!keeper.take_ack(5, now));
+        (0..else_crossed).for_each(|_| keeper.note_sent(now));
+        keeper.note_heard();
+        assert!(!keeper.take_ack(6, now), "of another Ping");
+        assert!(keeper.take_ack(5, now + Duration::from_secs(after)));
+        keeper.pause() > Cadence::default().pause()
+    }
+
+    #[test]
+    fn a_trial_says_nothing_if_the_answer_is_early_or_the_mapping_was_used() {
+        assert!(said(60, 0));
+        assert!(!said(1, 0), "a keeper that lies wins nothing");
+        assert!(!said(60, 1));
     }
 }
