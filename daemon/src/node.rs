@@ -8,6 +8,7 @@ mod cluster;
 mod handover;
 mod keys;
 pub mod pods;
+mod reach;
 mod sites;
 mod start;
 mod view;

@@ -22,6 +22,9 @@ use crate::types::{Epoch, MacAddress, NodeName, PublicKey, SiteName, Subnet, Tun
 
 #[cfg(fuzzing)]
 pub mod fuzz;
+mod reach;
+
+pub use reach::{MAX_KEEPERS, MAX_OUTSIDE, Reach, Reachability};
 
 /// The most bytes of a signed record: one fits a datagram beside any other content.
 pub const MAX_RECORD: usize = 880;
@@ -68,6 +71,8 @@ pub struct Facts {
     pub gateway: Option<u8>,
     /// The word of the node's site for the key and the subnets; the mesh puts it in.
     pub certificate: Option<Certificate>,
+    /// How other sites reach the node. The mesh puts in all but what the operator says (`outside`).
+    pub reachability: Reachability,
 }
 
 /// How to speak WireGuard with a node.
@@ -290,7 +295,7 @@ impl SignedRecord {
     /// Signs what the node says about itself.
     ///
     /// Surplus addresses and subnets (see the limits of [`Facts`]) are left out, and so are the oldest
-    /// endorsements if the record would be longer than [`MAX_RECORD`].
+    /// endorsements if the record would be longer than [`MAX_RECORD`], and then how other sites reach the node.
     pub fn sign(
         key: &NodeKey,
         cluster: &str,
@@ -304,10 +309,14 @@ impl SignedRecord {
         facts.gossip.truncate(MAX_GOSSIP);
         facts.underlay.truncate(MAX_UNDERLAY);
         facts.keys.truncate(MAX_KEYS);
+        facts.reachability.truncate();
         let endorsements = key.endorsements.clone();
         let mut record = NodeRecord { node, site, key: key.public(), version, facts, endorsements, left };
         let mut bytes = to_proto(&record).encode_to_vec();
         while bytes.len() + SIGNATURE > MAX_RECORD && record.endorsements.pop().is_some() {
+            bytes = to_proto(&record).encode_to_vec();
+        }
+        while bytes.len() + SIGNATURE > MAX_RECORD && record.facts.reachability.shorten() {
             bytes = to_proto(&record).encode_to_vec();
         }
         let signature = key.secret.sign(&signed_statement(cluster, &bytes)).to_bytes();
@@ -494,6 +503,9 @@ fn to_proto(record: &NodeRecord) -> proto::Record {
             .collect(),
         left: record.left,
         certificate: facts.certificate.map(Certificate::to_bytes).unwrap_or_default(),
+        keepers: facts.reachability.keepers.clone(),
+        reach: facts.reachability.reach as u32,
+        outside: facts.reachability.outside.iter().map(socket_to_bytes).collect(),
         gateway: facts.gateway.map_or(0, |weight| u32::from(weight.min(MAX_WEIGHT)) + 1),
     }
 }
@@ -511,6 +523,7 @@ fn from_proto(record: proto::Record) -> Result<NodeRecord, RecordError> {
         Ok(LeasedSubnet { subnet, epoch: Epoch(leased.epoch) })
     });
     let tunnel = tunnel_from_proto(&record)?;
+    let reachability = Reachability::parse(&record)?;
     let facts = Facts {
         subnets: subnets.collect::<Result<_, _>>()?,
         gossip: parse_all(&record.gossip, socket_from_bytes).ok_or(Field("gossip"))?,
@@ -532,6 +545,7 @@ fn from_proto(record: proto::Record) -> Result<NodeRecord, RecordError> {
             bytes => Some(Certificate::from_bytes(bytes).ok_or(Field("certificate"))?),
         },
         tunnel,
+        reachability,
     };
     let endorsements = record.endorsements.into_iter().map(|endorsement| {
         let signature = endorsement.signature.try_into().map_err(|_| Field("endorsements"))?;
@@ -600,13 +614,13 @@ fn ip_from_bytes(bytes: &[u8]) -> Option<IpAddr> {
     }
 }
 
-fn socket_to_bytes(socket: &SocketAddr) -> Vec<u8> {
+pub(crate) fn socket_to_bytes(socket: &SocketAddr) -> Vec<u8> {
     let mut bytes = ip_to_bytes(&socket.ip());
     bytes.extend_from_slice(&socket.port().to_be_bytes());
     bytes
 }
 
-fn socket_from_bytes(bytes: &[u8]) -> Option<SocketAddr> {
+pub(crate) fn socket_from_bytes(bytes: &[u8]) -> Option<SocketAddr> {
     let (ip, port) = bytes.split_last_chunk::<2>()?;
     Some(SocketAddr::new(ip_from_bytes(ip)?, u16::from_be_bytes(*port)))
 }

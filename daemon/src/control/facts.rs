@@ -8,7 +8,8 @@ use std::time::Instant;
 use tracing::info;
 use weft_ipam::lease::LeaseView;
 use weft_wire::mesh::{
-    Authority, Capabilities, Facts, LeaseTable, LeasedSubnet, MemberState, NodeRecord, Owner, Verdict,
+    Authority, Capabilities, Facts, LeaseTable, LeasedSubnet, MemberState, NodeRecord, Owner, Reachability,
+    Verdict,
 };
 use weft_wire::types::{MacAddress, NodeName};
 
@@ -232,6 +233,11 @@ impl Control {
             certificate: None,
             gateway: self.config.site.gateways.get(name).copied(),
             tunnel: self.tunnel_facts(),
+            // The mesh says the rest.
+            reachability: Reachability {
+                outside: self.config.gossip.advertise.clone(),
+                ..Reachability::default()
+            },
         };
         self.mesh.announce(facts, now);
     }

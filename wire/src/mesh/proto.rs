@@ -70,6 +70,12 @@ pub struct Record {
     pub detour_port: u32,
     #[prost(bool, tag = "26")]
     pub detour_preferred: bool,
+    #[prost(fixed64, repeated, tag = "27")]
+    pub keepers: Vec<u64>,
+    #[prost(uint32, tag = "28")]
+    pub reach: u32,
+    #[prost(bytes = "vec", repeated, tag = "29")]
+    pub outside: Vec<Vec<u8>>,
     #[prost(uint32, tag = "45")]
     pub gateway: u32,
 }
@@ -141,6 +147,8 @@ pub struct Ping {
     pub token: u64,
     #[prost(uint64, tag = "2")]
     pub have: u64,
+    #[prost(uint32, tag = "3")]
+    pub again_ms: u32,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -149,6 +157,8 @@ pub struct Ack {
     pub token: u64,
     #[prost(uint64, tag = "2")]
     pub have: u64,
+    #[prost(bytes = "vec", tag = "3")]
+    pub seen: Vec<u8>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -231,6 +241,12 @@ pub struct Certify {
     pub certificate: Vec<u8>,
 }
 
+#[derive(Clone, PartialEq, Message)]
+pub struct Forward {
+    #[prost(bytes = "vec", tag = "1")]
+    pub datagram: Vec<u8>,
+}
+
 #[derive(Clone, PartialEq, Oneof)]
 pub enum Body {
     #[prost(message, tag = "8")]
@@ -253,6 +269,8 @@ pub enum Body {
     SyncWant(SyncWant),
     #[prost(message, tag = "17")]
     Certify(Certify),
+    #[prost(message, tag = "20")]
+    Forward(Forward),
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -271,6 +289,6 @@ pub struct Datagram {
     pub incarnation: u64,
     #[prost(message, repeated, tag = "7")]
     pub updates: Vec<Update>,
-    #[prost(oneof = "Body", tags = "8, 9, 10, 11, 12, 13, 14, 15, 16, 17")]
+    #[prost(oneof = "Body", tags = "8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 20")]
     pub body: Option<Body>,
 }

@@ -28,6 +28,16 @@ fn arb_mac() -> impl Strategy<Value = Option<MacAddress>> {
 }
 
 prop_compose! {
+    fn arb_reachability()(
+        reach in prop_oneof![Just(Reach::Unsaid), Just(Reach::Open), Just(Reach::Behind)],
+        keepers in vec(any::<u64>(), 0..=MAX_KEEPERS),
+        outside in vec(arb_socket(), 0..=MAX_OUTSIDE),
+    ) -> Reachability {
+        Reachability { reach, keepers, outside }
+    }
+}
+
+prop_compose! {
     fn arb_facts()(
         subnets in vec(arb_subnet(), 0..=MAX_SUBNETS),
         gossip in vec(arb_socket(), 0..=MAX_GOSSIP),
@@ -43,6 +53,7 @@ prop_compose! {
         tunnel in proptest::option::of((any::<[u8; 32]>(), 1..=u16::MAX, vec(any::<[u8; 4]>(), 0..=MAX_KEYS))),
         carrier in proptest::option::of(any::<bool>()),
         detour in proptest::option::of((any::<[u8; 32]>(), 1..=u16::MAX, any::<bool>())),
+        reachability in arb_reachability(),
     ) -> Facts {
         let detour = detour.map(|(key, port, preferred)| Detour { key: TunnelKey(key), port, preferred });
         let tunnel = tunnel.map(|(key, port, preshared)| TunnelFacts {
@@ -56,7 +67,7 @@ prop_compose! {
             let bytes = [&u64::to_be_bytes(serial)[..], &signature].concat();
             Certificate::from_bytes(&bytes).expect("of the right length")
         });
-        Facts { subnets, gossip, underlay, vtep_v4, vtep_v6, vni, vxlan_port, mtu, capabilities, keys, tunnel, gateway, certificate }
+        Facts { subnets, gossip, underlay, vtep_v4, vtep_v6, vni, vxlan_port, mtu, capabilities, keys, tunnel, gateway, certificate, reachability }
     }
 }
 
