@@ -226,6 +226,7 @@ impl Tunnel {
         let (wake, waker) = io::pipe().map_err(TunnelError::Thread)?;
         let shared = Arc::new(Shared {
             tun,
+            turn: Mutex::default(),
             v4,
             v6,
             identities: RwLock::new(Arc::new(vec![Identity::new(secret)])),

@@ -13,6 +13,7 @@ use weft_wire::types::TunnelKey;
 use super::counters::Reason;
 use super::elder::Way;
 use super::noise::Examined;
+use super::outbound::{MOST as MOST_READ, Outbound};
 use super::peer::{Opened, Peer};
 use super::table::Table;
 use super::udp::{Batch, Udp, wait};
@@ -20,6 +21,8 @@ use super::{Identity, Shared};
 
 /// A run of datagrams fills one IP packet at most.
 const MOST: usize = 1 << 16;
+/// So many (super-)packets are answers that the receiving thread sends itself.
+const ANSWERS: usize = 2;
 /// The first byte of the answer to a handshake.
 const RESPONSE: u8 = 2;
 /// The first byte of what carries packets.
@@ -37,16 +40,35 @@ pub(super) struct Inbound<'a> {
 
 /// Receives at one socket until the tunnels stop.
 pub(super) fn run(shared: &Shared, udp: &Udp) {
-    let mut buffer = vec![0; MOST];
+    let mut buffer = vec![0; MOST_READ];
     let mut control = Udp::control();
     let mut inbound = Inbound::new(shared);
+    let mut outbound = Outbound::new(shared);
+    // Something was given to the pods since this thread slept.
+    let mut gave = false;
     while !shared.stopped() {
         match udp.receive(&mut buffer, &mut control) {
-            Ok(arrived) => inbound.take(arrived.from, &buffer[..arrived.length], arrived.size),
+            Ok(arrived) => {
+                inbound.take(arrived.from, &buffer[..arrived.length], arrived.size);
+                gave = true;
+            }
+            Err(Errno::EAGAIN) if gave => {
+                gave = false;
+                answer(shared, &mut outbound, &mut buffer);
+            }
             Err(Errno::EAGAIN) => wait(&[(udp.as_fd(), PollFlags::POLLIN), shared.wake()]),
             // An ICMP error of an earlier datagram is told here; the peer's silence says the same.
             Err(_) => {}
         }
+    }
+}
+
+/// Takes what the pods answered at once: it lies in the device by the time a write returns, and need not wait until the other
+/// thread is awake. More than that is left to that one.
+fn answer(shared: &Shared, outbound: &mut Outbound<'_>, buffer: &mut [u8]) {
+    if let Ok(_turn) = shared.turn.try_lock() {
+        // A device that cannot be read is told by its own thread.
+        let _ = outbound.drain(buffer, ANSWERS);
     }
 }
 

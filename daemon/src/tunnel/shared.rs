@@ -35,6 +35,8 @@ const KNOCKED: Duration = Duration::from_secs(10);
 /// What the threads share.
 pub(super) struct Shared {
     pub(super) tun: Tun,
+    /// Who has it reads the device and sends what was read: packets of a flow keep their order.
+    pub(super) turn: Mutex<()>,
     pub(super) v4: Option<Udp>,
     pub(super) v6: Option<Udp>,
     /// The node's key, and the one before it while peers may still know no other.
@@ -129,6 +131,16 @@ impl Shared {
         if refused > 0 {
             self.counters.drop_many(Reason::NotSent, refused);
         }
+    }
+
+    /// Sends all of a batch but what is better sent with what comes next, and leaves that in it.
+    pub(super) fn send_complete(&self, to: SocketAddr, batch: &mut Batch) {
+        let udp = if to.is_ipv4() { &self.v4 } else { &self.v6 };
+        let refused = udp.as_ref().map_or(1, |udp| udp.send_complete(to, batch));
+        if refused > 0 {
+            self.counters.drop_many(Reason::NotSent, refused);
+        }
+        batch.keep_rest();
     }
 
     pub(super) fn admit(&self, source: IpAddr) -> bool {
