@@ -10,6 +10,7 @@
 
 mod checksum;
 mod facts;
+mod gateways;
 mod probe;
 mod ring;
 mod rotation;

@@ -40,6 +40,8 @@ impl Control {
             addresses: Vec::new(),
             strict_sources: false,
         };
+        let mut peers: Vec<Peer> = peers.into_values().map(|remembered| remembered.peer).collect();
+        self.through_gateways(&mut peers);
         Inputs {
             strays: std::mem::take(&mut self.strays),
             node: self.config.node.name.clone(),
@@ -48,7 +50,7 @@ impl Control {
             sessions: Sessions::new(),
             underlay: self.underlay.clone().unwrap_or_else(|_| unknown()),
             subnets: self.subnets(),
-            peers: peers.into_values().map(|remembered| remembered.peer).collect(),
+            peers,
             attachments: Vec::new(),
         }
     }
@@ -228,6 +230,7 @@ impl Control {
             capabilities,
             keys: self.mesh.ring().ids().collect(),
             certificate: None,
+            gateway: self.config.site.gateways.get(name).copied(),
             tunnel: self.tunnel_facts(),
         };
         self.mesh.announce(facts, now);
@@ -259,6 +262,8 @@ fn planned(record: &NodeRecord) -> RememberedPeer {
             site: record.site.clone(),
             encryption: demanded(facts.capabilities),
             tunnel: facts.tunnel.clone(),
+            gateway: facts.gateway,
+            via: None,
         },
         gossip: facts.gossip.clone(),
     }
