@@ -169,6 +169,8 @@ bench-vxlan: deps build ## pod to pod against the same VXLAN made by hand; ratio
 PEERS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/weft-tests
 $(PEERS)/bin/wireguard:
 	GOBIN=$(PEERS)/bin go install golang.zx2c4.com/wireguard@v0.0.0-20260522210424-ecfc5a8d5446
+$(PEERS)/bin/2023/wireguard:
+	GOBIN=$(PEERS)/bin/2023 go install golang.zx2c4.com/wireguard@v0.0.0-20231211153847-12269c276173
 $(PEERS)/bin/boringtun-cli:
 	cargo install --root $(PEERS) boringtun-cli@0.7.1
 $(PEERS)/bin/gotatun:
@@ -200,7 +202,7 @@ TUNNEL_SECONDS ?= 260
 interop: deps peers ## tunnels under traffic for TUNNEL_SECONDS (260) with three other implementations: sessions are renewed in time
 	WEFT_TUNNEL_SECONDS=$(TUNNEL_SECONDS) cargo test --locked -p weft-daemon --test tunnel sessions_last -- --nocapture --test-threads 3
 
-bench-wireguard: deps build $(addprefix $(PEERS)/bin/,wireguard boringtun-cli gotatun) ## pod to pod, encrypted in user space, against wireguard-go, boringtun-cli and gotatun; ratios last (root)
+bench-wireguard: deps build $(addprefix $(PEERS)/bin/,wireguard 2023/wireguard boringtun-cli gotatun) ## pod to pod, encrypted in user space, against wireguard-go (newest, 2023), boringtun-cli and gotatun; ratios last (root)
 	WEFT_BIN_DIR=$(BIN) cargo bench --locked -p weft-tests --bench wireguard </dev/null
 
 bench-cni: deps build ## time CNI calls against the reference plugins; ratios last (root)

@@ -27,6 +27,14 @@ fn has_detour(lab: &Lab, node: &str) -> bool {
     lab.exec(node, &["ip", "link", "show", "weft-wg1"]).status.success()
 }
 
+/// The IPv4 addresses of a device: what the node's own packets by it carry.
+fn addresses(lab: &Lab, node: &str, device: &str) -> Vec<String> {
+    let output = lab.exec(node, &["ip", "-j", "-4", "address", "show", "dev", device]);
+    let links: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    let infos = links[0]["addr_info"].as_array().cloned().unwrap_or_default();
+    infos.iter().filter_map(|info| info["local"].as_str()).map(str::to_owned).collect()
+}
+
 /// What `wg show weft-wg WHAT` tells of each peer of a node whose kernel carries the tunnels.
 fn wg(lab: &Lab, node: &str, what: &str) -> BTreeMap<String, String> {
     let output = lab.exec(node, &["wg", "show", "weft-wg", what]);
@@ -82,7 +90,8 @@ fn gap(lost: &[u64]) -> (usize, usize) {
 fn told(what: &str, (sent, mut lost): (u64, Vec<u64>)) -> (usize, usize) {
     // Answers to those of the last second may have been under way when the ping was ended.
     lost.retain(|sequence| sequence + 100 < sent);
-    // The first may come before another ping's have warmed what they share; nothing has been done to the nodes by then.
+    // Of the first, two may be under way at once before the kernel has entered their flow: it drops one, and counts it (drop and
+    // insert_failed in /proc/net/stat/nf_conntrack). Nothing has been done to the nodes by then.
     lost.retain(|sequence| *sequence > 5);
     let (longest, all) = gap(&lost);
     println!("{what}: of {sent} pings {all} lost, {longest} in a row, from {:?}", lost.first());
@@ -185,8 +194,8 @@ fn keys_rotate_between_kernel_and_user_space_and_nothing_is_clear() {
         for (what, ping) in pings {
             let (_, all) = told(&format!("{nodes:?} rotated, {what}"), ping.stop());
             let dropped = lab.weft("n2", &["status"])["tunnels"]["dropped"].clone();
-            // Not yet shown to be none where a user-space node is among those that rotate (docs/decisions/0008-kernel-wireguard.md).
-            let most = if nodes.contains(&"n2") { 9 } else { 0 };
+            // Where all three change at once one of 2,174 was lost, and why is not known (docs/decisions/0008-kernel-wireguard.md).
+            let most = if nodes.len() > 1 { 3 } else { 0 };
             assert!(all <= most, "{nodes:?} rotated, {what}: {all} lost; n2 dropped {dropped}");
         }
     }
@@ -204,8 +213,11 @@ fn a_daemon_that_is_killed_while_keys_rotate_goes_on_with_it_and_nothing_is_clea
         carries_on(&lab, node);
         let before = own_key(&lab, node);
         lab.run(node, &["weft", "rotate-key"]);
-        wait_until("the detour is there", PATIENCE, || {
-            ["n1", "n2"].iter().all(|node| has_detour(&lab, node))
+        wait_until("the detour is there, with the address of the node", PATIENCE, || {
+            ["n1", "n2"].iter().all(|node| {
+                let own = addresses(&lab, node, "weft0");
+                has_detour(&lab, node) && own.len() == 1 && addresses(&lab, node, "weft-wg1") == own
+            })
         });
         lab.kill(killed);
         carries_on(&lab, "n3");
@@ -216,9 +228,9 @@ fn a_daemon_that_is_killed_while_keys_rotate_goes_on_with_it_and_nothing_is_clea
         });
         carries_on(&lab, node);
         for (what, ping) in pings {
-            // What was lost is told: without its daemon a node does not hear of a key.
+            // What was lost is told: without its daemon a node does not hear of a key. None has been seen lost.
             let (longest, _) = told(&format!("{killed} killed while {node} rotated, {what}"), ping.stop());
-            assert!(longest < 1_000, "{what}: {longest} in a row");
+            assert!(longest < 100, "{what}: {longest} in a row");
         }
     }
     let found = underlay.finish(1_000, CLEAR, "no text");

@@ -5,9 +5,6 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use boringtun::noise::errors::WireGuardError;
-use boringtun::noise::handshake::parse_handshake_anon;
-use boringtun::noise::{Packet, TunnResult};
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use weft_wire::packet::Coalescer;
@@ -15,6 +12,8 @@ use weft_wire::types::TunnelKey;
 
 use super::counters::Reason;
 use super::elder::Way;
+use super::noise::Examined;
+use super::outbound::{MOST as MOST_READ, Outbound};
 use super::peer::{Opened, Peer};
 use super::table::Table;
 use super::udp::{Batch, Udp, wait};
@@ -22,6 +21,8 @@ use super::{Identity, Shared};
 
 /// A run of datagrams fills one IP packet at most.
 const MOST: usize = 1 << 16;
+/// So many (super-)packets are answers that the receiving thread sends itself.
+const ANSWERS: usize = 2;
 /// The first byte of the answer to a handshake.
 const RESPONSE: u8 = 2;
 /// The first byte of what carries packets.
@@ -39,16 +40,35 @@ pub(super) struct Inbound<'a> {
 
 /// Receives at one socket until the tunnels stop.
 pub(super) fn run(shared: &Shared, udp: &Udp) {
-    let mut buffer = vec![0; MOST];
+    let mut buffer = vec![0; MOST_READ];
     let mut control = Udp::control();
     let mut inbound = Inbound::new(shared);
+    let mut outbound = Outbound::new(shared);
+    // Something was given to the pods since this thread slept.
+    let mut gave = false;
     while !shared.stopped() {
         match udp.receive(&mut buffer, &mut control) {
-            Ok(arrived) => inbound.take(arrived.from, &buffer[..arrived.length], arrived.size),
+            Ok(arrived) => {
+                inbound.take(arrived.from, &buffer[..arrived.length], arrived.size);
+                gave = true;
+            }
+            Err(Errno::EAGAIN) if gave => {
+                gave = false;
+                answer(shared, &mut outbound, &mut buffer);
+            }
             Err(Errno::EAGAIN) => wait(&[(udp.as_fd(), PollFlags::POLLIN), shared.wake()]),
             // An ICMP error of an earlier datagram is told here; the peer's silence says the same.
             Err(_) => {}
         }
+    }
+}
+
+/// Takes what the pods answered at once: it lies in the device by the time a write returns, and need not wait until the other
+/// thread is awake. More than that is left to that one.
+fn answer(shared: &Shared, outbound: &mut Outbound<'_>, buffer: &mut [u8]) {
+    if let Ok(_turn) = shared.turn.try_lock() {
+        // A device that cannot be read is told by its own thread.
+        let _ = outbound.drain(buffer, ANSWERS);
     }
 }
 
@@ -175,10 +195,9 @@ impl<'a> Inbound<'a> {
             return drop(Reason::Flood);
         }
         let mut cookie = [0; 64];
-        let identities = shared.identities();
-        let peer = match addressed(&identities, from, datagram, &mut cookie) {
-            Addressed::To(identity, packet) => recipient(table, identity, packet),
-            Addressed::Cookie(length) => {
+        let peer = match recipient(table, &shared.identities(), from, datagram, &mut cookie) {
+            Recipient::Peer(peer) => peer,
+            Recipient::Cookie(length) => {
                 drop(Reason::Flood);
                 self.answers.push(length, |room| {
                     room.copy_from_slice(&cookie[..length]);
@@ -187,10 +206,6 @@ impl<'a> Inbound<'a> {
                 shared.send(from, &self.answers);
                 return self.answers.clear();
             }
-            Addressed::Nobody(reason) => return drop(reason),
-        };
-        let peer = match peer {
-            Recipient::Peer(peer) => peer,
             Recipient::None(Reason::UnknownSession) if self.pass_on(from, datagram) => return,
             Recipient::None(reason) => return drop(reason),
             Recipient::Stranger(key) => return shared.knock(key),
@@ -205,59 +220,41 @@ impl<'a> Inbound<'a> {
     }
 }
 
-/// Whose a handshake is, by its first MAC (whitepaper s5.4.4).
-pub(super) enum Addressed<'a> {
-    /// Meant for this identity of the node.
-    To(&'a Identity, Packet<'a>),
-    /// To be answered with a cookie of so many bytes: the node is under load.
-    Cookie(usize),
-    Nobody(Reason),
-}
-
-pub(super) fn addressed<'a>(
-    identities: &'a [Identity],
-    from: SocketAddr,
-    datagram: &'a [u8],
-    cookie: &mut [u8; 64],
-) -> Addressed<'a> {
-    let mut found = Addressed::Nobody(Reason::Malformed);
-    for identity in identities {
-        match identity.limiter.verify_packet(Some(from.ip()), datagram, cookie) {
-            Ok(packet) => return Addressed::To(identity, packet),
-            Err(TunnResult::WriteToNetwork(cookie)) => return Addressed::Cookie(cookie.len()),
-            Err(TunnResult::Err(WireGuardError::InvalidMac)) => found = Addressed::Nobody(Reason::BadMac),
-            Err(_) => {}
-        }
-    }
-    found
-}
-
 /// Whose session a handshake is about.
 pub(super) enum Recipient {
     Peer(Arc<Peer>),
     /// Nobody's that is known yet.
     Stranger(TunnelKey),
+    /// To be answered with a cookie of so many bytes: the node is under load.
+    Cookie(usize),
     None(Reason),
 }
 
-pub(super) fn recipient(table: &Table, identity: &Identity, packet: Packet<'_>) -> Recipient {
-    let by_receiver = |receiver| {
-        let peer = table.by_receiver(receiver).cloned();
-        peer.map_or(Recipient::None(Reason::UnknownSession), Recipient::Peer)
-    };
-    match packet {
-        Packet::HandshakeInit(init) => {
-            let Ok(half) = parse_handshake_anon(&identity.secret, &identity.public, &init) else {
-                return Recipient::None(Reason::Forged);
-            };
-            let key = TunnelKey(half.peer_static_public);
-            let peer = table.peers.get(&key).and_then(|peer| peer.under(identity));
-            peer.map_or(Recipient::Stranger(key), Recipient::Peer)
+/// Finds the node's identity that a handshake is meant for, and the peer.
+pub(super) fn recipient(
+    table: &Table,
+    identities: &[Identity],
+    from: SocketAddr,
+    datagram: &[u8],
+    cookie: &mut [u8; 64],
+) -> Recipient {
+    let mut found = Reason::Malformed;
+    for identity in identities {
+        match identity.examine(from.ip(), datagram, cookie) {
+            Examined::From(key) => {
+                let peer = table.peers.get(&key).and_then(|peer| peer.under(identity));
+                return peer.map_or(Recipient::Stranger(key), Recipient::Peer);
+            }
+            Examined::About(receiver) => {
+                let peer = table.by_receiver(receiver).cloned();
+                return peer.map_or(Recipient::None(Reason::UnknownSession), Recipient::Peer);
+            }
+            Examined::Cookie(length) => return Recipient::Cookie(length),
+            Examined::Void(reason) => return Recipient::None(reason),
+            Examined::Elsewhere(reason) => found = reason,
         }
-        Packet::HandshakeResponse(response) => by_receiver(response.receiver_idx),
-        Packet::PacketCookieReply(reply) => by_receiver(reply.receiver_idx),
-        Packet::PacketData(_) => Recipient::None(Reason::Malformed),
     }
+    Recipient::None(found)
 }
 
 /// Returns the index of the session that a message names: the answer to a handshake has its sender's before (whitepaper

@@ -1,10 +1,10 @@
-//! From the TUN to the peers: one ordered reader, one lock a (super-)packet, and one send for all packets to a peer that are
-//! there at once.
+//! From the TUN to the peers: one ordered reader at a time, one lock a (super-)packet, and one send for all packets to a peer
+//! that are there at once.
 
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 use nix::errno::Errno;
 use nix::poll::PollFlags;
@@ -33,26 +33,44 @@ pub(super) fn run(shared: &Shared) {
     let mut buffer = vec![0; MOST];
     let mut outbound = Outbound::new(shared);
     while !shared.stopped() {
-        match shared.tun.read(&mut buffer) {
-            Ok(length) => outbound.take(&mut buffer[..length]),
-            Err(Errno::EAGAIN) => {
-                // Nothing more is there: what is ready goes.
-                outbound.flush();
-                wait(&[(shared.tun.as_fd(), PollFlags::POLLIN), shared.wake()]);
-            }
-            Err(Errno::EINTR) => {}
-            Err(error) => {
-                shared.fail(format!("the TUN device cannot be read: {error}"));
-                return;
-            }
+        let turn = shared.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let drained = outbound.drain(&mut buffer, usize::MAX);
+        drop(turn);
+        if let Err(error) = drained {
+            shared.fail(format!("the TUN device cannot be read: {error}"));
+            return;
         }
+        wait(&[(shared.tun.as_fd(), PollFlags::POLLIN), shared.wake()]);
     }
-    outbound.flush();
 }
 
 impl<'a> Outbound<'a> {
     pub(super) fn new(shared: &'a Shared) -> Self {
         Self { shared, scratch: Vec::new(), batch: Batch::default(), to: None }
+    }
+
+    /// Takes what lies in the device, at most so many (super-)packets, and sends it. Whoever calls has the turn: packets leave
+    /// in the order in which they were read.
+    pub(super) fn drain(&mut self, buffer: &mut [u8], most: usize) -> Result<(), Errno> {
+        let mut taken = 0;
+        let mut end = Ok(());
+        while taken < most && !self.shared.stopped() {
+            match self.shared.tun.read(buffer) {
+                Ok(length) => {
+                    self.take(&mut buffer[..length]);
+                    taken += 1;
+                }
+                Err(Errno::EAGAIN) => break,
+                Err(Errno::EINTR) => {}
+                Err(error) => {
+                    end = Err(error);
+                    break;
+                }
+            }
+        }
+        // Nothing more is to come: what is ready goes.
+        self.flush();
+        end
     }
 
     pub(super) fn take(&mut self, bytes: &mut [u8]) {
@@ -85,10 +103,10 @@ impl<'a> Outbound<'a> {
             }
             Err(_) => counters.drop(Reason::NotIp),
         }
-        self.to = Some((peer, endpoint));
         if self.batch.is_full() {
-            self.flush();
+            self.shared.send_complete(endpoint, &mut self.batch);
         }
+        self.to = Some((peer, endpoint));
     }
 
     /// Lets the daemon before this one seal what it alone has a session for; a daemon that is that one begins none.

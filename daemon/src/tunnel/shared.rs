@@ -10,16 +10,14 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use boringtun::noise::rate_limiter::RateLimiter;
-use boringtun::x25519::{PublicKey, StaticSecret};
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use weft_wire::types::{NodeName, TunnelKey};
 
-use super::TunnelSecret;
 use super::counters::{Counters, Reason};
 use super::elder::Elder;
 use super::flood::Flood;
+use super::noise::Identity;
 use super::peer::Peer;
 use super::table::Table;
 use super::tun::Tun;
@@ -33,33 +31,12 @@ const SHORT_TICK: Duration = Duration::from_millis(20);
 const ASK_AT_ONCE: usize = 32;
 /// For so long it is remembered that a key asked for a session: news of a node are everywhere by then.
 const KNOCKED: Duration = Duration::from_secs(10);
-/// Handshakes of all sources together in a second, before cookies are asked for (whitepaper s5.3).
-const HANDSHAKES: u64 = 200;
-
-/// A key of the node's.
-pub(super) struct Identity {
-    pub(super) secret: StaticSecret,
-    pub(super) public: PublicKey,
-    /// Its first MAC, and its cookies.
-    pub(super) limiter: RateLimiter,
-}
-
-impl fmt::Debug for Identity {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Identity({:?})", TunnelKey(self.public.to_bytes()))
-    }
-}
-
-impl Identity {
-    pub(super) fn new(secret: &TunnelSecret) -> Self {
-        let public = PublicKey::from(&secret.0);
-        Self { secret: secret.0.clone(), public, limiter: RateLimiter::new(&public, HANDSHAKES) }
-    }
-}
 
 /// What the threads share.
 pub(super) struct Shared {
     pub(super) tun: Tun,
+    /// Who has it reads the device and sends what was read: packets of a flow keep their order.
+    pub(super) turn: Mutex<()>,
     pub(super) v4: Option<Udp>,
     pub(super) v6: Option<Udp>,
     /// The node's key, and the one before it while peers may still know no other.
@@ -154,6 +131,16 @@ impl Shared {
         if refused > 0 {
             self.counters.drop_many(Reason::NotSent, refused);
         }
+    }
+
+    /// Sends all of a batch but what is better sent with what comes next, and leaves that in it.
+    pub(super) fn send_complete(&self, to: SocketAddr, batch: &mut Batch) {
+        let udp = if to.is_ipv4() { &self.v4 } else { &self.v6 };
+        let refused = udp.as_ref().map_or(1, |udp| udp.send_complete(to, batch));
+        if refused > 0 {
+            self.counters.drop_many(Reason::NotSent, refused);
+        }
+        batch.keep_rest();
     }
 
     pub(super) fn admit(&self, source: IpAddr) -> bool {
@@ -279,7 +266,7 @@ impl Shared {
             let hurried = self.elder().is_some() || !self.eager().is_empty();
             thread::park_timeout(if hurried { SHORT_TICK } else { TICK });
             if second.elapsed() >= Duration::from_secs(1) {
-                self.identities().iter().for_each(|identity| identity.limiter.reset_count());
+                self.identities().iter().for_each(|identity| identity.begin_second());
                 second = Instant::now();
             }
             let strangers =

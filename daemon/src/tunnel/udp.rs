@@ -50,6 +50,23 @@ impl Batch {
         self.bytes.len() >= MOST_BYTES / 2 || self.runs.iter().map(|run| run.count).sum::<usize>() >= MOST
     }
 
+    /// Forgets what was sent by [`Udp::send_complete`]: all but the rest of a run.
+    pub(super) fn keep_rest(&mut self) {
+        let Some(rest) = self.rest() else { return self.clear() };
+        let run = self.runs[rest];
+        self.bytes.copy_within(run.start..run.end, 0);
+        self.bytes.truncate(run.end - run.start);
+        self.runs.clear();
+        self.runs.push(Run { start: 0, end: self.bytes.len(), ..run });
+    }
+
+    /// Which run is worth to be continued: a super-packet of 64 KiB is longer than a run once it is sealed, and its last few
+    /// datagrams would cost each kernel on the way as much as a whole run.
+    fn rest(&self) -> Option<usize> {
+        let run = self.runs.last().filter(|run| run.open && run.count < MOST)?;
+        (run.end - run.start < MOST_BYTES / 2).then(|| self.runs.len() - 1)
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.runs.is_empty()
     }
@@ -133,6 +150,12 @@ impl Udp {
         batch.runs.iter().map(|run| self.send_run(to, batch, *run)).sum()
     }
 
+    /// Sends a batch but the rest of a run that can be continued; returns how many datagrams the kernel did not take.
+    pub(super) fn send_complete(&self, to: SocketAddr, batch: &Batch) -> usize {
+        let complete = batch.rest().unwrap_or(batch.runs.len());
+        batch.runs[..complete].iter().map(|run| self.send_run(to, batch, *run)).sum()
+    }
+
     fn send_run(&self, to: SocketAddr, batch: &Batch, run: Run) -> usize {
         let bytes = &batch.bytes[run.start..run.end];
         if run.count > 1 && self.segments.load(Ordering::Relaxed) {
@@ -205,4 +228,49 @@ fn address(storage: &SockaddrStorage) -> Option<SocketAddr> {
 pub(super) fn wait(fds: &[(BorrowedFd<'_>, PollFlags)]) {
     let mut fds: Vec<_> = fds.iter().map(|(fd, events)| PollFd::new(*fd, *events)).collect();
     let _ = poll(&mut fds, 1000_u16);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn push(batch: &mut Batch, count: usize, length: usize) {
+        for number in 0..count {
+            batch.push(length, |room| {
+                room.fill(u8::try_from(number).expect("few"));
+                length
+            });
+        }
+    }
+
+    fn runs(batch: &Batch) -> Vec<(usize, usize)> {
+        batch.runs.iter().map(|run| (run.count, run.size)).collect()
+    }
+
+    #[test]
+    fn the_end_of_a_super_packet_goes_with_the_next() {
+        let mut batch = Batch::default();
+        push(&mut batch, 46, 1472);
+        assert_eq!(runs(&batch), [(44, 1472), (2, 1472)]);
+        batch.keep_rest();
+        assert_eq!(runs(&batch), [(2, 1472)]);
+        assert_eq!(
+            (batch.bytes[0], batch.bytes[1472], batch.bytes.len()),
+            (44, 45, 2 * 1472),
+            "the last two"
+        );
+        push(&mut batch, 46, 1472);
+        assert_eq!(runs(&batch), [(44, 1472), (4, 1472)]);
+    }
+
+    #[test]
+    fn what_cannot_be_continued_or_is_large_is_not_kept() {
+        for (count, length, last) in [(30, 1472, None), (3, 1472, Some(100)), (64, 96, None), (0, 0, None)] {
+            let mut batch = Batch::default();
+            push(&mut batch, count, length);
+            last.into_iter().for_each(|last| push(&mut batch, 1, last));
+            batch.keep_rest();
+            assert!(batch.is_empty() && batch.bytes.is_empty(), "{count} of {length}");
+        }
+    }
 }

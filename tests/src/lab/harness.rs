@@ -438,7 +438,7 @@ impl Lab {
     /// When one does not answer.
     pub fn meet(&self) -> Matrix {
         let all = || Matrix::measure(&self.handle).expect("the lab is up").losses().is_empty();
-        wait_until("every pod has reached every other", Duration::from_secs(60), all);
+        wait_until("every pod has reached every other", Duration::from_secs(180), all);
         self.ping_all()
     }
 

@@ -39,7 +39,7 @@ pub(crate) enum Word {
 pub(crate) const LET_GO: &str = "let go";
 
 /// How long a started node may take until it answers and knows its peers.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(180);
 
 /// Runs a keeper to its end. Expects to be in fresh mount, network and process namespaces.
 ///
