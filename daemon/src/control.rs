@@ -11,6 +11,7 @@
 mod checksum;
 mod facts;
 mod probe;
+mod quality;
 mod ring;
 mod rotation;
 mod schedule;
@@ -39,6 +40,7 @@ use crate::state::Memory;
 
 pub use probe::PORT as PROBE_PORT;
 use probe::Probe;
+pub use quality::{Estimate, Quality, SiteQuality};
 pub use rotation::OwnKeys;
 use rotation::Rotation;
 pub use schedule::Pass;
