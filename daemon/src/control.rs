@@ -10,6 +10,7 @@
 
 mod checksum;
 mod facts;
+pub mod path_mtu;
 mod probe;
 mod quality;
 mod ring;
