@@ -10,7 +10,8 @@
 
 mod checksum;
 mod facts;
-pub mod path_mtu;
+mod path_mtu;
+mod path_probes;
 mod probe;
 mod quality;
 mod ring;
@@ -39,9 +40,10 @@ use crate::config::{Config, StoreKind};
 use crate::plan::model::{Inputs, Underlay};
 use crate::state::Memory;
 
+pub use path_probes::PathProbes;
 pub use probe::PORT as PROBE_PORT;
 use probe::Probe;
-pub use quality::{Estimate, Quality, SiteQuality};
+pub use quality::{Quality, SiteQuality};
 pub use rotation::OwnKeys;
 use rotation::Rotation;
 pub use schedule::Pass;
@@ -72,7 +74,7 @@ pub enum Output {
         /// What to send.
         datagram: Vec<u8>,
     },
-    /// Send a checksum probe, from the node's gateway address so that it takes the tunnel.
+    /// Send a probe or its answer, from the node's gateway address so that it takes the tunnel.
     Probe {
         /// The peer's gateway.
         to: SocketAddr,
@@ -212,6 +214,8 @@ pub struct Control {
     pub problems: Problems,
     /// Whether this kernel breaks checksums.
     pub(crate) probe: Probe,
+    /// What the paths to peers carry, and how well.
+    pub path_probes: PathProbes,
     /// When this run began.
     pub started: Instant,
     boot: String,
@@ -249,6 +253,9 @@ impl Control {
         let known_broken = memory.tx_checksum_off.as_ref() == Some(&boot);
         let probe = Probe::new(known_broken, seeds.next_u64(), now);
         let rotation = Rotation::new(tunnel, memory.detour, now);
+        let draws = ChaCha8Rng::from_seed(random(&mut seeds));
+        let limits = memory.peers.iter().filter_map(|(node, peer)| Some((node.clone(), peer.peer.path_mtu?)));
+        let path_probes = PathProbes::new(limits.collect(), ChaCha8Rng::from_seed(random(&mut seeds)), now);
         let mut control = Self {
             config,
             mesh,
@@ -259,6 +266,7 @@ impl Control {
             pass: Pass::default(),
             problems: Problems::default(),
             probe,
+            path_probes,
             started: now,
             boot,
             rotation,
@@ -271,7 +279,7 @@ impl Control {
             leaving: false,
             way: None,
             seeds_due: now,
-            draws: ChaCha8Rng::from_seed(random(&mut seeds)),
+            draws,
             outputs: VecDeque::new(),
         };
         control.take_lease_table(now);
@@ -423,6 +431,7 @@ impl Control {
             if self.go_on_with_keys(now)
                 || self.draw_seeds(now)
                 || self.run_probe(now)
+                || self.probe_paths(now)
                 || self.start_pass(now)
                 || self.remember_if_due(now)
             {
@@ -436,6 +445,7 @@ impl Control {
                 self.pass_wake(),
                 self.memory_due,
                 self.probe_wake(),
+                Some(self.path_probes_wake()),
             ];
             let until = wakes.into_iter().flatten().min().expect("the mesh always has a next time");
             return Output::Wait { until };

@@ -160,6 +160,7 @@ fn inputs(kernel: &mut Linux, peers: u32) -> Inputs {
             encryption: Encryption::Never,
             preshared: None,
             tunnel: None,
+            path_mtu: None,
             carrier: Carrier::UserSpace,
             detour: None,
         },

@@ -55,6 +55,7 @@ fn peer(number: u8, v4: bool, v6: bool, mtu: u32) -> Peer {
         site: format!("s{}", number % 2).parse().unwrap(),
         encryption: [Encryption::Never, Encryption::CrossSite, Encryption::Never, Encryption::Always]
             [usize::from(number % 4)],
+        path_mtu: number.is_multiple_of(7).then(|| 1200 + u32::from(number)),
         tunnel: (!number.is_multiple_of(5)).then(|| TunnelFacts {
             key: TunnelKey([number % 60; 32]),
             port: 51820,

@@ -271,6 +271,7 @@ fn inputs(kernel: &mut Linux) -> Inputs {
             encryption: Encryption::Never,
             preshared: None,
             tunnel: None,
+            path_mtu: None,
             carrier: Carrier::UserSpace,
             detour: None,
         },

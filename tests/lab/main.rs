@@ -70,6 +70,15 @@ enum Verb {
         /// Milliseconds
         ms: u64,
     },
+    /// Drop longer packets between two nodes and tell nobody; 0 lets all pass
+    Floor {
+        /// One node
+        a: String,
+        /// The other
+        b: String,
+        /// What a packet of the underlay may have at most, in bytes
+        bytes: u32,
+    },
     /// End a node's daemon with SIGKILL
     Kill {
         /// The node
@@ -227,6 +236,13 @@ fn act(cli: &Cli) -> anyhow::Result<ExitCode> {
         Verb::Delay { a, b, ms } => tell(
             Request::Delay { a: a.clone(), b: b.clone(), ms: *ms },
             format!("what {a} and {b} send each other takes {ms} ms longer, each way"),
+        ),
+        Verb::Floor { a, b, bytes } => tell(
+            Request::Floor { a: a.clone(), b: b.clone(), bytes: *bytes },
+            match bytes {
+                0 => format!("packets of any size pass between {a} and {b}"),
+                _ => format!("packets of more than {bytes} bytes are lost between {a} and {b}"),
+            },
         ),
         Verb::Kill { node } => {
             tell(Request::Kill { node: node.clone() }, format!("the daemon of {node} was killed"))

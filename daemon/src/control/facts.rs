@@ -87,7 +87,9 @@ impl Control {
             }
             // The record in force, not the latest: that one may wait for the lease table.
             if let Some(record) = member.routed {
-                peers.insert(member.node.clone(), planned(record));
+                let mut peer = planned(record);
+                peer.peer.path_mtu = self.path_probes.limit(member.node);
+                peers.insert(member.node.clone(), peer);
             }
         }
         let table = self.table(now);
@@ -252,6 +254,7 @@ fn planned(record: &NodeRecord) -> RememberedPeer {
             site: record.site.clone(),
             encryption: demanded(facts.capabilities),
             tunnel: facts.tunnel.clone(),
+            path_mtu: None,
         },
         gossip: facts.gossip.clone(),
     }

@@ -3,9 +3,10 @@
 //! From probes inside the tunnel where these are fresh, and from gossip's own round trips otherwise. Whoever chooses
 //! between paths asks [`Control::quality_of`]. Bounded: a peer has a fixed number of samples.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
+use weft_wire::mesh::MemberState;
 use weft_wire::types::{NodeName, SiteName};
 
 use super::Control;
@@ -105,10 +106,27 @@ fn median(mut values: Vec<Duration>) -> Option<Duration> {
 
 impl Control {
     /// Returns how good the path to a peer is, where anything was measured.
-    pub fn quality_of(&self, peer: &NodeName, _now: Instant) -> Option<Quality> {
+    pub fn quality_of(&self, peer: &NodeName, now: Instant) -> Option<Quality> {
         let member = self.mesh.member(peer)?;
         let gossip = |rtt| Quality { rtt, jitter: None, loss: member.loss, in_tunnel: false };
-        member.rtt.map(gossip)
+        self.path_probes.quality(peer, now).or_else(|| member.rtt.map(gossip))
+    }
+
+    /// Returns how good the paths to the nodes of each site are, where anything was measured.
+    pub fn quality_of_sites(&self, now: Instant) -> Vec<SiteQuality> {
+        let mut sites: BTreeMap<&SiteName, (Vec<Quality>, Option<u32>)> = BTreeMap::new();
+        for member in self.mesh.members().filter(|member| member.state == MemberState::Alive) {
+            let Some(quality) = self.quality_of(member.node, now) else { continue };
+            let (qualities, least) = sites.entry(member.site).or_default();
+            qualities.push(quality);
+            *least = [*least, self.path_probes.measured(member.node)].into_iter().flatten().min();
+        }
+        let told = sites.into_iter().filter_map(|(site, (qualities, path_mtu))| {
+            let loss = qualities.iter().map(|quality| quality.loss).sum::<f32>() / qualities.len() as f32;
+            let rtt = median(qualities.iter().map(|quality| quality.rtt).collect())?;
+            Some(SiteQuality { site: site.clone(), nodes: qualities.len(), rtt, loss, path_mtu })
+        });
+        told.collect()
     }
 }
 

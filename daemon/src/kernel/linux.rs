@@ -13,7 +13,7 @@ use super::netlink::{Conn, Refusal};
 use super::offload::Ethtool;
 use super::tunnel::Tunnels;
 use super::{
-    Implementation, Kernel, KernelError, TunnelLook, UnderlayError, UnderlaySpec, nft, rtnl, sysctl,
+    Implementation, Kernel, KernelError, Traffic, TunnelLook, UnderlayError, UnderlaySpec, nft, rtnl, sysctl,
 };
 use crate::handover::Tunnels as Inherited;
 use crate::plan::model::{Actual, BRIDGE, DETOUR, Link, LinkKind, Op, Sessions, Underlay, WIREGUARD};
@@ -231,6 +231,16 @@ impl Kernel for Linux {
     fn add_tunnel_secret(&mut self, secret: TunnelSecret) {
         if let Some(tunnels) = &mut self.tunnels {
             tunnels.add_secret(secret);
+        }
+    }
+
+    fn traffic(&mut self) -> Traffic {
+        let status = self.tunnels.as_ref().and_then(Tunnels::monitor).map(|look| look.status());
+        let sent = status.into_iter().flatten().map(|tunnel| (tunnel.node, tunnel.sent.1));
+        // Where the kernel does not say, peers are only sampled.
+        Traffic {
+            endpoints: rtnl::idle_endpoints(&mut self.conn).unwrap_or_default(),
+            tunnels: sent.collect(),
         }
     }
 

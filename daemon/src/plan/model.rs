@@ -202,6 +202,9 @@ pub struct Peer {
     /// How to speak WireGuard with it.
     #[serde(default)]
     pub tunnel: Option<TunnelFacts>,
+    /// What was measured that the path to it carries inside the tunnel, in bytes, where that is less than its devices do.
+    #[serde(default)]
+    pub path_mtu: Option<u32>,
 }
 
 /// The site of peers that were remembered before peers had sites.
@@ -250,6 +253,10 @@ pub struct PlannedRoute {
     pub transport: Transport,
     /// The route as the kernel has it; nothing where there is no way.
     pub route: Option<Route>,
+    /// What a packet may have by the devices at both ends, in bytes.
+    pub room: u32,
+    /// What the way adds to a packet, in bytes.
+    pub overhead: u32,
     /// Why it is so, for people.
     pub reason: String,
 }

@@ -93,7 +93,14 @@ fn make(handle: &Handle, began: Instant) -> anyhow::Result<(Keeper, UnixListener
     let started = options.started;
     let mut keeper = Keeper {
         handle: handle.clone(),
-        state: State { options, ready: false, nodes: Vec::new(), cuts: Vec::new(), delays: Vec::new() },
+        state: State {
+            options,
+            ready: false,
+            nodes: Vec::new(),
+            cuts: Vec::new(),
+            delays: Vec::new(),
+            floors: Vec::new(),
+        },
         holders: Vec::new(),
         daemons: BTreeMap::new(),
         etcd: None,
@@ -208,6 +215,7 @@ impl Keeper {
                 }
             }
             Request::Delay { a, b, ms } => self.delay(&a, &b, ms)?,
+            Request::Floor { a, b, bytes } => self.floor(&a, &b, bytes)?,
             Request::Kill { node } => self.end_daemon(&node, nix::sys::signal::Signal::SIGKILL)?,
             Request::Stop { node } => self.end_daemon(&node, nix::sys::signal::Signal::SIGTERM)?,
             Request::Start { node, ahead_s } => self.start(&node, ahead_s)?,
@@ -242,6 +250,22 @@ impl Keeper {
         self.state.delays.retain(|(a, b, _)| (a, b) != (&pair.0, &pair.1));
         if ms > 0 {
             self.state.delays.push((pair.0, pair.1, ms));
+        }
+        Ok(())
+    }
+
+    fn floor(&mut self, a: &str, b: &str, bytes: u32) -> anyhow::Result<()> {
+        let pair = self.pair(a, b)?;
+        let macs = self.macs(&pair)?;
+        if self.state.floors.iter().any(|(a, b, _)| (a, b) == (&pair.0, &pair.1)) {
+            underlay::lift(&macs)?;
+            self.state.floors.retain(|(a, b, _)| (a, b) != (&pair.0, &pair.1));
+        }
+        if bytes > 0 {
+            underlay::segment(&self.state, &pair.0)?;
+            underlay::segment(&self.state, &pair.1)?;
+            underlay::floor(&macs, bytes)?;
+            self.state.floors.push((pair.0, pair.1, bytes));
         }
         Ok(())
     }

@@ -129,6 +129,9 @@ pub struct State {
     pub cuts: Vec<(String, String)>,
     /// Pairs of nodes with the delay that each direction between them has, in milliseconds.
     pub delays: Vec<(String, String, u64)>,
+    /// Pairs of nodes with the longest packet that passes between them, in bytes.
+    #[serde(default)]
+    pub floors: Vec<(String, String, u32)>,
 }
 
 impl State {
@@ -250,6 +253,15 @@ pub enum Request {
         b: String,
         /// How long each direction takes longer.
         ms: u64,
+    },
+    /// Lets no longer packet pass between two nodes; 0 lets all pass again.
+    Floor {
+        /// One node.
+        a: String,
+        /// The other.
+        b: String,
+        /// What a packet of the underlay may have at most.
+        bytes: u32,
     },
     /// Ends a daemon with SIGKILL.
     Kill {

@@ -286,6 +286,7 @@ pub fn reconciler_work(nodes: usize) -> [Work; 3] {
             site: "default".parse().expect("a valid name"),
             encryption: Encryption::Never,
             tunnel: None,
+            path_mtu: None,
         }
     };
     let net = ipnet::IpNet::new(address(0).ip(), 16).expect("16 is a prefix length");
