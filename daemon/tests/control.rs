@@ -62,7 +62,7 @@ fn passes(
 
 fn underlay() -> Underlay {
     let addresses = vec!["192.0.2.1/24".parse().unwrap()];
-    Underlay { device: "eth0".into(), index: 2, mtu: 1500, addresses, strict_sources: false }
+    Underlay { device: "eth0".into(), index: 2, mtu: 1500, addresses, strict_sources: false, tunnel: None }
 }
 
 #[test]

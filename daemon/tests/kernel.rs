@@ -140,6 +140,7 @@ fn peer(i: u32) -> Peer {
         site: "default".parse().expect("a valid name"),
         encryption: Encryption::Never,
         tunnel: None,
+        path_mtu: None,
     }
 }
 
@@ -160,7 +161,6 @@ fn inputs(kernel: &mut Linux, peers: u32) -> Inputs {
             encryption: Encryption::Never,
             preshared: None,
             tunnel: None,
-            path_mtu: None,
             carrier: Carrier::UserSpace,
             detour: None,
         },

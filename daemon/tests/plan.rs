@@ -135,7 +135,7 @@ prop_compose! {
                 .iter()
                 .map(|(detour, key)| (if *detour { OWN_DETOUR } else { TunnelKey([250; 32]) }, TunnelKey([*key; 32])))
                 .collect(),
-            underlay: Underlay { device: "eth0".into(), index: 2, mtu: 1500, addresses, strict_sources: false },
+            underlay: Underlay { device: "eth0".into(), index: 2, mtu: 1500, addresses, strict_sources: false, tunnel: None },
             subnets: if leased {
                 vec!["10.32.250.0/24".parse().unwrap(), "fd00:32:0:fa::/64".parse().unwrap()]
             } else {

@@ -250,6 +250,7 @@ fn peer(i: u32) -> Peer {
         site: "default".parse().unwrap(),
         encryption: Encryption::Never,
         tunnel: None,
+        path_mtu: None,
     }
 }
 
@@ -271,7 +272,6 @@ fn inputs(kernel: &mut Linux) -> Inputs {
             encryption: Encryption::Never,
             preshared: None,
             tunnel: None,
-            path_mtu: None,
             carrier: Carrier::UserSpace,
             detour: None,
         },

@@ -38,6 +38,7 @@ impl Control {
             mtu: 0,
             addresses: Vec::new(),
             strict_sources: false,
+            tunnel: None,
         };
         Inputs {
             strays: std::mem::take(&mut self.strays),

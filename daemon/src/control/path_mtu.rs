@@ -22,8 +22,11 @@ const SETTLE: Duration = Duration::from_millis(50);
 const CLOSE: u32 = 16;
 /// How many sizes a round between two known ones has.
 const BETWEEN: u32 = 7;
-/// How long until a peer that answered nothing is asked again.
-const SILENT: Duration = Duration::from_secs(30);
+/// How long until a peer that answered nothing is asked again: at first, for its daemon or its tunnel may be starting, and at
+/// most, the interval doubling.
+const SILENT: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// A sign that a path is wide again brings the next question forward by this factor.
+const HINT: u32 = 16;
 /// How long until a narrow path is asked whether it is wide again: at first, for it may have been so for a moment only, and at
 /// most, the interval doubling (RFC 8899 s5.1.1, PMTU_RAISE_TIMER).
 const RAISE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(600));
@@ -68,6 +71,7 @@ pub struct Search {
     /// Not even the smallest step passes.
     closed: bool,
     raise: Duration,
+    silent: Duration,
     phase: Phase,
 }
 
@@ -76,7 +80,7 @@ impl Search {
     pub fn new(ceiling: u32, (overhead, align): (u32, u32), remembered: Option<u32>, now: Instant) -> Self {
         let confirmed = remembered.filter(|size| *size < ceiling);
         let phase = Phase::Rest { again: Some(now) };
-        Self { ceiling, overhead, align, confirmed, closed: false, raise: RAISE.0, phase }
+        Self { ceiling, overhead, align, confirmed, closed: false, raise: RAISE.0, silent: SILENT.0, phase }
     }
 
     /// The limit to set, where the path carries less than the ceiling.
@@ -136,8 +140,9 @@ impl Search {
                 *due = now;
             }
         }
-        // Whatever was thought lost is not.
-        if size > self.confirmed.unwrap_or(0) && size <= self.ceiling && self.is_step(size) {
+        self.silent = SILENT.0;
+        // Whatever was thought lost is not. The first of several answers is not the largest, so it sets no limit.
+        if size == self.ceiling || self.confirmed.is_some_and(|known| size > known && size < self.ceiling) {
             self.confirmed = Some(size);
             self.closed = false;
         }
@@ -155,9 +160,14 @@ impl Search {
         }
     }
 
-    /// Whether a size was asked with to learn of the path, and not only whether the peer is there.
-    fn is_step(&self, size: u32) -> bool {
-        size == self.ceiling || size >= self.inner(STEPS[0])
+    /// Takes that a packet of this size came from the peer: where it can send it, the way back may carry it too.
+    pub fn hint(&mut self, size: u32, now: Instant) {
+        let soon = now + self.raise / HINT;
+        if let (Phase::Rest { again: Some(again) }, true) =
+            (&mut self.phase, self.confirmed.is_some_and(|own| size > own))
+        {
+            *again = soon.min(*again);
+        }
     }
 
     /// The packet inside that makes at most this size outside.
@@ -183,7 +193,10 @@ impl Search {
         }
         match round {
             Round::Whole | Round::Doubt if answered => self.rest(now),
-            _ if !heard => self.phase = Phase::Rest { again: Some(now + SILENT) },
+            _ if !heard => {
+                self.phase = Phase::Rest { again: Some(now + self.silent) };
+                self.silent = (self.silent * 2).min(SILENT.1);
+            }
             Round::Whole => self.narrow(self.confirmed.unwrap_or(0), self.ceiling, now),
             Round::Doubt => self.narrow(0, best.max(sizes[0]), now),
             Round::Between { low, high } => {

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use rand_chacha::ChaCha8Rng;
 use rand_core::RngCore;
+use tracing::{debug, info};
 use weft_wire::mesh::{MemberState, MemberView};
 use weft_wire::types::{NodeName, Subnet};
 
@@ -74,6 +75,8 @@ struct Tracked {
     /// What this node itself sent last, and how much since the kernel was last asked.
     own: Option<Instant>,
     own_bytes: u64,
+    /// And between the time before and the last time: what is on its way while the kernel counts is in either.
+    own_before: u64,
     /// What the kernel had counted when it was last asked.
     sent_bytes: Option<u64>,
 }
@@ -149,7 +152,6 @@ impl PathProbes {
     /// Takes which peers have a route; forgets the others.
     fn set_targets(&mut self, targets: BTreeMap<NodeName, Target>, now: Instant) {
         self.peers.retain(|node, _| targets.contains_key(node));
-        self.remembered.retain(|node, _| !targets.contains_key(node));
         self.busy.retain(|node| targets.contains_key(node));
         self.sample.retain(|node| targets.contains_key(node));
         for (node, target) in targets {
@@ -162,8 +164,8 @@ impl PathProbes {
                 continue;
             }
             let before = self.peers.remove(&node);
-            let remembered = before.as_ref().and_then(|tracked| tracked.search.limit());
-            let remembered = remembered.or(self.remembered.get(&node).copied());
+            let known = before.as_ref().and_then(|tracked| tracked.search.limit());
+            let remembered = known.or(self.remembered.remove(&node));
             let align = if target.transport == Transport::WireGuard { 16 } else { 1 };
             let tracked = Tracked {
                 search: Search::new(target.ceiling, (target.overhead, align), remembered, now),
@@ -174,6 +176,7 @@ impl PathProbes {
                 busy_until: None,
                 own: None,
                 own_bytes: 0,
+                own_before: 0,
                 sent_bytes: None,
             };
             self.peers.insert(node, tracked);
@@ -218,6 +221,7 @@ impl PathProbes {
             if busy {
                 tracked.busy_until = Some(now + LINGER);
                 if self.busy.insert(node.clone()) {
+                    debug!(peer = %node, "packets are sent there");
                     tracked.next = tracked.next.min(now);
                     self.wake = now;
                 }
@@ -248,6 +252,7 @@ impl PathProbes {
             let smallest = tracked.smallest();
             let mut sizes = Vec::new();
             if let Some(ask) = asked {
+                debug!(peer = %node, sizes = ?ask.sizes, small = ask.small, "path searched");
                 searches += 1;
                 sizes.extend(ask.sizes.into_iter().map(|size| (size, false)));
                 sizes.extend(ask.small.then_some((smallest, false)));
@@ -274,7 +279,14 @@ impl PathProbes {
             }
         }
         self.set_wake(now);
-        let changed = before.into_iter().any(|(node, limit)| self.limit(&node) != limit);
+        let mut changed = false;
+        for (node, limit) in before {
+            let found = self.limit(&node);
+            if found != limit {
+                info!(peer = %node, mtu = ?found, "path MTU changed");
+                changed = true;
+            }
+        }
         (out, changed)
     }
 
@@ -294,7 +306,11 @@ impl PathProbes {
         }
         tracked.search.handle_answer(open.size, now);
         self.wake = self.wake.min(tracked.search.wake().unwrap_or(self.wake));
-        tracked.search.limit() != before
+        let found = tracked.search.limit();
+        if found != before {
+            info!(peer = %open.node, mtu = ?found, "path MTU changed");
+        }
+        found != before
     }
 
     fn expire(&mut self, now: Instant) {
@@ -355,7 +371,8 @@ impl Tracked {
     /// Whether more was sent in the tunnel than this node's own probes and answers.
     fn sends_in_tunnel(&mut self, sent: Option<u64>) -> bool {
         let before = std::mem::replace(&mut self.sent_bytes, sent);
-        let own = std::mem::take(&mut self.own_bytes);
+        let recent = std::mem::take(&mut self.own_bytes);
+        let own = recent + std::mem::replace(&mut self.own_before, recent);
         // Another device, or a new session, counts from the beginning.
         let more = sent.zip(before).map(|(sent, before)| sent.saturating_sub(before));
         more.is_some_and(|more| more > own + own / 4 + SLACK)
@@ -370,12 +387,16 @@ impl Control {
             Some((Kind::Echo, token)) => {
                 // Only a peer's gateway is answered, where it listens, by less than it sent.
                 let Some(node) = self.gateway_owner(from.ip()) else { return };
-                let datagram = probe::message(Kind::EchoAnswer, token, probe::LENGTH);
+                let answer = probe::message(Kind::EchoAnswer, token, probe::LENGTH);
                 if let Some(tracked) = self.path_probes.peers.get_mut(&node) {
                     tracked.note_own(tracked.smallest(), now);
+                    let size = datagram.len() as u32 + tracked.target.headers();
+                    tracked.search.hint(size, now);
+                    let wake = tracked.search.wake().unwrap_or(self.path_probes.wake);
+                    self.path_probes.wake = self.path_probes.wake.min(wake);
                 }
                 let to = SocketAddr::new(from.ip(), probe::PORT);
-                self.outputs.push_back(Output::Probe { to, datagram });
+                self.outputs.push_back(Output::Probe { to, datagram: answer });
             }
             Some((Kind::EchoAnswer, token)) => {
                 if self.path_probes.handle_answer(from.ip(), token, now) {
@@ -420,7 +441,7 @@ impl Control {
 
     /// Follows the routes of the last pass: who has one can be probed.
     pub(super) fn follow_routes(&mut self, now: Instant) {
-        let Some(report) = &self.pass.report else { return };
+        let Some(report) = self.pass.report.as_ref().filter(|report| report.pod_mtu > 0) else { return };
         let own = self.subnets();
         let reached = |route: &&RouteStatus| {
             route.installed && own.iter().any(|subnet| subnet.is_ipv4() == route.prefix.addr().is_ipv4())

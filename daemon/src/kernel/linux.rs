@@ -356,6 +356,7 @@ fn find_underlay(conn: &mut Conn, spec: &UnderlaySpec) -> Result<Underlay, Under
         mtu: spec.mtu.unwrap_or(link.mtu),
         addresses: chosen,
         strict_sources: sysctl::read("net/ipv4/conf/all/rp_filter").as_deref() == Some("1"),
+        tunnel: link.tunnel(),
     })
 }
 

@@ -31,6 +31,24 @@ use crate::plan::model::{
 /// The bit of the MTU among the metrics that are locked (`RTAX_LOCK`, linux/rtnetlink.h).
 const LOCKED_MTU: u32 = 1 << 2;
 
+/// Kinds of device that are tunnels, as `ip link` has them.
+const TUNNELS: [&str; 14] = [
+    "wireguard",
+    "gre",
+    "gretap",
+    "erspan",
+    "ip6gre",
+    "ip6gretap",
+    "ipip",
+    "ip6tnl",
+    "sit",
+    "vti",
+    "vti6",
+    "xfrm",
+    "geneve",
+    "ppp",
+];
+
 /// A device as dumped.
 #[derive(Debug)]
 pub(super) struct Found {
@@ -47,6 +65,16 @@ pub(super) struct Found {
 impl Found {
     pub(super) fn is_tun(&self) -> bool {
         self.kind == LinkKind::Tun
+    }
+
+    /// The device's kind, where it carries packets inside other packets.
+    pub(super) fn tunnel(&self) -> Option<String> {
+        match &self.kind {
+            LinkKind::Tun => Some("tun".into()),
+            LinkKind::Vxlan(_) => Some("vxlan".into()),
+            LinkKind::Other(kind) => TUNNELS.contains(&kind.as_str()).then(|| kind.clone()),
+            LinkKind::Bridge => None,
+        }
     }
 }
 

@@ -11,6 +11,8 @@ use super::Node;
 const LOSSY: f32 = 0.05;
 /// The least that IPv6 takes (RFC 8200 s5).
 const IPV6_MTU: u32 = 1280;
+/// What Ethernet carries (RFC 894), and a link that is no tunnel as a rule.
+const ETHERNET: u32 = 1500;
 /// How many paths are named one by one.
 const NAMED: usize = 8;
 
@@ -28,12 +30,14 @@ impl Node {
 
     /// Returns what the underlay is, where it is a tunnel itself.
     pub(super) fn underlay_tunnel(&self) -> String {
-        String::new()
-    }
-
-    /// Returns what is told of paths in `weft status`: what a person can do something about.
-    pub(super) fn path_warnings(&self, now: Instant) -> Vec<String> {
-        self.path_problems(now)
+        match &self.control.underlay {
+            Ok(underlay) => match &underlay.tunnel {
+                Some(kind) => format!("a {kind} tunnel"),
+                None if underlay.mtu < ETHERNET => format!("a tunnel by its mtu of {}", underlay.mtu),
+                None => String::new(),
+            },
+            Err(_) => String::new(),
+        }
     }
 
     /// Returns what is wrong with paths.
@@ -76,6 +80,10 @@ impl Node {
     pub(super) fn path_summary(&self) -> String {
         let members = self.control.mesh.members();
         let measured = members.filter(|member| self.control.path_probes.measured(member.node).is_some());
-        format!("{} measured, all carry what pods may send", measured.count())
+        let under = match self.underlay_tunnel() {
+            tunnel if tunnel.is_empty() => tunnel,
+            tunnel => format!("; the underlay is itself {tunnel}, and what carries it may be smaller still"),
+        };
+        format!("{} measured, all carry what pods may send{under}", measured.count())
     }
 }

@@ -171,7 +171,7 @@ impl Node {
             }
         }
         warnings.extend(self.too_small_for_ipv6());
-        warnings.extend(self.path_warnings(now));
+        warnings.extend(self.path_problems(now));
         warnings.extend(self.control.pass.report.iter().flat_map(|report| report.warnings.iter().cloned()));
         warnings
     }

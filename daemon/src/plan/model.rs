@@ -172,6 +172,8 @@ pub struct Underlay {
     /// The host checks the source of all that comes in against its routes, strictly (RFC 3704 s2.2;
     /// `net.ipv4.conf.all.rp_filter` is 1).
     pub strict_sources: bool,
+    /// The kind of the device, where it is a tunnel itself.
+    pub tunnel: Option<String>,
 }
 
 /// Another node, as far as the kernel is concerned.

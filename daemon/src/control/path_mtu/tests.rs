@@ -80,9 +80,14 @@ fn floors_of_clouds_are_found_to_the_byte_within_a_second() {
 #[test]
 fn a_peer_that_answers_nothing_teaches_nothing_and_costs_little() {
     let mut path = Path::new(1450, (50, 1));
-    path.settle(Duration::from_secs(1), |_| false);
-    assert_eq!((path.search.limit(), path.search.is_closed()), (None, false));
-    assert_eq!(path.search.wake(), Some(path.now + SILENT));
+    let mut pauses = Vec::new();
+    for _ in 0..9 {
+        path.settle(SILENT.0 / 2, |_| false);
+        assert_eq!((path.search.limit(), path.search.is_closed()), (None, false));
+        pauses.push((path.search.wake().expect("it is asked again") - path.now).as_secs());
+        path.now = path.search.wake().expect("it is asked again");
+    }
+    assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 60, 60, 60]);
 }
 
 #[test]
@@ -138,6 +143,23 @@ fn a_path_that_stays_narrow_is_asked_ever_less_often_and_at_least_every_ten_minu
     path.now += last;
     path.settle(Duration::from_secs(1), |_| true);
     assert_eq!(path.search.limit(), None, "a floor that rose is found");
+}
+
+#[test]
+fn a_large_packet_from_the_peer_brings_the_next_question_forward_and_a_flood_of_them_no_further() {
+    let mut path = Path::new(1450, (50, 1));
+    path.settle(Duration::from_secs(1), |size| size + 50 <= 1280);
+    for _ in 0..10 {
+        path.now = path.search.wake().expect("a narrow path is asked again");
+        path.settle(Duration::from_secs(1), |size| size + 50 <= 1280);
+    }
+    let now = path.now;
+    path.search.hint(1230, now);
+    assert_eq!(path.search.wake(), Some(now + RAISE.1), "it carries no more than is known");
+    for second in 0..10 {
+        path.search.hint(1450, now + Duration::from_secs(second));
+        assert_eq!(path.search.wake(), Some(now + RAISE.1 / HINT));
+    }
 }
 
 #[test]
