@@ -138,11 +138,13 @@ fn heals_and_widens(backend: Backend, name: &str) {
     let running = Transfer::start(&lab, "n1/a", "n2/a", b, 2 * BULK, 0.05);
     let whole = if backend == Backend::Wireguard { 1440 } else { 1450 };
     wait_until("the path is measured", PATIENCE, || measured() == Some(whole));
+    let sockets = || lab.run("n1/a", &["ss", "-Htin", "dport = 7000"]);
+    let acked = |text: &str| text.split_once("bytes_acked:")?.1.split_once(' ')?.0.parse::<usize>().ok();
+    wait_until("the transfer is under way", PATIENCE, || acked(&sockets()) > Some(BULK / 8));
     lab.floor("n1", "n2", 1280);
     let expected = Some(inner(backend, 1280));
     let took = wait_until("the kernel has the floor", PATIENCE, || route_mtu(&lab, "n1", b) == expected);
     println!("{backend:?}: a floor that fell was found after {took:?}");
-    let sockets = || lab.run("n1/a", &["ss", "-Htin", "dport = 7000"]);
     let told = format!(" pmtu:{} ", inner(backend, 1280));
     wait_until("the transfer goes on with what fits", PATIENCE, || sockets().contains(&told));
     let pause = running.longest_pause();
@@ -160,6 +162,8 @@ fn heals_and_widens(backend: Backend, name: &str) {
     let talk = lab.background_ping("n1/a", b);
     let took = wait_until("the kernel has no floor", PATIENCE, || route_mtu(&lab, "n1", b).is_none());
     println!("{backend:?}: a floor that rose was found after {took:?}");
+    // What pods were told, their kernels remember for ten minutes.
+    ["n1/a", "n2/a"].map(|pod| lab.run(pod, &["ip", "route", "flush", "cache"]));
     wait_until("the largest packets pass again", PATIENCE, || full_ping(&lab, "n1/a", b, whole));
     drop(talk);
 }
