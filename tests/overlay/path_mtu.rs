@@ -163,7 +163,9 @@ fn heals_and_widens(backend: Backend, name: &str) {
     let took = wait_until("the kernel has no floor", PATIENCE, || route_mtu(&lab, "n1", b).is_none());
     println!("{backend:?}: a floor that rose was found after {took:?}");
     // What pods were told, their kernels remember for ten minutes.
-    ["n1/a", "n2/a"].map(|pod| lab.run(pod, &["ip", "route", "flush", "cache"]));
+    for pod in ["n1/a", "n2/a"] {
+        lab.run(pod, &["ip", "route", "flush", "cache"]);
+    }
     wait_until("the largest packets pass again", PATIENCE, || full_ping(&lab, "n1/a", b, whole));
     drop(talk);
 }
