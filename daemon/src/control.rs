@@ -11,7 +11,10 @@
 mod checksum;
 mod facts;
 mod gateways;
+mod path_mtu;
+mod path_probes;
 mod probe;
+mod quality;
 mod ring;
 mod rotation;
 mod schedule;
@@ -39,8 +42,10 @@ use crate::config::{Config, StoreKind};
 use crate::plan::model::{Inputs, Underlay};
 use crate::state::Memory;
 
+pub use path_probes::PathProbes;
 pub use probe::PORT as PROBE_PORT;
 use probe::Probe;
+pub use quality::{Quality, SiteQuality};
 pub use rotation::OwnKeys;
 use rotation::Rotation;
 pub use schedule::Pass;
@@ -71,7 +76,7 @@ pub enum Output {
         /// What to send.
         datagram: Vec<u8>,
     },
-    /// Send a checksum probe, from the node's gateway address so that it takes the tunnel.
+    /// Send a probe or its answer, from the node's gateway address so that it takes the tunnel.
     Probe {
         /// The peer's gateway.
         to: SocketAddr,
@@ -211,6 +216,8 @@ pub struct Control {
     pub problems: Problems,
     /// Whether this kernel breaks checksums.
     pub(crate) probe: Probe,
+    /// What the paths to peers carry, and how well.
+    pub path_probes: PathProbes,
     /// When this run began.
     pub started: Instant,
     boot: String,
@@ -250,6 +257,9 @@ impl Control {
         let known_broken = memory.tx_checksum_off.as_ref() == Some(&boot);
         let probe = Probe::new(known_broken, seeds.next_u64(), now);
         let rotation = Rotation::new(tunnel, memory.detour, now);
+        let draws = ChaCha8Rng::from_seed(random(&mut seeds));
+        let limits = memory.peers.iter().filter_map(|(node, peer)| Some((node.clone(), peer.peer.path_mtu?)));
+        let path_probes = PathProbes::new(limits.collect(), ChaCha8Rng::from_seed(random(&mut seeds)), now);
         let mut control = Self {
             config,
             mesh,
@@ -260,6 +270,7 @@ impl Control {
             pass: Pass::default(),
             problems: Problems::default(),
             probe,
+            path_probes,
             started: now,
             boot,
             rotation,
@@ -272,7 +283,7 @@ impl Control {
             leaving: false,
             way: None,
             seeds_due: now,
-            draws: ChaCha8Rng::from_seed(random(&mut seeds)),
+            draws,
             sites_heard: BTreeMap::new(),
             outputs: VecDeque::new(),
         };
@@ -425,6 +436,7 @@ impl Control {
             if self.go_on_with_keys(now)
                 || self.draw_seeds(now)
                 || self.run_probe(now)
+                || self.probe_paths(now)
                 || self.start_pass(now)
                 || self.remember_if_due(now)
             {
@@ -438,6 +450,7 @@ impl Control {
                 self.pass_wake(),
                 self.memory_due,
                 self.probe_wake(),
+                Some(self.path_probes_wake()),
             ];
             let until = wakes.into_iter().flatten().min().expect("the mesh always has a next time");
             return Output::Wait { until };

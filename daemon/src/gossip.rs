@@ -8,6 +8,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use rustix::net::sockopt::{self, Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery};
 use tokio::net::UdpSocket;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -30,6 +31,8 @@ pub struct Received {
 pub struct Sockets {
     port: u16,
     inbox: mpsc::Sender<Received>,
+    /// Datagrams of any size go out whole, whatever the kernel believes of the path.
+    unfragmented: bool,
     open: BTreeMap<IpAddr, Open>,
     /// Datagrams that could not be sent, by reason: the network was unreachable or its queue full.
     pub send_errors: u64,
@@ -61,7 +64,15 @@ pub struct ListenError {
 impl Sockets {
     /// Makes an empty set; received datagrams go to `inbox` and are dropped when it is full.
     pub fn new(port: u16, inbox: mpsc::Sender<Received>) -> Self {
-        Self { port, inbox, open: BTreeMap::new(), send_errors: 0 }
+        Self { port, inbox, unfragmented: false, open: BTreeMap::new(), send_errors: 0 }
+    }
+
+    /// Has datagrams go out whole up to the MTU of the device, for who asks what a path carries (IP_PMTUDISC_PROBE,
+    /// ip(7)).
+    #[must_use]
+    pub fn unfragmented(mut self) -> Self {
+        self.unfragmented = true;
+        self
     }
 
     /// Opens and closes sockets so that there is one for each address; reports what could not be opened.
@@ -85,6 +96,11 @@ impl Sockets {
         let bind = || -> io::Result<UdpSocket> {
             let socket = std::net::UdpSocket::bind(address)?;
             socket.set_nonblocking(true)?;
+            if self.unfragmented && address.is_ipv4() {
+                sockopt::set_ip_mtu_discover(&socket, Ipv4PathMtuDiscovery::PROBE)?;
+            } else if self.unfragmented {
+                sockopt::set_ipv6_mtu_discover(&socket, Ipv6PathMtuDiscovery::PROBE)?;
+            }
             UdpSocket::from_std(socket)
         };
         let socket = Arc::new(bind().map_err(|source| ListenError { address, source })?);

@@ -16,11 +16,13 @@ mod tlv;
 mod tunnel;
 mod wireguard;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use ipnet::IpNet;
+use weft_wire::types::NodeName;
 
 use crate::plan::model::{Actual, Desired, Op, Sessions, Underlay};
 use crate::tunnel::{Tunnel, TunnelSecret};
@@ -61,8 +63,22 @@ pub trait Kernel: fmt::Debug + Send {
     /// Knows one more secret of the node's tunnels, for a plan that names its key.
     fn add_tunnel_secret(&mut self, _secret: TunnelSecret) {}
 
+    /// Returns whom packets were sent to lately. Cheap: it is asked every second.
+    fn traffic(&mut self) -> Traffic {
+        Traffic::default()
+    }
+
     /// Looks for what cuts pods off though weft did its part; one sentence each.
     fn obstacles(&mut self, cluster: &[IpNet]) -> Vec<String>;
+}
+
+/// Whom packets were sent to.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// How long ago something went to a VXLAN endpoint.
+    pub endpoints: BTreeMap<IpAddr, Duration>,
+    /// How many bytes went into each peer's encrypted tunnel.
+    pub tunnels: BTreeMap<NodeName, u64>,
 }
 
 /// Something that the kernel refused, in words for people.

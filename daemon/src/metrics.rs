@@ -7,6 +7,7 @@ use std::fmt::Write;
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdListener};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
@@ -20,7 +21,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
 use tracing::{debug, warn};
-use weft_wire::api::{Count, Empty, ReplyBody, Request, RequestBody, Status};
+use weft_wire::api::{Count, Empty, ReplyBody, Request, RequestBody, SitePath, Status};
 
 use crate::server::{Call, Door};
 
@@ -126,6 +127,11 @@ struct ReasonLabel {
 }
 
 #[derive(Debug, Clone, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct SiteLabel {
+    site: String,
+}
+
+#[derive(Debug, Clone, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct StateLabel {
     state: &'static str,
 }
@@ -179,9 +185,27 @@ fn text(status: &Status) -> String {
         dropped.get_or_create(&ReasonLabel { reason: reason.clone() }).inc_by(*count);
     }
     registry.register("tunnel_dropped_packets", "Packets that the tunnels dropped, by reason", dropped);
+    register_paths(&mut registry, &status.paths);
     let mut text = String::new();
     encode(&mut text, &registry).expect("a String takes all that is written");
     text
+}
+
+/// By site and never by peer: a cluster has few of these.
+fn register_paths(registry: &mut Registry, paths: &[SitePath]) {
+    let [rtt, loss] = [(); 2].map(|()| Family::<SiteLabel, Gauge<f64, AtomicU64>>::default());
+    let mtu = Family::<SiteLabel, Gauge>::default();
+    for path in paths {
+        let label = SiteLabel { site: path.site.clone() };
+        rtt.get_or_create(&label).set(path.rtt_ms / 1e3);
+        loss.get_or_create(&label).set(path.loss);
+        if let Some(bytes) = path.path_mtu {
+            mtu.get_or_create(&label).set(bytes.into());
+        }
+    }
+    registry.register("path_rtt_seconds", "Median round trip to the nodes of a site", rtt);
+    registry.register("path_loss_ratio", "Mean loss of probes to the nodes of a site, 0 to 1", loss);
+    registry.register("path_mtu_bytes", "Least packet size that was measured to a node of a site", mtu);
 }
 
 #[cfg(test)]
@@ -202,7 +226,9 @@ mod tests {
         let (calls, mut inbox) = mpsc::channel::<Call>(4);
         tokio::spawn(async move {
             while let Some(call) = inbox.recv().await {
-                let status = Status { ready: true, pods: 7, ..Status::default() };
+                let path =
+                    SitePath { site: "s2".into(), nodes: 3, rtt_ms: 12.5, loss: 0.25, path_mtu: Some(1230) };
+                let status = Status { ready: true, pods: 7, paths: vec![path], ..Status::default() };
                 let _ = call.reply.send(Reply::from(ReplyBody::Status(status)));
             }
         });
@@ -211,7 +237,14 @@ mod tests {
         tokio::spawn(accept(listener, Door::new(true), calls));
         let reply = get(address, "GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n").await;
         assert!(reply.starts_with("HTTP/1.1 200 OK"), "{reply}");
-        for line in ["weft_pods 7", "weft_ready 1", "weft_peers{state=\"alive\"} 0", "# EOF"] {
+        for line in [
+            "weft_pods 7",
+            "weft_ready 1",
+            "weft_peers{state=\"alive\"} 0",
+            "weft_path_rtt_seconds{site=\"s2\"} 0.0125",
+            "weft_path_mtu_bytes{site=\"s2\"} 1230",
+            "# EOF",
+        ] {
             assert!(reply.contains(line), "{line} is not in {reply}");
         }
         assert!(get(address, "GET /readyz HTTP/1.1\r\n\r\n").await.ends_with("ready\n"));

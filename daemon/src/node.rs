@@ -7,6 +7,7 @@ mod calls;
 mod cluster;
 mod handover;
 mod keys;
+mod paths_view;
 pub mod pods;
 mod reach;
 mod sites;
@@ -49,7 +50,7 @@ const LEAVE: Duration = Duration::from_secs(5);
 enum Event {
     /// A gossip datagram came.
     Datagram(Received),
-    /// A checksum probe came through the tunnel.
+    /// A probe or its answer came through the tunnel.
     Probe(Received),
     /// The store answered or changed.
     Store(StoreAnswer),
@@ -197,7 +198,7 @@ impl Node {
             Event::Datagram(Received { from, datagram }) => {
                 self.control.handle_datagram(from, &datagram, now)
             }
-            Event::Probe(Received { from, datagram }) => self.control.handle_probe(from, &datagram),
+            Event::Probe(Received { from, datagram }) => self.control.handle_probe(from, &datagram, now),
             Event::Store(answer) => self.control.handle_store(answer, now),
             Event::Kernel(worker::Done::Reconciled { underlay, report }) => {
                 if report.is_some() {
@@ -208,6 +209,7 @@ impl Node {
                 // Without its socket the probe stays unanswered, which blames nothing.
                 drop(self.probe_sockets.set_addresses(&gateways));
             }
+            Event::Kernel(worker::Done::Traffic(traffic)) => self.control.handle_traffic(&traffic, now),
             Event::Kernel(worker::Done::Strayed) => self.control.handle_kernel_change(now),
             Event::Kernel(worker::Done::Purged(left)) => self.take_purged(&left),
             // Only who ends asks for it, and takes the answer.

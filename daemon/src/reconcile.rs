@@ -59,6 +59,10 @@ pub struct RouteStatus {
     pub via: Option<IpAddr>,
     /// What a packet may have at most, in bytes.
     pub mtu: u32,
+    /// What it may have by the devices at both ends, in bytes.
+    pub room: u32,
+    /// What the way adds to a packet, in bytes.
+    pub overhead: u32,
     /// Whether the kernel has the route.
     pub installed: bool,
     /// Why it is so.
@@ -126,6 +130,8 @@ fn statuses(plan: &Desired, refused: &[(IpNet, String)]) -> Vec<RouteStatus> {
             dev: way.map(|way| way.dev.clone()).unwrap_or_default(),
             via: way.and_then(|way| way.via),
             mtu: way.and_then(|way| way.mtu).unwrap_or(plan.pod_mtu),
+            room: planned.room,
+            overhead: planned.overhead,
             installed: way.is_some() && refusal.is_none(),
             reason: refusal.map_or_else(|| planned.reason.clone(), |(_, error)| error.clone()),
         }

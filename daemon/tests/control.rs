@@ -122,7 +122,7 @@ fn what_keeps_one_family_from_its_lease_is_told_though_the_other_has_its_own() {
 
 fn underlay() -> Underlay {
     let addresses = vec!["192.0.2.1/24".parse().unwrap()];
-    Underlay { device: "eth0".into(), index: 2, mtu: 1500, addresses, strict_sources: false }
+    Underlay { device: "eth0".into(), index: 2, mtu: 1500, addresses, strict_sources: false, tunnel: None }
 }
 
 #[test]

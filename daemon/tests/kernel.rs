@@ -142,6 +142,7 @@ fn peer(i: u32) -> Peer {
         tunnel: None,
         gateway: None,
         via: None,
+        path_mtu: None,
     }
 }
 

@@ -55,6 +55,7 @@ fn peer(number: u8, v4: bool, v6: bool, mtu: u32) -> Peer {
         site: format!("s{}", number % 2).parse().unwrap(),
         encryption: [Encryption::Never, Encryption::CrossSite, Encryption::Never, Encryption::Always]
             [usize::from(number % 4)],
+        path_mtu: number.is_multiple_of(7).then(|| 1200 + u32::from(number)),
         tunnel: (!number.is_multiple_of(5)).then(|| TunnelFacts {
             key: TunnelKey([number % 60; 32]),
             port: 51820,
@@ -142,7 +143,7 @@ prop_compose! {
                 .iter()
                 .map(|(detour, key)| (if *detour { OWN_DETOUR } else { TunnelKey([250; 32]) }, TunnelKey([*key; 32])))
                 .collect(),
-            underlay: Underlay { device: "eth0".into(), index: 2, mtu: 1500, addresses, strict_sources: false },
+            underlay: Underlay { device: "eth0".into(), index: 2, mtu: 1500, addresses, strict_sources: false, tunnel: None },
             subnets: if leased {
                 vec!["10.32.250.0/24".parse().unwrap(), "fd00:32:0:fa::/64".parse().unwrap()]
             } else {

@@ -252,6 +252,7 @@ fn peer(i: u32) -> Peer {
         tunnel: None,
         gateway: None,
         via: None,
+        path_mtu: None,
     }
 }
 

@@ -91,6 +91,15 @@ enum Verb {
         #[arg(value_enum)]
         nat: Nat,
     },
+    /// Drop longer packets between two nodes and tell nobody; 0 lets all pass
+    Floor {
+        /// One node
+        a: String,
+        /// The other
+        b: String,
+        /// What a packet of the underlay may have at most, in bytes
+        bytes: u32,
+    },
     /// End a node's daemon with SIGKILL
     Kill {
         /// The node
@@ -273,6 +282,13 @@ fn act(cli: &Cli) -> anyhow::Result<ExitCode> {
             let said = format!("{router} translates anew");
             tell(Request::Nat { router: router.clone(), nat: *nat }, said)
         }
+        Verb::Floor { a, b, bytes } => tell(
+            Request::Floor { a: a.clone(), b: b.clone(), bytes: *bytes },
+            match bytes {
+                0 => format!("packets of any size pass between {a} and {b}"),
+                _ => format!("packets of more than {bytes} bytes are lost between {a} and {b}"),
+            },
+        ),
         Verb::Kill { node } => {
             tell(Request::Kill { node: node.clone() }, format!("the daemon of {node} was killed"))
         }

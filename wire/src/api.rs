@@ -221,6 +221,29 @@ pub struct Site {
     /// What is wrong with it.
     #[prost(string, repeated, tag = "8")]
     pub problems: Vec<String>,
+    /// The paths to its nodes; nothing where none was measured.
+    #[prost(message, optional, tag = "30")]
+    pub path: Option<SitePath>,
+}
+
+/// What was measured of the paths to the nodes of a site.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct SitePath {
+    /// `site`.
+    #[prost(string, tag = "1")]
+    pub site: String,
+    /// Of how many of its nodes.
+    #[prost(uint32, tag = "2")]
+    pub nodes: u32,
+    /// The median of their round trips.
+    #[prost(double, tag = "3")]
+    pub rtt_ms: f64,
+    /// The mean of their loss, from 0 to 1.
+    #[prost(double, tag = "4")]
+    pub loss: f64,
+    /// The least packet size that was measured inside a tunnel; nothing where none was.
+    #[prost(uint32, optional, tag = "5")]
+    pub path_mtu: Option<u32>,
 }
 
 /// What to do with the cluster keys.
@@ -313,6 +336,12 @@ pub struct Status {
     /// Which of this node's daemons it is (`WEFT_INSTANCE`); empty where none was named.
     #[prost(string, tag = "19")]
     pub instance: String,
+    /// What was measured of the paths to the nodes of each site, its own included.
+    #[prost(message, repeated, tag = "30")]
+    pub paths: Vec<SitePath>,
+    /// What the underlay is, where it is a tunnel itself; else empty.
+    #[prost(string, tag = "31")]
+    pub underlay_tunnel: String,
     /// How other sites reach its gossip; nothing while none says.
     #[prost(message, optional, tag = "22")]
     pub reach: Option<Reach>,
@@ -452,7 +481,7 @@ pub struct Peer {
     /// `loss`.
     #[prost(double, tag = "7")]
     pub loss: f64,
-    /// `mtu`.
+    /// What a pod's packet to it may have, in bytes; the MTU of its underlay where there is no route.
     #[prost(uint32, tag = "8")]
     pub mtu: u32,
     /// `subnets`.
@@ -473,6 +502,15 @@ pub struct Peer {
     /// Its WireGuard tunnel; nothing where there is none.
     #[prost(message, optional, tag = "14")]
     pub tunnel: Option<Tunnel>,
+    /// The packet size that was found to reach it, inside the tunnel; nothing where none was asked with.
+    #[prost(uint32, optional, tag = "30")]
+    pub path_mtu: Option<u32>,
+    /// How much one round trip differs from the next (RFC 3550 s6.4.1); nothing where only gossip measures.
+    #[prost(double, optional, tag = "31")]
+    pub jitter_ms: Option<f64>,
+    /// Whether round trip and loss are of packets inside the tunnel, and not of gossip beside it.
+    #[prost(bool, tag = "32")]
+    pub in_tunnel: bool,
 }
 
 /// A peer's WireGuard tunnel.

@@ -24,6 +24,10 @@ fn age(ms: Option<u64>) -> String {
     )
 }
 
+fn measured(figure: Option<String>) -> String {
+    figure.unwrap_or_else(|| "-".into())
+}
+
 pub(super) fn status(status: &Status) -> String {
     let store = status.store.clone().unwrap_or_default();
     let peers = status.peers.clone().unwrap_or_default();
@@ -35,7 +39,7 @@ pub(super) fn status(status: &Status) -> String {
         ),
         format!("ready      {}", if status.ready { "yes".into() } else { format!("no: {}", status.blocked) }),
         format!("subnets    {}", or_dash(&status.subnets.join(", "))),
-        format!("underlay   {}", or_dash(&status.underlay.join(", "))),
+        format!("underlay   {}{}", or_dash(&status.underlay.join(", ")), tunnel(&status.underlay_tunnel)),
         format!(
             "store      {}, {}, seen {} ago",
             store.kind,
@@ -56,6 +60,10 @@ pub(super) fn status(status: &Status) -> String {
     lines.extend(reconcile.failed.iter().map(|failed| format!("failed     {failed}")));
     lines.extend(status.warnings.iter().map(|warning| format!("warning    {warning}")));
     lines.join("\n") + "\n"
+}
+
+fn tunnel(kind: &str) -> String {
+    if kind.is_empty() { String::new() } else { format!(" (itself {kind})") }
 }
 
 pub(super) fn status_line(status: &Status) -> String {
@@ -121,7 +129,7 @@ pub(super) fn sites(sites: &Sites) -> String {
         return text + "no other site is let in\n";
     }
     text += &table(
-        &["SITE", "STANDING", "PREFIXES", "NODES", "ALIVE", "LET IN BY", "KEY"],
+        &["SITE", "STANDING", "PREFIXES", "NODES", "ALIVE", "RTT", "LOSS", "MTU", "LET IN BY", "KEY"],
         sites.sites.iter().map(|site| {
             vec![
                 site.site.clone(),
@@ -129,6 +137,9 @@ pub(super) fn sites(sites: &Sites) -> String {
                 or_dash(&site.prefixes.join(",")),
                 site.nodes.to_string(),
                 site.alive.to_string(),
+                measured(site.path.as_ref().map(|path| format!("{:.2} ms", path.rtt_ms))),
+                measured(site.path.as_ref().map(|path| format!("{:.1} %", path.loss * 100.0))),
+                measured(site.path.as_ref().and_then(|path| path.path_mtu).map(|mtu| mtu.to_string())),
                 site.admitted_by.clone(),
                 site.key.chars().take(8).collect(),
             ]
@@ -146,7 +157,18 @@ pub(super) fn peers(peers: &Peers, wide: bool) -> String {
     let mut head =
         vec!["NODE", "SITE", "STATE", "TRANSPORT", "ADDRESSES", "SUBNETS", "RTT", "LOSS", "MTU", "SEEN"];
     if wide {
-        head.extend(["VERDICT", "KEY", "VERSION", "TUNNEL", "CARRIED", "HANDSHAKE", "SENT", "RECEIVED"]);
+        head.extend([
+            "JITTER",
+            "PATH MTU",
+            "VERDICT",
+            "KEY",
+            "VERSION",
+            "TUNNEL",
+            "CARRIED",
+            "HANDSHAKE",
+            "SENT",
+            "RECEIVED",
+        ]);
     }
     table(
         &head,
@@ -165,6 +187,8 @@ pub(super) fn peers(peers: &Peers, wide: bool) -> String {
             ];
             if wide {
                 row.extend([
+                    measured(peer.jitter_ms.map(|jitter| format!("{jitter:.2} ms"))),
+                    measured(peer.path_mtu.map(|mtu| mtu.to_string())),
                     peer.verdict.clone(),
                     peer.key.chars().take(8).collect(),
                     peer.version.to_string(),

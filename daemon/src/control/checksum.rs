@@ -12,16 +12,16 @@ use crate::config::TxChecksum;
 use crate::plan::model::Transport;
 
 impl Control {
-    /// Takes a probe that came through the tunnel, and answers it over the underlay, to where the asker gossips: no
-    /// one else gets an answer.
-    pub fn handle_probe(&mut self, from: SocketAddr, datagram: &[u8]) {
-        let Some(answer) = probe::answer_to(datagram) else { return };
+    /// Answers a probe that came through the tunnel over the underlay, to where the asker gossips: no one else gets an
+    /// answer.
+    pub(super) fn answer_checksum_probe(&mut self, from: SocketAddr, token: u64) {
         let asker = self.mesh.members().find(|member| {
             member.verdict.is_accepted()
                 && member.record.facts.subnets.iter().any(|leased| leased.subnet.contains(from.ip()))
         });
         if let Some(to) = asker.and_then(|member| member.record.facts.gossip.first().copied()) {
-            self.outputs.push_back(Output::Send { to, datagram: answer });
+            let datagram = probe::message(probe::Kind::ChecksumAnswer, token, probe::LENGTH);
+            self.outputs.push_back(Output::Send { to, datagram });
         }
     }
 

@@ -40,6 +40,7 @@ impl Control {
             mtu: 0,
             addresses: Vec::new(),
             strict_sources: false,
+            tunnel: None,
         };
         let mut peers: Vec<Peer> = peers.into_values().map(|remembered| remembered.peer).collect();
         self.through_gateways(&mut peers);
@@ -91,7 +92,9 @@ impl Control {
             }
             // The record in force, not the latest: that one may wait for the lease table.
             if let Some(record) = member.routed {
-                peers.insert(member.node.clone(), planned(record));
+                let mut peer = planned(record);
+                peer.peer.path_mtu = self.path_probes.limit(member.node);
+                peers.insert(member.node.clone(), peer);
             }
         }
         let claimed: BTreeSet<_> = peers.values().flat_map(|peer| peer.peer.subnets.clone()).collect();
@@ -270,6 +273,7 @@ fn planned(record: &NodeRecord) -> RememberedPeer {
             tunnel: facts.tunnel.clone(),
             gateway: facts.gateway,
             via: None,
+            path_mtu: None,
         },
         gossip: facts.gossip.clone(),
     }

@@ -5,18 +5,39 @@
 //! comes over the underlay, so that the peer's kernel has no part in it. Answered: the offload stays on. Not answered: the offload goes off and the peer is asked again; only an answer then proves that the
 //! offload was to blame. Not answered either way: something else is wrong, and the offload stays on.
 //!
-//! Pure: the loop sends what it is told and hands in what comes. Invariant: an answer is as long as its request.
+//! Pure: the loop sends what it is told and hands in what comes. The format is that of all probes (docs/protocol.md).
+//! Invariant: an answer is no longer than its request.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-/// The UDP port of requests, on the nodes' gateway addresses. Answers go to the gossip port.
+/// The UDP port of probes, on the nodes' gateway addresses. Answers to those of checksums go to the gossip port.
 pub const PORT: u16 = 7119;
 
 const MAGIC: &[u8; 8] = b"weftprb1";
-const LENGTH: usize = 64;
-const REQUEST: u8 = b'?';
-const ANSWER: u8 = b'!';
+/// The header, and all of a datagram that is not padded to a size, in bytes.
+pub const LENGTH: usize = 64;
+
+/// What a datagram is. Others are ignored, so that a later daemon may have more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Whether checksums survive the tunnel.
+    Checksum = b'?' as isize,
+    /// Its answer, over the underlay.
+    ChecksumAnswer = b'!' as isize,
+    /// Of the size that is asked about; answered through the tunnel.
+    Echo = b'e' as isize,
+    /// Its answer.
+    EchoAnswer = b'r' as isize,
+}
+
+impl Kind {
+    fn of(byte: u8) -> Option<Self> {
+        [Self::Checksum, Self::ChecksumAnswer, Self::Echo, Self::EchoAnswer]
+            .into_iter()
+            .find(|kind| *kind as u8 == byte)
+    }
+}
 /// How long an answer may take; several requests go out meanwhile.
 const PATIENCE: Duration = Duration::from_millis(1500);
 const BETWEEN: Duration = Duration::from_millis(250);
@@ -98,7 +119,7 @@ impl Probe {
             return None;
         }
         *next = now + BETWEEN;
-        Some((SocketAddr::new(*peer, PORT), message(REQUEST, self.token)))
+        Some((SocketAddr::new(*peer, PORT), message(Kind::Checksum, self.token, LENGTH)))
     }
 
     fn ask(&mut self, peer: IpAddr, offload: bool, now: Instant) {
@@ -112,41 +133,48 @@ impl Probe {
     /// Takes an answer, which its token proves to be one to the question that is open.
     pub fn handle_answer(&mut self, datagram: &[u8]) {
         if let Stage::Asking { offload, .. } = self.stage
-            && parse(datagram) == Some((ANSWER, self.token))
+            && parse(datagram) == Some((Kind::ChecksumAnswer, self.token))
         {
             self.stage = Stage::Decided { broken: !offload };
         }
     }
 }
 
-/// Returns the answer to a request; `None` for anything else.
-pub fn answer_to(datagram: &[u8]) -> Option<Vec<u8>> {
-    parse(datagram).filter(|(kind, _)| *kind == REQUEST).map(|(_, token)| message(ANSWER, token))
-}
-
 /// Returns whether a datagram that came with the gossip is an answer.
 pub fn is_answer(datagram: &[u8]) -> bool {
-    parse(datagram).is_some_and(|(kind, _)| kind == ANSWER)
+    parse(datagram).is_some_and(|(kind, _)| kind == Kind::ChecksumAnswer)
 }
 
-fn message(kind: u8, token: u64) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(LENGTH);
+/// Writes a datagram, padded with zeros to a length.
+pub fn message(kind: Kind, token: u64, length: usize) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(length.max(LENGTH));
     bytes.extend_from_slice(MAGIC);
-    bytes.push(kind);
+    bytes.push(kind as u8);
     bytes.extend_from_slice(&token.to_be_bytes());
-    bytes.resize(LENGTH, 0);
+    bytes.resize(length.max(LENGTH), 0);
     bytes
 }
 
-fn parse(datagram: &[u8]) -> Option<(u8, u64)> {
-    let rest = datagram.strip_prefix(MAGIC).filter(|_| datagram.len() == LENGTH)?;
+/// Reads a datagram; nothing for what is none.
+pub fn parse(datagram: &[u8]) -> Option<(Kind, u64)> {
+    let rest = datagram.strip_prefix(MAGIC).filter(|_| datagram.len() >= LENGTH)?;
     let (kind, rest) = rest.split_first()?;
-    Some((*kind, u64::from_be_bytes(rest.get(..8)?.try_into().ok()?)))
+    // Only an echo has a size of its own.
+    let kind = Kind::of(*kind).filter(|kind| *kind == Kind::Echo || datagram.len() == LENGTH)?;
+    Some((kind, u64::from_be_bytes(rest.get(..8)?.try_into().ok()?)))
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    fn answer(request: &[u8]) -> Vec<u8> {
+        let (kind, token) = parse(request).unwrap();
+        assert_eq!(kind, Kind::Checksum);
+        message(Kind::ChecksumAnswer, token, LENGTH)
+    }
 
     /// Runs a probe against a peer that answers while `answers(offload)`; returns it when nothing more is due for long.
     fn run(answers: impl Fn(bool) -> bool) -> Probe {
@@ -156,7 +184,7 @@ mod tests {
         for _ in 0..100 {
             if let Some((to, request)) = probe.poll(Some(peer), now) {
                 assert_eq!(to, SocketAddr::new(peer, PORT));
-                let answer = answer_to(&request).unwrap();
+                let answer = answer(&request);
                 assert_eq!(answer.len(), request.len());
                 if answers(probe.offload()) {
                     probe.handle_answer(&answer);
@@ -196,12 +224,36 @@ mod tests {
         let mut probe = Probe::new(false, 7, now);
         let peer: IpAddr = "10.32.4.1".parse().unwrap();
         let (_, request) = probe.poll(Some(peer), now).unwrap();
-        for datagram in [&request[..63], b"", b"weftprb1!", &message(ANSWER, 99), &message(b'x', 8), &request]
-        {
+        for datagram in [
+            &request[..63],
+            b"",
+            b"weftprb1!",
+            &message(Kind::ChecksumAnswer, 99, LENGTH),
+            &message(Kind::Echo, 8, 100),
+            &request,
+        ] {
             probe.handle_answer(datagram);
-            assert!(!is_answer(datagram) || datagram == message(ANSWER, 99));
+            assert!(!is_answer(datagram) || datagram == message(Kind::ChecksumAnswer, 99, LENGTH));
         }
-        assert_eq!(answer_to(&message(ANSWER, 8)), None, "an answer is not answered");
         assert!(probe.wake().is_some(), "still undecided");
+    }
+
+    proptest! {
+        #[test]
+        fn any_datagram_is_read_or_ignored_and_what_is_written_is_read(
+            bytes in proptest::collection::vec(any::<u8>(), 0..200), token in any::<u64>(), length in 0usize..3000,
+        ) {
+            for datagram in [bytes.clone(), [&MAGIC[..], &bytes].concat()] {
+                if let Some((kind, token)) = parse(&datagram) {
+                    // An answer is never longer than what it answers.
+                    prop_assert!(datagram.len() >= message(kind, token, 0).len());
+                }
+            }
+            let written = message(Kind::Echo, token, length);
+            prop_assert_eq!(written.len(), length.max(LENGTH));
+            prop_assert_eq!(parse(&written), Some((Kind::Echo, token)));
+            let cut = &written[..LENGTH];
+            prop_assert_eq!(parse(cut), Some((Kind::Echo, token)), "of a long one only the header is read");
+        }
     }
 }

@@ -121,6 +121,7 @@ impl Control {
             self.pass.due.get_or_insert(now + RETRY);
         }
         self.pass.report = Some(report);
+        self.follow_routes(now);
     }
 
     /// After the underlay changed: gossip listens there, and peers hear of it.

@@ -13,7 +13,7 @@ use super::netlink::{Conn, Refusal};
 use super::offload::Ethtool;
 use super::tunnel::Tunnels;
 use super::{
-    Implementation, Kernel, KernelError, TunnelLook, UnderlayError, UnderlaySpec, nft, rtnl, sysctl,
+    Implementation, Kernel, KernelError, Traffic, TunnelLook, UnderlayError, UnderlaySpec, nft, rtnl, sysctl,
 };
 use crate::handover::Tunnels as Inherited;
 use crate::plan::model::{Actual, BRIDGE, DETOUR, Link, LinkKind, Op, Sessions, Underlay, WIREGUARD};
@@ -234,6 +234,16 @@ impl Kernel for Linux {
         }
     }
 
+    fn traffic(&mut self) -> Traffic {
+        let status = self.tunnels.as_ref().and_then(Tunnels::monitor).map(|look| look.status());
+        let sent = status.into_iter().flatten().map(|tunnel| (tunnel.node, tunnel.sent.1));
+        // Where the kernel does not say, peers are only sampled.
+        Traffic {
+            endpoints: rtnl::idle_endpoints(&mut self.conn).unwrap_or_default(),
+            tunnels: sent.collect(),
+        }
+    }
+
     fn obstacles(&mut self, cluster: &[IpNet]) -> Vec<String> {
         nft::foreign_drops(&mut self.nft, BRIDGE, cluster).unwrap_or_else(|error| {
             tracing::debug!(err = %error, "foreign nftables chains not read");
@@ -347,6 +357,7 @@ fn find_underlay(conn: &mut Conn, spec: &UnderlaySpec) -> Result<Underlay, Under
         mtu: spec.mtu.unwrap_or(link.mtu),
         addresses: chosen,
         strict_sources: sysctl::read("net/ipv4/conf/all/rp_filter").as_deref() == Some("1"),
+        tunnel: link.tunnel(),
     })
 }
 

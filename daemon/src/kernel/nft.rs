@@ -7,8 +7,8 @@
 use std::io;
 
 use crate::plan::table::{
-    ACCEPT, Expr, META_IIFNAME, META_OIFNAME, SET_INTERVAL, Table, chain_line, comment, element_line, fnv,
-    rule_line, rule_mark, set_line, shape_of,
+    ACCEPT, Expr, META_IIFNAME, META_OIFNAME, SET_INTERVAL, TUNNEL_NAMES, Table, chain_line, comment,
+    element_line, fnv, rule_line, rule_mark, set_line, shape_of,
 };
 
 use super::tlv::{self, Conversation, Writer, attrs, find, find_be32, find_text};
@@ -45,6 +45,12 @@ const EQUAL: u32 = 0;
 const NOT_EQUAL: u32 = 1;
 const NETWORK_HEADER: u32 = 1;
 const TRANSPORT_HEADER: u32 = 2;
+const TCP_FLAGS: u32 = 13;
+const TCP_SYN: u8 = 2;
+const TCP_OPTION_MSS: u8 = 2;
+const RT_TCPMSS: u32 = 3;
+const HOST_TO_NETWORK: u32 = 1;
+const EXTHDR_TCP_OPTION: u32 = 1;
 const INTERVAL_END: u32 = 1;
 const MASQUERADE_FULLY_RANDOM: u32 = 16;
 const MASQUERADE_PORTS: u32 = 2;
@@ -156,6 +162,26 @@ fn encode(writer: &mut Writer, expr: Expr, table: &Table) {
             meta(writer, META_OIFNAME);
             compare(writer, NOT_EQUAL, &interface(table.device(device)));
         }
+        Expr::FromTunnels => {
+            meta(writer, META_IIFNAME);
+            compare(writer, EQUAL, TUNNEL_NAMES);
+        }
+        Expr::ToTunnels => {
+            meta(writer, META_OIFNAME);
+            compare(writer, EQUAL, TUNNEL_NAMES);
+        }
+        Expr::Syn => {
+            payload(writer, TRANSPORT_HEADER, TCP_FLAGS, 1);
+            expression(writer, "bitwise", |writer| {
+                writer.be32(1, 1);
+                writer.be32(2, 1);
+                writer.be32(3, 1);
+                writer.nest(4, |writer| writer.attr(1, &[TCP_SYN]));
+                writer.nest(5, |writer| writer.attr(1, &[0]));
+            });
+            compare(writer, NOT_EQUAL, &[0]);
+        }
+        Expr::MssOfRoute => mss_of_route(writer),
         Expr::Counter => expression(writer, "counter", |_| {}),
         Expr::Drop => expression(writer, "immediate", |writer| {
             writer.be32(1, VERDICT_REGISTER);
@@ -191,6 +217,29 @@ fn encode(writer: &mut Writer, expr: Expr, table: &Table) {
         }
         Expr::NoTrack => expression(writer, "notrack", |_| {}),
     }
+}
+
+/// Writes what `tcp option maxseg size set rt mtu` is to nft(8): the kernel takes the lesser MTU of the routes there and back,
+/// and only ever lowers the option (net/netfilter/nft_rt.c `get_tcpmss`, nft_exthdr.c `nft_exthdr_tcp_set_eval`).
+fn mss_of_route(writer: &mut Writer) {
+    expression(writer, "rt", |writer| {
+        writer.be32(1, 1);
+        writer.be32(2, RT_TCPMSS);
+    });
+    expression(writer, "byteorder", |writer| {
+        writer.be32(1, 1);
+        writer.be32(2, 1);
+        writer.be32(3, HOST_TO_NETWORK);
+        writer.be32(4, 2);
+        writer.be32(5, 2);
+    });
+    expression(writer, "exthdr", |writer| {
+        writer.attr(2, &[TCP_OPTION_MSS]);
+        writer.be32(3, 2);
+        writer.be32(4, 2);
+        writer.be32(6, EXTHDR_TCP_OPTION);
+        writer.be32(7, 1);
+    });
 }
 
 /// An interface name as the kernel compares it: 16 bytes, filled with zeros.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
@@ -27,6 +28,27 @@ use crate::plan::model::{
     WIREGUARD, is_host_veth,
 };
 
+/// The bit of the MTU among the metrics that are locked (`RTAX_LOCK`, linux/rtnetlink.h).
+const LOCKED_MTU: u32 = 1 << 2;
+
+/// Kinds of device that are tunnels, as `ip link` has them.
+const TUNNELS: [&str; 14] = [
+    "wireguard",
+    "gre",
+    "gretap",
+    "erspan",
+    "ip6gre",
+    "ip6gretap",
+    "ipip",
+    "ip6tnl",
+    "sit",
+    "vti",
+    "vti6",
+    "xfrm",
+    "geneve",
+    "ppp",
+];
+
 /// A device as dumped.
 #[derive(Debug)]
 pub(super) struct Found {
@@ -43,6 +65,16 @@ pub(super) struct Found {
 impl Found {
     pub(super) fn is_tun(&self) -> bool {
         self.kind == LinkKind::Tun
+    }
+
+    /// The device's kind, where it carries packets inside other packets.
+    pub(super) fn tunnel(&self) -> Option<String> {
+        match &self.kind {
+            LinkKind::Tun => Some("tun".into()),
+            LinkKind::Vxlan(_) => Some("vxlan".into()),
+            LinkKind::Other(kind) => TUNNELS.contains(&kind.as_str()).then(|| kind.clone()),
+            LinkKind::Bridge => None,
+        }
     }
 }
 
@@ -232,6 +264,33 @@ fn endpoint(bytes: &[u8]) -> Option<IpAddr> {
     v4.or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from)).ok()
 }
 
+/// Reads how long ago each permanent forwarding entry with an endpoint was used (`struct nda_cacheinfo`, linux/neighbour.h).
+pub(super) fn idle_endpoints(conn: &mut Conn) -> Result<BTreeMap<IpAddr, Duration>, Refusal> {
+    let mut request = NeighbourMessage::default();
+    request.header.family = AddressFamily::Bridge;
+    let mut idle: BTreeMap<IpAddr, Duration> = BTreeMap::new();
+    for message in conn.dump(RouteNetlinkMessage::GetNeighbour(request))? {
+        let RouteNetlinkMessage::NewNeighbour(entry) = message else { continue };
+        let found = entry.attributes.iter().fold((None, None), |(to, used), attribute| match attribute {
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => {
+                (Some(IpAddr::from(*address)), used)
+            }
+            NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => {
+                (Some(IpAddr::from(*address)), used)
+            }
+            NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => (endpoint(bytes), used),
+            NeighbourAttribute::CacheInfo(info) => (to, Some(info.used)),
+            _ => (to, used),
+        });
+        if let (Some(to), Some(used)) = found {
+            // In hundredths of a second, whatever the kernel's own clock is (USER_HZ).
+            let used = Duration::from_millis(u64::from(used) * 10);
+            idle.entry(to).and_modify(|known| *known = used.min(*known)).or_insert(used);
+        }
+    }
+    Ok(idle)
+}
+
 fn route_query(v4: bool) -> RouteNetlinkMessage {
     let mut request = RouteMessage::default();
     request.header.address_family = family(v4);
@@ -276,17 +335,23 @@ pub(super) fn read_route(message: &RouteMessage, links: &[Found], v4: bool) -> O
             RouteAttribute::Gateway(address) => route.via = ip(address),
             RouteAttribute::PrefSource(address) => route.source = ip(address),
             RouteAttribute::Oif(index) => route.dev = name_of(links, *index)?.to_owned(),
-            RouteAttribute::Metrics(metrics) => {
-                route.mtu = metrics.iter().find_map(|metric| match metric {
-                    RouteMetric::Mtu(mtu) => Some(*mtu),
-                    _ => None,
-                });
-            }
+            RouteAttribute::Metrics(metrics) => route.mtu = read_mtu(metrics, v4),
             _ => {}
         }
     }
     let prefix = IpNet::new(destination, message.header.destination_prefix_length).ok()?;
     Some(((prefix, metric), route))
+}
+
+/// An IPv6 route's MTU binds packets that are forwarded only where it is locked (`ip6_dst_mtu_maybe_forward`,
+/// include/net/ip6_route.h); one that is not reads as 0, which no plan wants.
+fn read_mtu(metrics: &[RouteMetric], v4: bool) -> Option<u32> {
+    let locked =
+        metrics.iter().any(|metric| matches!(metric, RouteMetric::Lock(set) if set & LOCKED_MTU != 0));
+    metrics.iter().find_map(|metric| match metric {
+        RouteMetric::Mtu(mtu) => Some(if v4 || locked { *mtu } else { 0 }),
+        _ => None,
+    })
 }
 
 /// Returns the unicast routes that are not weft's, with their device; default routes and link-local ones left out.
@@ -549,6 +614,11 @@ fn route(prefix: IpNet, metric: u32, way: &Route, index: u32) -> RouteMessage {
         message.attributes.push(RouteAttribute::Gateway(via.into()));
     }
     message.attributes.extend(way.source.map(|source| RouteAttribute::PrefSource(source.into())));
-    message.attributes.extend(way.mtu.map(|mtu| RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu)])));
+    if let Some(mtu) = way.mtu {
+        let lock = prefix.addr().is_ipv6().then_some(RouteMetric::Lock(LOCKED_MTU));
+        message
+            .attributes
+            .push(RouteAttribute::Metrics(lock.into_iter().chain([RouteMetric::Mtu(mtu)]).collect()));
+    }
     message
 }

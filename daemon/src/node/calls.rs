@@ -77,7 +77,7 @@ impl Node {
             RequestBody::ClusterKey(request) => self.change_cluster_keys(&request, now),
             RequestBody::RotateNodeKey(_) => self.rotate_node_key(now),
             RequestBody::Forget(request) => self.forget(&request.node),
-            RequestBody::Sites(_) => ReplyBody::Sites(self.sites()).into(),
+            RequestBody::Sites(_) => ReplyBody::Sites(self.sites(now)).into(),
             RequestBody::Site(request) => self.speak(&request, now),
         };
         // A caller that hung up wants no answer.

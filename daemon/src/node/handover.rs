@@ -139,7 +139,10 @@ impl Node {
             match self.inbox.kernel.recv().await? {
                 worker::Done::Surrendered(tunnels) => return tunnels,
                 // The next daemon makes a pass of its own.
-                worker::Done::Reconciled { .. } | worker::Done::Strayed | worker::Done::Purged(_) => {}
+                worker::Done::Reconciled { .. }
+                | worker::Done::Strayed
+                | worker::Done::Traffic(_)
+                | worker::Done::Purged(_) => {}
             }
         }
     }

@@ -44,7 +44,8 @@ fn read_key(path: &Path) -> Result<SiteKey, String> {
 }
 
 impl Node {
-    pub(super) fn sites(&self) -> Sites {
+    pub(super) fn sites(&self, now: Instant) -> Sites {
+        let paths = self.site_paths(now);
         let mesh = &self.control.mesh;
         let own = mesh.own_site();
         let site = self.control.config.node.site.to_string();
@@ -71,6 +72,7 @@ impl Node {
                 nodes: of_site().count() as u32,
                 alive: alive as u32,
                 problems: view.problems.clone(),
+                path: paths.iter().find(|path| path.site == view.site.as_str()).cloned(),
             }
         };
         let ranges = self.control.config.cluster.carver.cidrs().iter();

@@ -227,7 +227,7 @@ pub async fn start(config: Config, origin: Origin) -> Result<Node, Fatal> {
         control,
         dir,
         sockets,
-        probe_sockets: Sockets::new(PROBE_PORT, probes),
+        probe_sockets: Sockets::new(PROBE_PORT, probes).unfragmented(),
         leases,
         pods,
         jobs,

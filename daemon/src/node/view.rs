@@ -16,6 +16,7 @@ use crate::attach::Attachment;
 use crate::config::TxChecksum;
 use crate::control::duplicate_name;
 use crate::kernel::TunnelLook;
+use crate::reconcile::RouteStatus;
 use crate::tunnel::TunnelStatus;
 
 /// How long a problem that has not shown again is still told.
@@ -95,6 +96,8 @@ impl Node {
             key: self.control.mesh.key().public().to_string(),
             pods: u32::try_from(self.pods.attachments().count()).unwrap_or(u32::MAX),
             encryption: self.control.config.encryption.policy.to_string(),
+            paths: self.site_paths(now),
+            underlay_tunnel: self.underlay_tunnel(),
             tunnels: self.tunnels().map(|tunnels| Tunnels {
                 implementation: tunnels.to_string(),
                 key: self.control.tunnel_key().map(String::from).unwrap_or_default(),
@@ -171,6 +174,7 @@ impl Node {
             }
         }
         warnings.extend(self.too_small_for_ipv6());
+        warnings.extend(self.path_problems(now));
         warnings.extend(self.control.pass.report.iter().flat_map(|report| report.warnings.iter().cloned()));
         warnings
     }
@@ -227,16 +231,18 @@ impl Node {
             .members()
             .map(|member| {
                 let facts = &member.record.facts;
-                let transport = self.transport_to(member.node.as_str());
+                let route = self.route_to(member.node.as_str());
+                let transport = route.map(|route| route.transport.to_string()).unwrap_or_default();
+                let quality = self.control.quality_of(member.node, now);
                 Peer {
                     node: member.node.to_string(),
                     site: member.site.to_string(),
                     addresses: facts.underlay.iter().map(ToString::to_string).collect(),
                     state: member.state.as_str().into(),
                     transport,
-                    rtt_ms: member.rtt.map(|rtt| rtt.as_secs_f64() * 1e3),
-                    loss: f64::from(member.loss),
-                    mtu: u32::from(facts.mtu),
+                    rtt_ms: quality.map(|quality| quality.rtt.as_secs_f64() * 1e3),
+                    loss: f64::from(quality.map_or(member.loss, |quality| quality.loss)),
+                    mtu: route.map_or(u32::from(facts.mtu), |route| route.mtu.min(route.room)),
                     subnets: facts.subnets.iter().map(|leased| leased.subnet.to_string()).collect(),
                     last_seen_ms: member.last_seen.map(|at| millis(now.duration_since(at))),
                     verdict: match member.verdict {
@@ -247,6 +253,11 @@ impl Node {
                     key: member.record.key.to_string(),
                     version: member.record.version,
                     tunnel: tunnel(member.node, facts.tunnel.as_ref()),
+                    path_mtu: self.control.path_probes.measured(member.node),
+                    jitter_ms: quality
+                        .and_then(|quality| quality.jitter)
+                        .map(|jitter| jitter.as_secs_f64() * 1e3),
+                    in_tunnel: quality.is_some_and(|quality| quality.in_tunnel),
                 }
             })
             .collect();
@@ -254,15 +265,12 @@ impl Node {
         Peers { peers }
     }
 
-    fn transport_to(&self, node: &str) -> String {
-        self.control
-            .pass
-            .report
-            .iter()
-            .flat_map(|report| &report.routes)
-            .find(|route| route.node.as_str() == node)
-            .map(|route| route.transport.to_string())
-            .unwrap_or_default()
+    /// Returns the first route to a node that is installed, or else any.
+    fn route_to(&self, node: &str) -> Option<&RouteStatus> {
+        let routes = self.control.pass.report.iter().flat_map(|report| &report.routes);
+        let mut routes: Vec<_> = routes.filter(|route| route.node.as_str() == node).collect();
+        routes.sort_by_key(|route| !route.installed);
+        routes.first().copied()
     }
 
     pub(super) fn routes(&self) -> Routes {
@@ -580,6 +588,12 @@ impl Node {
             smaller.into_iter().chain(self.too_small_for_ipv6()).collect(),
             format!("underlay {own}, pods {}", status.pod_mtu),
             "set underlay.mtu to the smallest of the cluster on every node, and see that it leaves IPv6 its 1,280",
+        );
+        check(
+            "paths",
+            self.path_problems(now),
+            self.path_summary(),
+            "`weft peers` shows MTU, round trip and loss of each path; see docs/operations.md, paths",
         );
         let full: Vec<_> = self
             .control

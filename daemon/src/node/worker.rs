@@ -5,17 +5,19 @@
 use std::net::IpAddr;
 use std::sync::mpsc::RecvTimeoutError;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
-use crate::kernel::{Kernel, UnderlayError, UnderlaySpec, purge};
+use crate::kernel::{Kernel, Traffic, UnderlayError, UnderlaySpec, purge};
 use crate::plan::model::{Inputs, Underlay};
 use crate::reconcile::{Report, reconcile};
 use crate::tunnel::{Tunnel, TunnelSecret};
 
-/// Between two looks for what the kernel sends no notice of.
-const LOOK: Duration = Duration::from_secs(2);
+/// Between two looks whom packets are sent to.
+const LOOK: Duration = Duration::from_secs(1);
+/// How many of these there are for one look for what the kernel sends no notice of.
+const LOOKS: u32 = 2;
 
 /// What the loop asks of the kernel thread.
 #[derive(Debug)]
@@ -44,6 +46,8 @@ pub enum Done {
     },
     /// Something is not as it was left.
     Strayed,
+    /// Whom packets were sent to.
+    Traffic(Traffic),
     /// Everything with the mark is gone, but for what the list names.
     Purged(Vec<String>),
     /// The tunnels, if there are any that the daemon carries itself; the thread has ended.
@@ -59,11 +63,20 @@ pub fn spawn(
     let (jobs, inbox) = std::sync::mpsc::channel();
     thread::Builder::new().name("kernel".into()).spawn(move || {
         let mut said = None;
+        let (mut next, mut looks) = (Instant::now() + LOOK, 0u32);
         loop {
-            let answer = match inbox.recv_timeout(LOOK) {
+            let left = next.saturating_duration_since(Instant::now());
+            let answer = match inbox.recv_timeout(left) {
                 Err(RecvTimeoutError::Disconnected) => return,
-                Err(RecvTimeoutError::Timeout) if kernel.strayed() => Done::Strayed,
-                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Timeout) => {
+                    next = Instant::now() + LOOK;
+                    looks = looks.wrapping_add(1);
+                    if looks.is_multiple_of(LOOKS) && kernel.strayed() {
+                        Done::Strayed
+                    } else {
+                        Done::Traffic(kernel.traffic())
+                    }
+                }
                 Ok(Job::Reconcile(inputs)) => {
                     let underlay = look(&mut *kernel, said.as_ref(), &spec);
                     let same = underlay.as_ref().is_ok_and(|found| *found == inputs.underlay);

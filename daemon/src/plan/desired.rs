@@ -221,7 +221,7 @@ fn encrypted_way(
     peer: &Peer,
     subnet: Subnet,
     plan: &mut Desired,
-) -> Result<(Route, String), String> {
+) -> Result<(Way, String), String> {
     let node = &peer.node;
     let Some(usual_key) = inputs.dataplane.tunnel else {
         return Err(format!(
@@ -283,9 +283,39 @@ fn encrypted_way(
         }
     };
     plan.pending += usize::from(pending);
-    let room = peer.mtu.min(inputs.underlay.mtu).saturating_sub(wireguard_overhead(v4));
-    let mtu = (room < plan.pod_mtu).then_some(room);
-    Ok((Route { dev: dev.into(), via: None, source: source(inputs, subnet), mtu }, reason))
+    let room = Room::of(peer, peer.mtu.min(inputs.underlay.mtu), wireguard_overhead(v4));
+    let mtu = room.limit(plan.pod_mtu);
+    let route = Route { dev: dev.into(), via: None, source: source(inputs, subnet), mtu };
+    Ok((Way { route, room }, reason))
+}
+
+/// A route, and how much room there is on it.
+struct Way {
+    route: Route,
+    room: Room,
+}
+
+/// How large a packet may be on a way.
+#[derive(Default)]
+struct Room {
+    /// By the devices at both ends, in bytes.
+    devices: u32,
+    /// What the way adds, in bytes.
+    overhead: u32,
+    /// As measured, where it is less.
+    measured: Option<u32>,
+}
+
+impl Room {
+    fn of(peer: &Peer, outside: u32, overhead: u32) -> Self {
+        Self { devices: outside.saturating_sub(overhead), overhead, measured: peer.path_mtu }
+    }
+
+    /// The MTU that the route needs, if it is less than that of pods.
+    fn limit(&self, pod_mtu: u32) -> Option<u32> {
+        let room = self.measured.map_or(self.devices, |measured| measured.min(self.devices));
+        (room < pod_mtu).then_some(room)
+    }
 }
 
 /// Where a peer's tunnels are entered.
@@ -372,7 +402,8 @@ fn preshared(
 
 /// Plans the way to a subnet of a peer: to the hop that it is reached by.
 fn plan_subnet(inputs: &Inputs, (owner, peer): (&Peer, &Peer), subnet: Subnet, plan: &mut Desired) {
-    let tell = |plan: &mut Desired, transport, route: Option<Route>, reason: String| {
+    let tell = |plan: &mut Desired, transport, way: Option<Way>, reason: String| {
+        let (route, room) = way.map(|way| (way.route, way.room)).unzip();
         if let Some(route) = &route {
             plan.state.routes.insert((subnet.net(), metric(subnet.net())), route.clone());
         }
@@ -381,7 +412,8 @@ fn plan_subnet(inputs: &Inputs, (owner, peer): (&Peer, &Peer), subnet: Subnet, p
             true => reason,
             false => format!("by gateway {}: {reason}", peer.node),
         };
-        plan.routes.push(PlannedRoute { prefix, node, transport, route, reason });
+        let Room { devices: room, overhead, .. } = room.unwrap_or_default();
+        plan.routes.push(PlannedRoute { prefix, node, transport, route, room, overhead, reason });
     };
     if let Some(own) = inputs.subnets.iter().find(|own| own.overlaps(subnet)) {
         return tell(plan, Transport::Vxlan, None, format!("this node's own pods use {own}"));
@@ -394,9 +426,10 @@ fn plan_subnet(inputs: &Inputs, (owner, peer): (&Peer, &Peer), subnet: Subnet, p
     }
     if let Some(via) = direct_hop(inputs, peer, subnet) {
         let dev = inputs.underlay.device.clone();
-        let mtu = (peer.mtu < plan.pod_mtu).then_some(peer.mtu);
-        let way = Route { dev, via: Some(via), source: source(inputs, subnet), mtu };
-        return tell(plan, Transport::Direct, Some(way), "on the same link".into());
+        let room = Room::of(peer, peer.mtu.min(inputs.underlay.mtu), 0);
+        let mtu = room.limit(plan.pod_mtu);
+        let route = Route { dev, via: Some(via), source: source(inputs, subnet), mtu };
+        return tell(plan, Transport::Direct, Some(Way { route, room }), "on the same link".into());
     }
     if (peer.vni, peer.vxlan_port) != (inputs.dataplane.vni, inputs.dataplane.vxlan_port) {
         return tell(
@@ -416,14 +449,14 @@ fn plan_subnet(inputs: &Inputs, (owner, peer): (&Peer, &Peer), subnet: Subnet, p
         return tell(plan, Transport::Vxlan, None, no_common_underlay(peer));
     };
     let (dev, overhead) = device_of(v4);
-    let room = peer.mtu.min(inputs.underlay.mtu).saturating_sub(overhead);
-    let mtu = (room < plan.pod_mtu).then_some(room);
+    let room = Room::of(peer, peer.mtu.min(inputs.underlay.mtu), overhead);
+    let mtu = room.limit(plan.pod_mtu);
     // The kernel refuses an IPv6 gateway that it would reach through another device, which the subnet's own address
     // is as long as the route through that device stands: a peer could not move between devices without a gap. The
     // link-local address of the peer's device has no such history.
     let via = if subnet.is_ipv4() { subnet.network() } else { link_local(mac).addr() };
-    let way = Route { dev: dev.into(), via: Some(via), source: source(inputs, subnet), mtu };
-    tell(plan, Transport::Vxlan, Some(way), format!("to {endpoint}"));
+    let route = Route { dev: dev.into(), via: Some(via), source: source(inputs, subnet), mtu };
+    tell(plan, Transport::Vxlan, Some(Way { route, room }), format!("to {endpoint}"));
     plan.state.neighbours.insert((dev.into(), via), mac);
     plan.state.fdb.insert((dev.into(), mac), endpoint);
 }

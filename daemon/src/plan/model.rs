@@ -172,6 +172,8 @@ pub struct Underlay {
     /// The host checks the source of all that comes in against its routes, strictly (RFC 3704 s2.2;
     /// `net.ipv4.conf.all.rp_filter` is 1).
     pub strict_sources: bool,
+    /// The kind of the device, where it is a tunnel itself.
+    pub tunnel: Option<String>,
 }
 
 /// Another node, as far as the kernel is concerned.
@@ -208,6 +210,9 @@ pub struct Peer {
     /// The node by which it is reached, if not by itself: a gateway of its site or of this one.
     #[serde(skip)]
     pub via: Option<NodeName>,
+    /// What was measured that the path to it carries inside the tunnel, in bytes, where that is less than its devices do.
+    #[serde(default)]
+    pub path_mtu: Option<u32>,
 }
 
 /// The site of peers that were remembered before peers had sites.
@@ -256,6 +261,10 @@ pub struct PlannedRoute {
     pub transport: Transport,
     /// The route as the kernel has it; nothing where there is no way.
     pub route: Option<Route>,
+    /// What a packet may have by the devices at both ends, in bytes.
+    pub room: u32,
+    /// What the way adds to a packet, in bytes.
+    pub overhead: u32,
     /// Why it is so, for people.
     pub reason: String,
 }

@@ -24,7 +24,10 @@ pub(crate) const META_IIFNAME: u32 = 6;
 pub(crate) const META_OIFNAME: u32 = 7;
 pub(crate) const META_NFPROTO: u32 = 15;
 pub(crate) const META_L4PROTO: u32 = 16;
+pub(crate) const IPPROTO_TCP: u8 = 6;
 pub(crate) const IPPROTO_UDP: u8 = 17;
+/// How the names of the devices begin that carry packets to other nodes, and no pod's does.
+pub(crate) const TUNNEL_NAMES: &[u8] = b"weft-";
 
 /// What table `inet weft` is made from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,7 +52,7 @@ pub struct Table {
 }
 
 /// The layout that this code writes.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Expr {
@@ -57,6 +60,14 @@ pub(crate) enum Expr {
     NotFrom(Device),
     /// It does not go out by that device.
     NotTo(Device),
+    /// It came in by one of the devices that carry packets to other nodes.
+    FromTunnels,
+    /// It goes out by one of them.
+    ToTunnels,
+    /// It opens a TCP connection, or agrees to.
+    Syn,
+    /// The MSS option is at most what the routes there and back leave room for.
+    MssOfRoute,
     /// Counted.
     Counter,
     /// Dropped.
@@ -160,6 +171,7 @@ impl Table {
             raw("prerouting", HOOK_PREROUTING, vec![Expr::NotFrom(Device::Bridge)]),
             raw("output", HOOK_OUTPUT, Vec::new()),
         ];
+        chains.push(clamp());
         if !self.sealed.is_empty() {
             chains.extend(guard());
         }
@@ -249,10 +261,27 @@ fn guard() -> [Chain; 2] {
     ]
 }
 
+/// Connections of pods through a tunnel begin with segments that fit: also where no "too big" reaches who sends, and where the
+/// path carries less than IPv6 takes, of which no "too big" can tell (RFC 8201 s4).
+fn clamp() -> Chain {
+    let rules = [Expr::FromTunnels, Expr::ToTunnels].map(|device| {
+        let tcp = Expr::MetaByte { key: META_L4PROTO, value: IPPROTO_TCP };
+        vec![device, tcp, Expr::Syn, Expr::MssOfRoute]
+    });
+    let (kind, hook, priority) = ("filter", HOOK_FORWARD, PRIORITY_MANGLE);
+    Chain { name: "mss", kind, hook, priority, rules: rules.to_vec() }
+}
+
 fn names(rule: &[Expr]) -> Vec<&'static str> {
     rule.iter()
         .flat_map(|expr| match expr {
-            Expr::NotFrom(_) | Expr::NotTo(_) | Expr::MetaByte { .. } => &["meta", "cmp"][..],
+            Expr::NotFrom(_)
+            | Expr::NotTo(_)
+            | Expr::MetaByte { .. }
+            | Expr::FromTunnels
+            | Expr::ToTunnels => &["meta", "cmp"][..],
+            Expr::Syn => &["payload", "bitwise", "cmp"],
+            Expr::MssOfRoute => &["rt", "byteorder", "exthdr"],
             Expr::DestinationPort { .. } => &["payload", "cmp"],
             Expr::Address { .. } => &["payload", "lookup"],
             Expr::Masquerade => &["masq"],

@@ -132,7 +132,7 @@ pub fn host_ifname(id: &AttachmentId) -> String {
 /// The underlay of a machine at an address.
 pub fn underlay_at(address: SocketAddr) -> Underlay {
     let addresses = vec![IpNet::new(address.ip(), 24).expect("24 is a prefix length")];
-    Underlay { device: "eth0".into(), index: 2, mtu: 1500, addresses, strict_sources: false }
+    Underlay { device: "eth0".into(), index: 2, mtu: 1500, addresses, strict_sources: false, tunnel: None }
 }
 
 impl Machine {

@@ -355,6 +355,11 @@ impl Lab {
         self.tell(Request::Heal { a: a.into(), b: b.into() });
     }
 
+    /// Lets no longer packet pass between two nodes, and tells nobody; 0 lets all pass.
+    pub fn floor(&self, a: &str, b: &str, bytes: u32) {
+        self.tell(Request::Floor { a: a.into(), b: b.into(), bytes });
+    }
+
     /// Runs a command in a place and returns how it ended.
     pub fn exec(&self, place: impl Into<Place>, words: &[&str]) -> Output {
         let mut command = self.handle.command(place, words).expect("the place exists");

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::etcd::{self, Etcd};
 use super::home::Handle;
-use super::model::{Impairment, Options, Request, State, Store};
+use super::model::{Impairment, NodeView, Options, Request, State, Store};
 use super::nat::{self, Nat, Router};
 use super::relay::Relay;
 use super::underlay::Cut;
@@ -103,6 +103,7 @@ fn make(handle: &Handle, began: Instant) -> anyhow::Result<(Keeper, UnixListener
             cuts: Vec::new(),
             udp_cuts: Vec::new(),
             impairments: Vec::new(),
+            floors: Vec::new(),
         },
         holders: Vec::new(),
         routers: Vec::new(),
@@ -244,6 +245,7 @@ impl Keeper {
             Request::Impair(impairment) => self.impair(impairment)?,
             Request::Nat { router, nat } => self.change_nat(&router, nat)?,
             Request::Befriend => sites::befriend(&self.handle, &self.state)?,
+            Request::Floor { a, b, bytes } => self.floor(&a, &b, bytes)?,
             Request::Kill { node } => self.end_daemon(&node, nix::sys::signal::Signal::SIGKILL)?,
             Request::Stop { node } => self.end_daemon(&node, nix::sys::signal::Signal::SIGTERM)?,
             Request::Start { node, ahead_s } => self.start(&node, ahead_s)?,
@@ -282,6 +284,27 @@ impl Keeper {
         self.state.impairments.retain(|other| (&other.from, &other.to) != (from, to));
         if *ms > 0 || *loss_percent > 0 {
             self.state.impairments.push(impairment);
+        }
+        Ok(())
+    }
+
+    fn floor(&mut self, a: &str, b: &str, bytes: u32) -> anyhow::Result<()> {
+        let pair = self.pair(a, b)?;
+        let macs = self.macs(&pair)?;
+        if self.state.floors.iter().any(|(a, b, _)| (a, b) == (&pair.0, &pair.1)) {
+            underlay::lift(&macs)?;
+            self.state.floors.retain(|(a, b, _)| (a, b) != (&pair.0, &pair.1));
+        }
+        if bytes > 0 {
+            // Behind a router there may be any of them.
+            let ends = |node: &&NodeView| {
+                [a, b].contains(&node.name.as_str()) || [a, b].iter().any(|end| self.state.node(end).is_err())
+            };
+            for node in self.state.nodes.iter().filter(ends) {
+                underlay::segment(&self.state, &node.name)?;
+            }
+            underlay::floor(&macs, bytes)?;
+            self.state.floors.push((pair.0, pair.1, bytes));
         }
         Ok(())
     }

@@ -140,6 +140,9 @@ pub struct State {
     pub udp_cuts: Vec<(String, String)>,
     /// What befalls frames on the public network, one entry a direction.
     pub impairments: Vec<Impairment>,
+    /// Pairs of nodes with the longest packet that passes between them, in bytes.
+    #[serde(default)]
+    pub floors: Vec<(String, String, u32)>,
 }
 
 impl State {
@@ -334,6 +337,15 @@ pub enum Request {
         b: String,
         /// How long each direction takes longer.
         ms: u64,
+    },
+    /// Lets no longer packet pass between two nodes; 0 lets all pass again.
+    Floor {
+        /// One node.
+        a: String,
+        /// The other.
+        b: String,
+        /// What a packet of the underlay may have at most.
+        bytes: u32,
     },
     /// Delays and loses what one sends to another; neither of both takes the entry away.
     Impair(Impairment),

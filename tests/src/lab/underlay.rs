@@ -1,13 +1,15 @@
 //! The network between the nodes: one bridge in the keeper's network namespace, with no uplink.
 //!
-//! What two nodes send each other is cut and delayed here, by their hardware addresses, so the nodes themselves are left
+//! What two nodes send each other is cut, delayed and kept small here, by their hardware addresses, so the nodes themselves are left
 //! as they are.
 
 use std::process::Command;
 
 use anyhow::bail;
 
-use super::tools::{feed, said, tool};
+use super::enter::{self, Place};
+use super::model::State;
+use super::tools::{feed, run, said, tool};
 
 /// The bridge.
 const BRIDGE: &str = "lab0";
@@ -22,10 +24,12 @@ pub(crate) fn make() -> anyhow::Result<()> {
     nft("table bridge lab {
            set cut { type ether_addr . ether_addr; }
            set cut_udp { type ether_addr . ether_addr; }
+           map floor { type ether_addr . ether_addr : verdict; }
            chain forward {
              type filter hook forward priority 0; policy accept;
              ether saddr . ether daddr @cut drop
              meta l4proto udp ether saddr . ether daddr @cut_udp drop
+             ether saddr . ether daddr vmap @floor
            }
          }")
 }
@@ -71,6 +75,32 @@ pub(crate) fn cut(what: Cut, (a, b): &(String, String)) -> anyhow::Result<()> {
 /// Undoes [`cut`].
 pub(crate) fn heal(what: Cut, (a, b): &(String, String)) -> anyhow::Result<()> {
     nft(&format!("delete element bridge lab {} {{ {a} . {b}, {b} . {a} }}", what.set()))
+}
+
+/// Lets nothing pass between two nodes that is longer than so many bytes, Ethernet's header aside, and tells nobody.
+pub(crate) fn floor((a, b): &(String, String), bytes: u32) -> anyhow::Result<()> {
+    let chain = format!("over-{bytes}");
+    nft(&format!(
+        "add chain bridge lab {chain}; flush chain bridge lab {chain}; \
+         add rule bridge lab {chain} meta length > {bytes} drop; \
+         add element bridge lab floor {{ {a} . {b} : jump {chain}, {b} . {a} : jump {chain} }}"
+    ))
+}
+
+/// Undoes [`floor`].
+pub(crate) fn lift((a, b): &(String, String)) -> anyhow::Result<()> {
+    nft(&format!("delete element bridge lab floor {{ {a} . {b}, {b} . {a} }}"))
+}
+
+/// Has packets leave a node as they are on a wire: a veth pair hands super-packets of 64 KiB over whole, and no floor would
+/// let these pass.
+pub(crate) fn segment(state: &State, node: &str) -> anyhow::Result<()> {
+    let mut words = enter::from_keeper(state, &Place::Node(node.to_owned()))?;
+    words.extend(
+        ["ethtool", "-K", "eth0", "tso", "off", "gso", "off", "tx-udp-segmentation", "off"]
+            .map(str::to_owned),
+    );
+    run(&mut enter::command(&words)).map(drop)
 }
 
 /// Feeds commands to nft.

@@ -294,11 +294,18 @@ pub fn reconciler_work(nodes: usize) -> [Work; 3] {
             tunnel: None,
             gateway: None,
             via: None,
+            path_mtu: None,
         }
     };
     let net = ipnet::IpNet::new(address(0).ip(), 16).expect("16 is a prefix length");
-    let underlay =
-        Underlay { device: "eth0".into(), index: 2, mtu: 1500, addresses: vec![net], strict_sources: false };
+    let underlay = Underlay {
+        device: "eth0".into(),
+        index: 2,
+        mtu: 1500,
+        addresses: vec![net],
+        strict_sources: false,
+        tunnel: None,
+    };
     let mut inputs = Inputs {
         node: name(0),
         site: "default".parse().expect("a valid name"),
