@@ -8,10 +8,12 @@
 pub mod api;
 pub mod cni;
 pub mod frame;
+pub mod invite;
 pub mod mesh;
 pub mod packet;
 pub mod preshared;
 pub mod record;
 pub mod seal;
+pub mod sealed_box;
 pub mod site;
 pub mod types;

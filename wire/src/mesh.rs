@@ -11,6 +11,8 @@
 mod api;
 mod contact;
 mod gossip;
+mod grants;
+mod join;
 mod membership;
 mod merge;
 mod probe;
@@ -37,14 +39,17 @@ pub use api::{
     Authority, Counters, LeaseTable, MemberState, MemberView, MeshConfig, MeshEvent, Output, Owner, Rejected,
     SiteStanding, SiteView, Timing, Trust, UnknownNode, Verdict,
 };
+pub use join::{JoinError, LONGEST_INVITATION, Terms};
 pub use trust::WordError;
 
 use crate::record::SignedRecord;
-use crate::seal::KeyRing;
+use crate::seal::{KeyRing, OpenError};
 use crate::site::{Certificate, SiteKey};
 use crate::types::NodeName;
 use contact::{Challenge, Contact};
 use gossip::{Queue, Topic};
+use grants::Grants;
+use join::Joins;
 use membership::{Table, name_hash};
 use probe::{Pending, Probe};
 use proto::{Body, Liveness};
@@ -93,6 +98,10 @@ pub struct Mesh {
     certified_last: u64,
     /// What sites say has changed, and the members are to be judged again.
     rejudge: bool,
+    /// The cluster keys that the mesh is to have, and who has not got them.
+    grants: Grants,
+    /// Invitations of this node, and its own way in.
+    joins: Joins,
     queue: Queue,
     gossip_armed: bool,
     sync_at: Instant,
@@ -107,6 +116,7 @@ pub struct Mesh {
     outputs: VecDeque<Output>,
     last_duplicate: Option<Instant>,
     last_wrong_key: Option<Instant>,
+    last_two_sites: Option<Instant>,
     /// Since when, and how often, records of this node turned up that it does not remember.
     own_records: (Instant, u32),
     counters: Counters,
@@ -158,6 +168,8 @@ impl Mesh {
             uncertified: BTreeSet::new(),
             certified_last: 0,
             rejudge: false,
+            grants: Grants::default(),
+            joins: Joins::default(),
             queue: Queue::new(hash),
             gossip_armed: false,
             sync_at,
@@ -170,6 +182,7 @@ impl Mesh {
             outputs: VecDeque::new(),
             last_duplicate: None,
             last_wrong_key: None,
+            last_two_sites: None,
             own_records: (now, 0),
             counters: Counters::default(),
             config,
@@ -218,6 +231,8 @@ impl Mesh {
                 Timer::Expire(token) => self.on_expire_timer(token),
                 Timer::Certify => self.on_certify_timer(),
                 Timer::Judge => self.on_judge_timer(),
+                Timer::Grant => self.on_grant_timer(),
+                Timer::Join => self.on_join_timer(),
             }
         }
         self.settle();
@@ -393,7 +408,12 @@ impl Mesh {
     }
 
     fn receive(&mut self, from: SocketAddr, datagram: &[u8]) -> Result<(), Rejected> {
-        let content = self.config.ring.open(&self.config.cluster, datagram)?;
+        let content = match self.config.ring.open(&self.config.cluster, datagram) {
+            Err(OpenError::UnknownKey) if self.joins.knows(datagram) => {
+                return self.receive_joining(from, datagram);
+            }
+            opened => opened?,
+        };
         let message = proto::Datagram::decode(&content[..]).map_err(|_| Rejected::Malformed)?;
         let name: NodeName = message.from.parse().map_err(|_| Rejected::Malformed)?;
         if !message.to.is_empty() && message.to != self.config.node.as_str() {
@@ -464,6 +484,7 @@ impl Mesh {
             Some(Body::SyncItems(items)) => self.on_sync_items(reply, &items),
             Some(Body::SyncWant(want)) => self.on_sync_want(reply, &want),
             Some(Body::Certify(certify)) => self.on_certify(&certify),
+            Some(Body::Grant(grant)) => self.on_grant(&grant),
             Some(Body::Push(_)) | None => {}
         }
         // Who joins, or meets somebody from the other side of a partition, compares at once.

@@ -220,6 +220,11 @@ impl NodeKey {
         self
     }
 
+    /// Opens what was sealed for this key.
+    pub(crate) fn open(&self, sealed: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
+        crate::sealed_box::open(&self.secret, sealed)
+    }
+
     /// Returns whether this key follows `earlier` through its endorsements.
     pub(crate) fn follows(&self, earlier: &PublicKey) -> bool {
         self.endorsements.iter().any(|endorsement| endorsement.key == *earlier)
@@ -584,13 +589,13 @@ fn ip_from_bytes(bytes: &[u8]) -> Option<IpAddr> {
     }
 }
 
-fn socket_to_bytes(socket: &SocketAddr) -> Vec<u8> {
+pub(crate) fn socket_to_bytes(socket: &SocketAddr) -> Vec<u8> {
     let mut bytes = ip_to_bytes(&socket.ip());
     bytes.extend_from_slice(&socket.port().to_be_bytes());
     bytes
 }
 
-fn socket_from_bytes(bytes: &[u8]) -> Option<SocketAddr> {
+pub(crate) fn socket_from_bytes(bytes: &[u8]) -> Option<SocketAddr> {
     let (ip, port) = bytes.split_last_chunk::<2>()?;
     Some(SocketAddr::new(ip_from_bytes(ip)?, u16::from_be_bytes(*port)))
 }

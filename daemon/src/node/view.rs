@@ -152,7 +152,7 @@ impl Node {
         warnings.extend(self.unheard.iter().cloned());
         warnings.extend(self.control.problems.lease.keys().cloned());
         warnings.extend(self.recent_route_conflicts(now));
-        warnings.extend(self.site_problems());
+        warnings.extend(self.site_problems(now));
         warnings.extend(self.control.problems.memory.iter().cloned());
         warnings.extend(self.control.problems.ring.iter().cloned());
         warnings.extend(self.control.problems.chosen.iter().cloned());
@@ -508,6 +508,14 @@ impl Node {
             "no other node has this name, key or subnet".into(),
             "every node needs its own name and the cluster's key",
         );
+        if self.control.mesh.judges_sites() {
+            check(
+                "sites",
+                self.site_problems(now).collect(),
+                "nothing is wrong between sites".into(),
+                "`weft sites` shows who is in; what a sentence names is to be changed there, then invite and join anew",
+            );
+        }
         if let Some(tunnels) = self.tunnels() {
             let tunnels = tunnels.status();
             let sessions = tunnels.iter().filter(|tunnel| tunnel.handshake.is_some()).count();

@@ -24,6 +24,10 @@ pub(super) enum Timer {
     Certify,
     /// What sites say has changed.
     Judge,
+    /// Members or sites wait for the cluster keys of the mesh.
+    Grant,
+    /// A question of this site's joining has no answer yet.
+    Join,
 }
 
 impl Timer {
@@ -37,6 +41,8 @@ impl Timer {
             Self::Suspicion(_) => "judge a suspect",
             Self::Reap(_) => "drop a member that is long gone",
             Self::Expire(_) => "give up a request",
+            Self::Grant => "give cluster keys",
+            Self::Join => "ask to be let in",
             Self::Certify => "certify nodes of the own site",
             Self::Judge => "judge members of other sites again",
         }
