@@ -377,6 +377,8 @@ impl Control {
     /// Replaces the cluster keys. They must be on the disk.
     pub fn use_ring(&mut self, ring: KeyRing, now: Instant) {
         self.mesh.set_ring(ring, now);
+        // Another site may be understood from now on.
+        self.seeds_due = now;
         self.announce(now);
         self.wake(now);
     }
@@ -559,6 +561,9 @@ impl Control {
             | MeshEvent::ClocksApart { .. }
             | MeshEvent::SiteLeft { .. }
             | MeshEvent::TwoSites { .. } => self.handle_site_event(event, now),
+            MeshEvent::WrongKey { from } if self.is_of_site_that_is_out(from) => {
+                debug!(%from, "gossip comes from a site that is out");
+            }
             MeshEvent::WrongKey { from } => {
                 warn!(%from, "gossip comes that no key of the ring opens");
                 self.problems.wrong_key = Some((from, now));

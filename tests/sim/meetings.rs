@@ -92,6 +92,8 @@ impl Sites {
         sites.run_until("each site is whole", seconds(60), |sites| {
             (0..count).all(|one| sites.routes(one, one))
         });
+        // The last certificates and what follows from them.
+        sites.run(seconds(10));
         sites.watched = true;
         sites
     }
@@ -123,6 +125,20 @@ impl Sites {
         let trust = Trust { site: site_key(of).public(), prefixes: vec![prefix], signer };
         self.net.with(node, |mesh, now| mesh.set_trust(trust, Vec::new(), now)).unwrap();
         self.running.insert(node);
+        self.announce(node, &ring);
+    }
+
+    /// Has a node start anew, for the time `starts`.
+    pub fn restart(&mut self, node: usize, starts: u64) {
+        let of = node / SIZE;
+        let ring = self.net.mesh(node).ring().clone();
+        self.net.crash(node);
+        let seeds = nodes(of).take(2).map(address).collect();
+        let config = MeshConfig { site: site(of), seeds, ring: ring.clone(), ..config(node, starts) };
+        self.net.start(config, store(of));
+        let trust = Trust { site: site_key(of).public(), prefixes: vec![prefix_of(of)], signer: None };
+        self.net.with(node, |mesh, now| mesh.set_trust(trust, Vec::new(), now)).unwrap();
+        self.looked.remove(&node);
         self.announce(node, &ring);
     }
 

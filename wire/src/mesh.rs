@@ -427,7 +427,7 @@ impl Mesh {
         }
         let hash = name_hash(name.as_str());
         let reply = ReplyTo { to: from, name, hash };
-        self.check_fresh(&reply, &message)?;
+        let answers_challenge = self.check_fresh(&reply, &message, content.len())?;
         let target = self.check_body(message.body.as_ref())?;
         let mut updates = Vec::with_capacity(message.updates.len());
         for update in &message.updates {
@@ -436,6 +436,11 @@ impl Mesh {
             updates.push(checked);
         }
         self.remember(&reply, &message);
+        if answers_challenge && let Some(id) = self.table.find(reply.hash) {
+            // With the record that is known: who lost its state catches up, who is a clone learns of it.
+            let first = vec![self.full_update(id)];
+            self.reply(&reply, Body::Push(proto::Push { sync: false }), first);
+        }
         self.take_in(&reply, message, updates, target);
         Ok(())
     }
@@ -494,29 +499,35 @@ impl Mesh {
         }
     }
 
-    fn check_fresh(&mut self, reply: &ReplyTo, message: &proto::Datagram) -> Result<(), Rejected> {
-        let Some(contact) = self.table.contact(reply.hash) else { return Ok(()) };
+    /// Takes no datagram twice, of `length` bytes of content; returns whether it answers a challenge.
+    fn check_fresh(
+        &mut self,
+        reply: &ReplyTo,
+        message: &proto::Datagram,
+        length: usize,
+    ) -> Result<bool, Rejected> {
+        let Some(contact) = self.table.contact(reply.hash) else { return Ok(false) };
         if contact.session == message.session {
-            return if contact.window.is_fresh(message.seq) { Ok(()) } else { Err(Rejected::Replayed) };
+            return if contact.window.is_fresh(message.seq) { Ok(false) } else { Err(Rejected::Replayed) };
         }
         if message.session > contact.session && !contact.strict {
-            return Ok(());
+            return Ok(false);
         }
         let challenge = contact.challenge;
         if let (Some(challenge), Some(Body::Ack(ack))) = (challenge, &message.body)
             && (challenge.session, challenge.token) == (message.session, ack.token)
         {
-            return Ok(());
+            return Ok(true);
         }
         if challenge.is_none_or(|challenge| self.now >= challenge.at + CHALLENGE_INTERVAL) {
             let token = self.rng.next_u64();
-            let challenge = Challenge { session: message.session, token, at: self.now };
-            if let Some(contact) = self.table.contact_mut(reply.hash) {
-                contact.challenge = Some(challenge);
+            // Whoever replays a datagram from somebody's address gets no more sent there than it sent.
+            let ping = Body::Ping(proto::Ping { token, have: 0 });
+            if self.send_within(length, reply.to, reply.name.as_str(), ping, Vec::new())
+                && let Some(contact) = self.table.contact_mut(reply.hash)
+            {
+                contact.challenge = Some(Challenge { session: message.session, token, at: self.now });
             }
-            // With the record that is known: who lost its state catches up, who is a clone learns of it.
-            let first = self.table.find(reply.hash).map(|id| self.full_update(id)).into_iter().collect();
-            self.reply(reply, Body::Ping(proto::Ping { token, have: MOST }), first);
         }
         Err(Rejected::Replayed)
     }

@@ -13,7 +13,6 @@ use std::time::{Duration, Instant};
 use tracing::info;
 use weft_wire::mesh::MemberState;
 use weft_wire::seal::{ClusterKey, KeyId, KeyRing, KeyRingError};
-use weft_wire::types::SiteName;
 
 use super::{Control, Output, RETRY};
 
@@ -184,8 +183,7 @@ impl Control {
     fn said(&self) -> Vec<Said> {
         let living = |state| matches!(state, MemberState::Alive | MemberState::Suspect);
         // Whoever is put out or has left is not to have the keys, and is not waited for.
-        let within = self.sites_within();
-        let is_in = |site: &SiteName| within.as_ref().is_none_or(|within| within.contains(site));
+        let is_in = self.sites_that_are_in();
         let members = self.mesh.members().filter(|member| living(member.state) && is_in(member.site));
         members
             .map(|member| Said { node: member.node.to_string(), keys: member.record.facts.keys.clone() })

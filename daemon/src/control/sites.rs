@@ -108,6 +108,25 @@ impl Control {
         self.mesh.judges_sites().then(|| own.chain(others).collect())
     }
 
+    /// Returns who tells whether nodes of a site are to be heard and answered.
+    pub fn sites_that_are_in(&self) -> impl Fn(&SiteName) -> bool + use<> {
+        let within = self.sites_within();
+        move |site| within.as_ref().is_none_or(|within| within.contains(site))
+    }
+
+    /// Returns whether a site was put out or has left, or this one has: its nodes are nobody's trouble.
+    pub fn is_out(&self, site: &SiteName) -> bool {
+        let standing = self.mesh.sites().find(|view| view.site == *site).map(|view| &view.standing);
+        let left = self.mesh.has_left_sites() && *site != self.config.node.site;
+        left || matches!(standing, Some(SiteStanding::Expelled | SiteStanding::Left))
+    }
+
+    /// Returns whether gossip under another key comes from a node of a site that is out, which has such keys.
+    pub(super) fn is_of_site_that_is_out(&self, from: SocketAddr) -> bool {
+        let mut members = self.mesh.members().filter(|member| self.is_out(member.site));
+        members.any(|member| member.record.facts.gossip.contains(&from))
+    }
+
     /// Takes what the mesh tells of sites.
     pub(super) fn handle_site_event(&mut self, event: MeshEvent, now: Instant) {
         match event {

@@ -44,7 +44,8 @@ impl Node {
     pub(super) fn status(&self, now: Instant) -> Status {
         let ready = self.control.ready();
         let mut counts = PeerCounts::default();
-        for member in self.control.mesh.members() {
+        let is_in = self.control.sites_that_are_in();
+        for member in self.control.mesh.members().filter(|member| is_in(member.site)) {
             match member.state {
                 MemberState::Alive => counts.alive += 1,
                 MemberState::Suspect => counts.suspect += 1,
@@ -163,6 +164,7 @@ impl Node {
         for member in self.control.mesh.members() {
             if let Verdict::Refused { why } | Verdict::Pending { why } = member.verdict
                 && member.state != MemberState::Left
+                && !self.control.is_out(member.site)
             {
                 warnings.push(format!("no routes to {}: {why}", member.node));
             }

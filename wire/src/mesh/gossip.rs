@@ -153,6 +153,18 @@ impl Mesh {
 
     /// Seals and queues one datagram: the body, `first`, then as much news as fits.
     pub(super) fn send(&mut self, to: SocketAddr, name: &str, body: Body, first: Vec<proto::Update>) {
+        self.send_within(MAX_CONTENT, to, name, body, first);
+    }
+
+    /// Is [`Mesh::send`] with at most `most` bytes of content; returns whether the body fits, else nothing is sent.
+    pub(super) fn send_within(
+        &mut self,
+        most: usize,
+        to: SocketAddr,
+        name: &str,
+        body: Body,
+        first: Vec<proto::Update>,
+    ) -> bool {
         let mut updates = first;
         updates.extend(self.objection(name));
         let (version, incarnation) = self
@@ -171,23 +183,27 @@ impl Mesh {
             body: Some(body),
         };
         let mut used = datagram.encoded_len();
+        if used > most {
+            return false;
+        }
         for update in updates {
             let length = framed_len(&update);
-            if used + length <= MAX_CONTENT {
+            if used + length <= most {
                 used += length;
                 datagram.updates.push(update);
             }
         }
-        self.piggyback(&mut datagram, used);
+        self.piggyback(&mut datagram, used, most);
         let mut nonce = [0; 24];
         self.rng.fill_bytes(&mut nonce);
         let datagram = self.config.ring.seal(&self.config.cluster, nonce, &datagram.encode_to_vec());
         self.counters.sent += 1;
         self.counters.sent_bytes += datagram.len() as u64;
         self.outputs.push_back(Output::Send { to, datagram });
+        true
     }
 
-    fn piggyback(&mut self, datagram: &mut proto::Datagram, mut used: usize) {
+    fn piggyback(&mut self, datagram: &mut proto::Datagram, mut used: usize, most: usize) {
         let limit = REPEAT * log10_ceil(self.table.len());
         let (mut told, mut gone, mut misfits) = (Vec::new(), Vec::new(), 0);
         for (_, _, topic) in &self.queue.order {
@@ -196,14 +212,14 @@ impl Mesh {
                 continue;
             };
             let length = framed_len(&update);
-            if used + length <= MAX_CONTENT {
+            if used + length <= most {
                 used += length;
                 datagram.updates.push(update);
                 told.push(*topic);
             } else {
                 misfits += 1;
             }
-            if misfits > MISFITS || used + 16 > MAX_CONTENT {
+            if misfits > MISFITS || used + 16 > most {
                 break;
             }
         }
