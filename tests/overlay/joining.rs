@@ -4,7 +4,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde_json::Value;
-use weft_tests::lab::{Families, Lab, LabOptions, wait_until};
+use weft_tests::kubernetes::{Api, no_api};
+use weft_tests::lab::{Families, Lab, LabOptions, Request, Store, skip, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(90);
 
@@ -163,4 +164,76 @@ fn a_token_that_cannot_be_used_is_named_where_it_is_used_and_by_the_doctor_on_bo
     let void = said(&lab, "n2", &format!("weft join {token}"));
     assert!(void.contains("no answer from site s1 at 192.0.2.1:7117"), "{void}");
     assert!(reaches(&lab, "n1", "n1"));
+}
+
+/// Site s1 keeps its leases in SQLite, s2 in etcd, s3 in a Kubernetes, whose API is on the machine n9.
+fn three_stores() -> Option<(Lab, Api)> {
+    if let Some(why) = no_api() {
+        skip(&why);
+        return None;
+    }
+    let options = LabOptions::new("stores").nodes(9).sites(3).apart().started(0).pods(0);
+    let mut options = options.store(Store::Etcd).overlay(Families::V4);
+    for node in 1..=3 {
+        let own = "[store]\ntype = \"sqlite\"\npath = \"/run/weft-lab/shared/store.db\"";
+        options = options.node_config(&format!("n{node}"), own);
+    }
+    for node in 7..=8 {
+        let own = format!(
+            "[gossip]\nseeds = []\n[cluster]\nkey_file = \"/var/lib/weft/cluster.key\"\n[store]\ntype = \"kubernetes\"\n\
+             mode = \"weft-ipam\"\nkubeconfig = \"/run/weft-lab/shared/pki/weft-n{node}.kubeconfig\"\n"
+        );
+        options = options.node_config(&format!("n{node}"), &own);
+    }
+    let lab = Lab::up(options);
+    let api = Api::start(&lab, "n9", &["n7", "n8"]);
+    let nodes = (1..=8).map(|node| format!("n{node}"));
+    nodes.clone().for_each(|node| lab.start(&node));
+    for node in nodes {
+        wait_until("the node has its subnet", PATIENCE, || lab.weft(&node, &["status"])["ready"] == true);
+        lab.tell(Request::PodAdd { node, pod: "a".into() });
+    }
+    Some((lab, api))
+}
+
+#[test]
+fn sites_with_sqlite_etcd_and_a_kubernetes_become_one_pod_network() {
+    let Some((lab, api)) = three_stores() else { return };
+    let sites = [["n1", "n2"], ["n4", "n5"], ["n7", "n8"]];
+    let join = |inviter: &str, joiner: &str| {
+        let token = said(&lab, inviter, "weft site invite").trim().to_owned();
+        let joined = said(&lab, joiner, &format!("weft join {token}"));
+        assert!(joined.starts_with("this site has joined"), "{joined}");
+    };
+    // Any site that is in may invite.
+    join("n1", "n4");
+    wait_until("two sites are one", PATIENCE, || all_reach(&lab, &sites[0], &sites[1]));
+    join("n4", "n7");
+    wait_until("three sites are one", PATIENCE, || {
+        sites.iter().all(|from| sites.iter().all(|to| all_reach(&lab, from, to)))
+    });
+    // Each store has the leases of its own site and of no other.
+    for (speaker, own) in [("n1", "s1"), ("n4", "s2"), ("n7", "s3")] {
+        let leases = lab.weft(speaker, &["leases"])["leases"].as_array().cloned().unwrap_or_default();
+        assert!(leases.len() >= 2 && leases.iter().all(|lease| lease["site"] == own), "{leases:?}");
+    }
+    let subnets = api.get(&lab, &["podsubnets"])["items"].as_array().cloned().unwrap_or_default();
+    assert_eq!(subnets.len(), 2, "{subnets:?}");
+    // The Secret is what a new node of the cluster begins with: the doctor says that it is behind, until it is not.
+    let words = "Secret weft-cluster-key has other keys than the mesh of sites";
+    wait_until("the keys are the mesh's", PATIENCE, || ids(&lab, "n7")[0] == ids(&lab, "n1")[0]);
+    wait_until("the Secret is named", PATIENCE, || said(&lab, "n8", "weft status").contains(words));
+    let text = lab.sh("n7", "cat /var/lib/weft/cluster.key");
+    let patch = serde_json::json!({ "stringData": { "cluster.key": text } }).to_string();
+    api.kubectl(&lab, &["patch", "secret", "weft-cluster-key", "-n", "weft-system", "-p", &patch]);
+    wait_until("it is well", PATIENCE, || !said(&lab, "n8", "weft status").contains(words));
+    // One of them is put out: the two others go on.
+    let site = said(&lab, "n4", "weft site expel s3");
+    assert!(site.starts_with("site s3 is expelled"), "{site}");
+    wait_until("it is out", PATIENCE, || !has_way(&lab, "n1", "n7") && !has_way(&lab, "n5", "n8"));
+    assert!(all_reach(&lab, &sites[0], &sites[1]) && all_reach(&lab, &sites[2], &sites[2]));
+    wait_until("it has no key of theirs", PATIENCE, || {
+        let key = &ids(&lab, "n1")[0];
+        *key == ids(&lab, "n5")[0] && !ids(&lab, "n7").contains(key) && !ids(&lab, "n8").contains(key)
+    });
 }

@@ -52,20 +52,18 @@ impl Node {
         let Some(cluster) = &mut self.cluster else { return };
         match news {
             News::Keys(Ok(ring)) => {
-                let wanted = self.control.memory.mesh_keys.as_ref();
-                match wanted.filter(|wanted| wanted.ring != ring) {
-                    None => {
-                        cluster.keys = None;
-                        self.control.follow_ring(ring, now);
-                    }
-                    // The word of the site comes first: it is later, and of the whole mesh.
-                    Some(_) => {
-                        cluster.keys = Some(format!(
-                            "Secret weft-cluster-key has other keys than the mesh of sites, so a new node of this cluster is not understood: replace its text by that of {}",
-                            self.control.config.cluster.key_file.display()
-                        ));
-                    }
-                }
+                let Some(wanted) = &self.control.memory.mesh_keys else {
+                    cluster.keys = None;
+                    return self.control.follow_ring(ring, now);
+                };
+                // The word of the site comes first: it is of the whole mesh.
+                let behind = ring.ids().next() != wanted.ring.ids().next();
+                cluster.keys = behind.then(|| {
+                    format!(
+                        "Secret weft-cluster-key has other keys than the mesh of sites, so a new node of this cluster is not understood: replace its text by that of {}",
+                        self.control.config.cluster.key_file.display()
+                    )
+                });
             }
             News::Keys(Err(sentence)) => {
                 warn!("{sentence}");

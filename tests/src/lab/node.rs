@@ -219,6 +219,10 @@ fn config(handle: &Handle, options: &Options, view: &NodeView, index: usize) -> 
     }
     merge(&mut table, &options.config);
     if let Some(own) = options.node_config.get(&view.name) {
+        // Another kind of store has other settings.
+        if own.get("store").is_some_and(|store| store.get("type").is_some()) {
+            table.remove("store");
+        }
         merge(&mut table, own);
     }
     Ok(table.to_string())
