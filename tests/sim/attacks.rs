@@ -137,6 +137,41 @@ fn a_question_of_a_joiner_that_is_changed_or_cut_is_not_answered() {
 }
 
 #[test]
+fn whatever_a_token_holder_says_is_taken_or_changes_nothing() {
+    let mut sites = Sites::up("whatever_a_token_holder_says", 3);
+    let token = sites.invite(0, hour());
+    sites.net.net.gather(usize::MAX);
+    assert_eq!(sites.join(1, token.clone()), Ok(site(0)));
+    let seen = sites.net.net.gathered().iter();
+    let seen: Vec<_> = seen.map(|seen| (seen.to, seen.datagram.to_vec())).collect();
+    sites.net.net.gather(0);
+    sites.run_until("one mesh", seconds(60), |sites| sites.all_route(&[0, 1]) && sites.one_ring(&[0, 1]));
+    let ring = token.ring();
+    let open = |datagram: &Vec<u8>| ring.open(CLUSTER, datagram).ok();
+    let contents: Vec<(SocketAddr, Vec<u8>)> =
+        seen.iter().filter_map(|(to, datagram)| Some((*to, open(datagram)?))).collect();
+    assert!(contents.len() >= 6, "three questions and three answers");
+    let before = [0, 4].map(|node| believes(&sites, node).1);
+    for (to, content) in &contents {
+        for _ in 0..300 {
+            let mut changed = content.clone();
+            for _ in 0..=sites.net.net.rng.next_u32() % 4 {
+                // The interesting fields come before the padding.
+                let place = sites.net.net.rng.next_u32() as usize % changed.len().min(400);
+                changed[place] = sites.net.net.rng.next_u32() as u8;
+            }
+            let datagram = ring.seal(CLUSTER, [7; 24], &changed);
+            for node in [0, 4] {
+                let back = strike(&mut sites, node, &datagram);
+                assert!(back <= datagram.len() as u64, "{back} to {to}; WEFT_SEED={}", sites.net.seed);
+            }
+        }
+    }
+    assert_eq!([0, 4].map(|node| believes(&sites, node).1), before, "WEFT_SEED={}", sites.net.seed);
+    assert!(sites.all_route(&[0, 1]) && !sites.lost_inside);
+}
+
+#[test]
 fn a_flood_of_joins_with_a_stolen_token_brings_one_site_in_and_fills_nothing() {
     let mut sites = Sites::up("a_flood_of_joins", 3);
     let token = sites.invite(0, hour());
