@@ -14,9 +14,10 @@ use prost::Message;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
+use crate::gateway::MAX_WEIGHT;
 use crate::mesh::proto;
 use crate::seal::{KeyId, MAX_KEYS};
-use crate::site::Certificate;
+use crate::site::{Certificate, Certified};
 use crate::types::{Epoch, MacAddress, NodeName, PublicKey, SiteName, Subnet, TunnelKey, from_hex, to_hex};
 
 #[cfg(fuzzing)]
@@ -62,6 +63,9 @@ pub struct Facts {
     pub keys: Vec<KeyId>,
     /// How to speak WireGuard with the node, if it does.
     pub tunnel: Option<TunnelFacts>,
+    /// The node carries what its site exchanges with others, with this weight; 0 while it is being drained. At most
+    /// [`MAX_WEIGHT`].
+    pub gateway: Option<u8>,
     /// The word of the node's site for the key and the subnets; the mesh puts it in.
     pub certificate: Option<Certificate>,
 }
@@ -385,6 +389,12 @@ impl ClaimedRecord {
 pub trait Verify: fmt::Debug + Send + Sync {
     /// Verifies a record of this cluster.
     fn verify(&self, claimed: ClaimedRecord, cluster: &str) -> Result<Arc<SignedRecord>, BadSignature>;
+
+    /// Verifies that a site certified a record of this cluster, by the certificate in it.
+    fn verify_certificate(&self, site: &PublicKey, cluster: &str, record: &NodeRecord) -> bool {
+        let certificate = record.facts.certificate;
+        certificate.is_some_and(|held| held.verify(site, cluster, Certified::of(record)).is_ok())
+    }
 }
 
 /// Verifies each record by itself, as a daemon does. Meshes that share a process may share the work.
@@ -489,6 +499,7 @@ fn to_proto(record: &NodeRecord) -> proto::Record {
             .collect(),
         left: record.left,
         certificate: facts.certificate.map(Certificate::to_bytes).unwrap_or_default(),
+        gateway: facts.gateway.map_or(0, |weight| u32::from(weight.min(MAX_WEIGHT)) + 1),
     }
 }
 
@@ -516,6 +527,11 @@ fn from_proto(record: proto::Record) -> Result<NodeRecord, RecordError> {
         mtu: record.mtu.try_into().map_err(|_| Field("mtu"))?,
         capabilities: Capabilities(record.capabilities),
         keys: ids_from_bytes(&record.cluster_keys).ok_or(Field("cluster_keys"))?,
+        gateway: match record.gateway.checked_sub(1).map(u8::try_from) {
+            None => None,
+            Some(Ok(weight)) if weight <= MAX_WEIGHT => Some(weight),
+            Some(_) => return Err(Field("gateway")),
+        },
         certificate: match &record.certificate[..] {
             [] => None,
             bytes => Some(Certificate::from_bytes(bytes).ok_or(Field("certificate"))?),

@@ -347,6 +347,11 @@ impl Lab {
         self.tell(Request::Start { node: node.into(), ahead_s: 0 });
     }
 
+    /// Has the sites let each other in.
+    pub fn befriend_sites(&self) {
+        self.tell(Request::Befriend);
+    }
+
     /// Lets two nodes no longer hear each other.
     pub fn cut(&self, a: &str, b: &str) {
         self.tell(Request::Cut { a: a.into(), b: b.into() });

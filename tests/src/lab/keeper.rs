@@ -244,6 +244,7 @@ impl Keeper {
             }
             Request::Impair(impairment) => self.impair(impairment)?,
             Request::Nat { router, nat } => self.change_nat(&router, nat)?,
+            Request::Befriend => sites::befriend(&self.handle, &self.state)?,
             Request::Kill { node } => self.end_daemon(&node, nix::sys::signal::Signal::SIGKILL)?,
             Request::Stop { node } => self.end_daemon(&node, nix::sys::signal::Signal::SIGTERM)?,
             Request::Start { node, ahead_s } => self.start(&node, ahead_s)?,

@@ -365,6 +365,8 @@ pub enum Request {
         #[serde(default)]
         ahead_s: u64,
     },
+    /// Has the sites let each other in, as they do by themselves where all daemons run from the start.
+    Befriend,
     /// Ends the lab.
     Down,
 }

@@ -70,6 +70,8 @@ pub struct Record {
     pub detour_port: u32,
     #[prost(bool, tag = "26")]
     pub detour_preferred: bool,
+    #[prost(uint32, tag = "45")]
+    pub gateway: u32,
 }
 
 #[derive(Clone, PartialEq, Message)]
