@@ -108,6 +108,11 @@ enum Command {
     ClusterKey(KeyCommand),
     /// The sites of the mesh, as this node sees them.
     Sites,
+    /// Bring this node's site into the mesh that a token is of; on a node with the site's key.
+    Join {
+        /// What `weft site invite` printed at the other site; `-` reads it from standard input.
+        token: String,
+    },
     /// What this node's site says of others, and of its own nodes; on a node with the site's key.
     #[command(subcommand)]
     Site(SiteCommand),
@@ -144,6 +149,24 @@ enum SiteCommand {
         /// The node; without it all certificates so far are void, and the nodes get others.
         node: Option<String>,
     },
+    /// Print a token that brings one other site in, once: `weft join TOKEN` on a node that speaks for it.
+    Invite {
+        /// The only site that may use it; any without a name.
+        site: Option<String>,
+        /// What that site may announce at most; what it says itself without one. Can be repeated.
+        #[arg(long = "cidr")]
+        prefixes: Vec<String>,
+        /// For how long the token is good: 30s, 10m, 1h. It is void when this daemon ends.
+        #[arg(long, default_value = "1h", value_parser = seconds)]
+        valid: u64,
+        /// Where the other site finds this node, if not at the addresses that it announces. Can be repeated.
+        #[arg(long = "address")]
+        addresses: Vec<String>,
+    },
+    /// Take this site out: the others drop its routes, and it keeps its inside.
+    Leave,
+    /// Give all sites that are in a new cluster key.
+    Rekey,
     /// Print a new secret key for a site; changes nothing.
     GenerateKey,
 }
@@ -216,6 +239,10 @@ impl Cli {
                 None => return self.generate_key(),
             },
             Command::Sites => RequestBody::Sites(empty),
+            Command::Join { token } => {
+                let token = if token == "-" { read_line()? } else { token.clone() };
+                RequestBody::Site(SiteRequest { action: "join".into(), token, ..SiteRequest::default() })
+            }
             Command::Site(command) => match site_request(command) {
                 Some(request) => RequestBody::Site(request),
                 None => return self.generate_site_key(),
@@ -382,18 +409,34 @@ fn site_request(command: &SiteCommand) -> Option<SiteRequest> {
         SiteCommand::Void { node } => {
             SiteRequest { action: "void".into(), node: node.unwrap_or_default(), ..request }
         }
+        SiteCommand::Invite { site, prefixes, valid, addresses } => SiteRequest {
+            action: "invite".into(),
+            site: site.unwrap_or_default(),
+            prefixes,
+            valid_s: valid,
+            addresses,
+            ..request
+        },
+        SiteCommand::Leave => SiteRequest { action: "leave".into(), ..request },
+        SiteCommand::Rekey => SiteRequest { action: "rekey".into(), ..request },
         SiteCommand::GenerateKey => return None,
     })
+}
+
+fn read_line() -> Result<String, Failure> {
+    let mut text = String::new();
+    io::stdin().read_to_string(&mut text).map_err(|error| failure(2, error.to_string()))?;
+    Ok(text.trim().to_owned())
+}
+
+fn seconds(text: &str) -> Result<u64, String> {
+    crate::config::parse_duration(text).map(|duration| duration.as_secs())
 }
 
 fn key_request(command: &KeyCommand) -> Result<Option<ClusterKeyRequest>, Failure> {
     let (action, key) = match command {
         KeyCommand::List => ("list", String::new()),
-        KeyCommand::Add { key } if key == "-" => {
-            let mut text = String::new();
-            io::stdin().read_to_string(&mut text).map_err(|error| failure(2, error.to_string()))?;
-            ("add", text.trim().to_owned())
-        }
+        KeyCommand::Add { key } if key == "-" => ("add", read_line()?),
         KeyCommand::Add { key } => ("add", key.clone()),
         KeyCommand::Use { id } => ("use", id.clone()),
         KeyCommand::Remove { id } => ("remove", id.clone()),

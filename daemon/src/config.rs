@@ -5,6 +5,8 @@
 
 mod raw;
 
+pub use raw::parse_duration;
+
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};

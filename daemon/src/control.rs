@@ -93,6 +93,8 @@ pub enum Output {
     Listen(Vec<IpAddr>),
     /// Write these cluster keys to the disk, and tell by [`Control::handle_ring_kept`].
     KeepRing(KeyRing),
+    /// How joining another site's mesh went: a sentence either way.
+    Joined(Result<String, String>),
     /// Bring the kernel to this; the shell adds the pods. Answer by [`Control::handle_pass`].
     Reconcile(Box<Inputs>),
     /// A ping was answered.
@@ -160,6 +162,8 @@ pub struct Problems {
     pub route_conflicts: BTreeMap<String, Instant>,
     /// Why this node cannot say what its site announces.
     pub site: Option<String>,
+    /// What went wrong between sites: sentence and time.
+    pub sites: BTreeMap<String, Instant>,
     /// What keeps the node from its leases: sentence and family.
     pub lease: BTreeMap<String, Family>,
     /// Why the memory could not be written.
@@ -236,6 +240,10 @@ pub struct Control {
     leaving: bool,
     /// To the cluster keys that are wanted, where something says which.
     way: Option<ring::Way>,
+    /// When to give the site cluster keys of its own, after it left.
+    part_at: Option<Instant>,
+    /// Where the site that was asked to let this one in gossips.
+    asked_at: Vec<SocketAddr>,
     /// When to draw seeds, and from what randomness.
     seeds_due: Instant,
     draws: ChaCha8Rng,
@@ -282,12 +290,15 @@ impl Control {
             job: None,
             leaving: false,
             way: None,
+            part_at: None,
+            asked_at: Vec::new(),
             seeds_due: now,
             draws,
             sites_heard: BTreeMap::new(),
             outputs: VecDeque::new(),
         };
         control.take_lease_table(now);
+        control.recall_mesh_keys(now);
         trust.into_iter().for_each(|trust| control.trust(trust, now));
         control.wake(now);
         control
@@ -382,6 +393,8 @@ impl Control {
     /// Replaces the cluster keys. They must be on the disk.
     pub fn use_ring(&mut self, ring: KeyRing, now: Instant) {
         self.mesh.set_ring(ring, now);
+        // Another site may be understood from now on.
+        self.seeds_due = now;
         self.announce(now);
         self.wake(now);
     }
@@ -433,7 +446,8 @@ impl Control {
                 }
                 weft_wire::mesh::Output::Wait { until, .. } => until,
             };
-            if self.go_on_with_keys(now)
+            if self.part_if_due(now)
+                || self.go_on_with_keys(now)
                 || self.draw_seeds(now)
                 || self.run_probe(now)
                 || self.probe_paths(now)
@@ -447,6 +461,7 @@ impl Control {
                 Some(mesh_wake),
                 Some(self.seeds_due),
                 self.ring_wake(),
+                self.part_at,
                 self.pass_wake(),
                 self.memory_due,
                 self.probe_wake(),
@@ -559,6 +574,15 @@ impl Control {
                 }
                 warn!(%from, ?key, "another node has this node's name");
                 self.problems.duplicate_name = Some((from, key, now));
+            }
+            MeshEvent::RingWanted { .. }
+            | MeshEvent::JoinEnded(_)
+            | MeshEvent::JoinRefused(_)
+            | MeshEvent::ClocksApart { .. }
+            | MeshEvent::SiteLeft { .. }
+            | MeshEvent::TwoSites { .. } => self.handle_site_event(event, now),
+            MeshEvent::WrongKey { from } if self.is_of_site_that_is_out(from) => {
+                debug!(%from, "gossip comes from a site that is out");
             }
             MeshEvent::WrongKey { from } => {
                 warn!(%from, "gossip comes that no key of the ring opens");

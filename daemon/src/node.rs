@@ -20,9 +20,10 @@ use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep_until;
 use tracing::{debug, info, warn};
+use weft_wire::api::Reply;
 use weft_wire::types::NodeName;
 
 use crate::control::{Control, Output, StoreAnswer};
@@ -99,6 +100,8 @@ pub struct Node {
     pods: pods::Pods,
     jobs: std::sync::mpsc::Sender<worker::Job>,
     pings: BTreeMap<u64, calls::PendingPing>,
+    /// Who waits to hear how joining another site went.
+    joining: Option<oneshot::Sender<Reply>>,
     next_token: u64,
     leaving: Option<calls::Leaving>,
     inbox: Inbox,
@@ -266,6 +269,7 @@ impl Node {
                         warn!("{problem}");
                     }
                 }
+                Output::Joined(said) => self.finish_joining(said),
                 Output::KeepRing(ring) => self.keep_ring(ring, now),
                 Output::Reconcile(inputs) => self.reconcile(inputs),
                 Output::Pong { token, rtt } => self.finish_ping(token, rtt),

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use weft_ipam::lease::HeldLease;
 use weft_wire::mesh::Owner;
 use weft_wire::record::NodeKey;
+use weft_wire::seal::{ClusterKey, KeyRing};
 use weft_wire::types::{Epoch, NodeName, PublicKey, Subnet, TunnelKey};
 use zeroize::Zeroizing;
 
@@ -110,10 +112,53 @@ pub struct Memory {
     pub peers: BTreeMap<NodeName, RememberedPeer>,
     /// What sites say, each statement in base64.
     pub statements: Vec<String>,
+    /// The cluster keys that sites gave each other last.
+    pub mesh_keys: Option<MeshKeys>,
+    /// Where the site that let this one in gossips.
+    pub site_seeds: Vec<SocketAddr>,
     /// The detour of the tunnels is open.
     pub detour: bool,
     /// The boot in which turning TX checksum offload off was found necessary: another kernel may do better.
     pub tx_checksum_off: Option<String>,
+}
+
+/// The cluster keys that a mesh of sites is to have.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "WrittenKeys", into = "WrittenKeys")]
+pub struct MeshKeys {
+    /// Later ones have a higher version.
+    pub version: u64,
+    /// The keys.
+    pub ring: KeyRing,
+}
+
+impl std::fmt::Debug for MeshKeys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "MeshKeys({} {:?})", self.version, self.ring.ids().collect::<Vec<_>>())
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct WrittenKeys {
+    version: u64,
+    keys: Vec<String>,
+}
+
+impl TryFrom<WrittenKeys> for MeshKeys {
+    type Error = String;
+
+    fn try_from(written: WrittenKeys) -> Result<Self, String> {
+        let parse = |text: &String| text.parse::<ClusterKey>().map_err(|error| error.to_string());
+        let keys = written.keys.iter().map(parse).collect::<Result<Vec<_>, _>>()?;
+        let ring = KeyRing::new(keys).map_err(|error| error.to_string())?;
+        Ok(Self { version: written.version, ring })
+    }
+}
+
+impl From<MeshKeys> for WrittenKeys {
+    fn from(keys: MeshKeys) -> Self {
+        Self { version: keys.version, keys: keys.ring.keys().map(ClusterKey::to_secret_text).collect() }
+    }
 }
 
 /// A lease of the store as last seen.

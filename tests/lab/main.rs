@@ -172,6 +172,9 @@ struct Up {
     /// How many sites the nodes are spread over
     #[arg(long, default_value_t = 1)]
     sites: usize,
+    /// The sites begin as meshes of their own, to be joined by `weft site invite` and `weft join`
+    #[arg(long)]
+    apart: bool,
     /// What stands before each site, the first one first: it leaves one at least without
     #[arg(long, value_enum, value_delimiter = ',')]
     nat: Vec<Nat>,
@@ -347,6 +350,7 @@ fn bring_up(cli: &Cli, handle: &Handle, up: &Up) -> anyhow::Result<ExitCode> {
         started: up.started.unwrap_or(up.nodes),
         pods: up.pods,
         sites: up.sites,
+        apart: up.apart,
         nat: up.nat.clone(),
         backend: up.backend,
         store: up.store,

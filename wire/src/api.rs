@@ -157,7 +157,7 @@ pub struct ForgetRequest {
 /// What the node's site says of another one, or of its own nodes.
 #[derive(Clone, PartialEq, prost::Message, Serialize)]
 pub struct SiteRequest {
-    /// `admit`, `expel` or `void`.
+    /// `admit`, `expel`, `void`, `invite`, `join`, `leave` or `rekey`.
     #[prost(string, tag = "1")]
     pub action: String,
     /// Admit and expel: the other site.
@@ -172,6 +172,15 @@ pub struct SiteRequest {
     /// Void: the node whose key is void; empty for all certificates so far.
     #[prost(string, tag = "5")]
     pub node: String,
+    /// Invite: for how many seconds the token is good.
+    #[prost(uint64, tag = "35")]
+    pub valid_s: u64,
+    /// Invite: where the joiner finds this node, before what the node announces.
+    #[prost(string, repeated, tag = "36")]
+    pub addresses: Vec<String>,
+    /// Join: what the other site's invite printed.
+    #[prost(string, tag = "37")]
+    pub token: String,
 }
 
 /// The sites of the mesh, as a node sees them.
@@ -203,7 +212,7 @@ pub struct Site {
     /// Its key.
     #[prost(string, tag = "2")]
     pub key: String,
-    /// `member`, `unknown` or `expelled`.
+    /// `member`, `unknown`, `expelled` or `left`.
     #[prost(string, tag = "3")]
     pub standing: String,
     /// What its nodes may announce subnets of.

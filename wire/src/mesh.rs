@@ -12,6 +12,8 @@ mod api;
 mod contact;
 mod forward;
 mod gossip;
+mod grants;
+mod join;
 mod membership;
 mod merge;
 mod probe;
@@ -41,16 +43,19 @@ pub use api::{
     SiteStanding, SiteView, Timing, Trust, UnknownNode, Verdict,
 };
 pub use forward::NotForwarded;
+pub use join::{JoinError, LONGEST_INVITATION, Terms};
 pub use reach::{KeeperView, Mapping, ReachView};
 pub use trust::WordError;
 
 use crate::record::{SignedRecord, socket_from_bytes};
-use crate::seal::KeyRing;
+use crate::seal::{KeyRing, OpenError};
 use crate::site::{Certificate, SiteKey};
 use crate::types::NodeName;
 use contact::{Challenge, Contact};
 use forward::Shares;
 use gossip::{Queue, Topic};
+use grants::Grants;
+use join::Joins;
 use membership::{Table, name_hash};
 use probe::{Pending, Probe};
 use proto::{Body, Liveness};
@@ -99,6 +104,10 @@ pub struct Mesh {
     certified_last: u64,
     /// What sites say has changed, and the members are to be judged again.
     rejudge: bool,
+    /// The cluster keys that the mesh is to have, and who has not got them.
+    grants: Grants,
+    /// Invitations of this node, and its own way in.
+    joins: Joins,
     queue: Queue,
     gossip_armed: bool,
     sync_at: Instant,
@@ -117,6 +126,7 @@ pub struct Mesh {
     outputs: VecDeque<Output>,
     last_duplicate: Option<Instant>,
     last_wrong_key: Option<Instant>,
+    last_two_sites: Option<Instant>,
     /// Since when, and how often, records of this node turned up that it does not remember.
     own_records: (Instant, u32),
     counters: Counters,
@@ -170,6 +180,8 @@ impl Mesh {
             uncertified: BTreeSet::new(),
             certified_last: 0,
             rejudge: false,
+            grants: Grants::default(),
+            joins: Joins::default(),
             queue: Queue::new(hash),
             gossip_armed: false,
             sync_at,
@@ -184,6 +196,7 @@ impl Mesh {
             outputs: VecDeque::new(),
             last_duplicate: None,
             last_wrong_key: None,
+            last_two_sites: None,
             own_records: (now, 0),
             counters: Counters::default(),
             config,
@@ -234,6 +247,8 @@ impl Mesh {
                 Timer::Judge => self.on_judge_timer(),
                 Timer::Reach => self.on_reach_timer(),
                 Timer::Again(hash) => self.on_again_timer(hash),
+                Timer::Grant => self.on_grant_timer(),
+                Timer::Join => self.on_join_timer(),
             }
         }
         self.settle();
@@ -416,8 +431,24 @@ impl Mesh {
         }
     }
 
+    /// Is [`Mesh::reply`] with a body that came with so many bytes of content, and no more than these back to where it came from;
+    /// returns whether something was sent.
+    fn reply_within(&mut self, most: usize, reply: &ReplyTo, body: Body) -> bool {
+        if !reply.forwarded {
+            return self.send_within(most, reply.from, reply.name.as_str(), body, Vec::new());
+        }
+        // The answer goes where the member is known to be.
+        self.reply(reply, body, Vec::new());
+        true
+    }
+
     fn receive(&mut self, from: SocketAddr, datagram: &[u8]) -> Result<(), Rejected> {
-        let content = self.config.ring.open(&self.config.cluster, datagram)?;
+        let content = match self.config.ring.open(&self.config.cluster, datagram) {
+            Err(OpenError::UnknownKey) if self.joins.knows(datagram) => {
+                return self.receive_joining(from, datagram);
+            }
+            opened => opened?,
+        };
         let message = proto::Datagram::decode(&content[..]).map_err(|_| Rejected::Malformed)?;
         self.receive_message(from, message, false)
     }
@@ -440,7 +471,7 @@ impl Mesh {
         }
         let hash = name_hash(name.as_str());
         let reply = ReplyTo { from, forwarded, name, hash };
-        self.check_fresh(&reply, &message)?;
+        let answers_challenge = self.check_fresh(&reply, &message)?;
         if let Some(Body::Forward(forward)) = &message.body {
             return self.receive_forward(&reply, &message, forward);
         }
@@ -452,6 +483,11 @@ impl Mesh {
             updates.push(checked);
         }
         self.remember(&reply, &message);
+        if answers_challenge && let Some(id) = self.table.find(reply.hash) {
+            // With the record that is known: who lost its state catches up, who is a clone learns of it.
+            let first = vec![self.full_update(id)];
+            self.reply(&reply, Body::Push(proto::Push { sync: false }), first);
+        }
         self.take_in(&reply, message, updates, target);
         Ok(())
     }
@@ -504,6 +540,7 @@ impl Mesh {
             Some(Body::SyncItems(items)) => self.on_sync_items(reply, &items),
             Some(Body::SyncWant(want)) => self.on_sync_want(reply, &want),
             Some(Body::Certify(certify)) => self.on_certify(&certify),
+            Some(Body::Grant(grant)) => self.on_grant(&grant),
             Some(Body::Push(_) | Body::Forward(_)) | None => {}
         }
         // Who joins, or meets somebody from the other side of a partition, compares at once.
@@ -513,29 +550,30 @@ impl Mesh {
         }
     }
 
-    fn check_fresh(&mut self, reply: &ReplyTo, message: &proto::Datagram) -> Result<(), Rejected> {
-        let Some(contact) = self.table.contact(reply.hash) else { return Ok(()) };
+    /// Takes no datagram twice; returns whether it answers a challenge.
+    fn check_fresh(&mut self, reply: &ReplyTo, message: &proto::Datagram) -> Result<bool, Rejected> {
+        let Some(contact) = self.table.contact(reply.hash) else { return Ok(false) };
         if contact.session == message.session {
-            return if contact.window.is_fresh(message.seq) { Ok(()) } else { Err(Rejected::Replayed) };
+            return if contact.window.is_fresh(message.seq) { Ok(false) } else { Err(Rejected::Replayed) };
         }
         if message.session > contact.session && !contact.strict {
-            return Ok(());
+            return Ok(false);
         }
         let challenge = contact.challenge;
         if let (Some(challenge), Some(Body::Ack(ack))) = (challenge, &message.body)
             && (challenge.session, challenge.token) == (message.session, ack.token)
         {
-            return Ok(());
+            return Ok(true);
         }
         if challenge.is_none_or(|challenge| self.now >= challenge.at + CHALLENGE_INTERVAL) {
             let token = self.rng.next_u64();
-            let challenge = Challenge { session: message.session, token, at: self.now };
-            if let Some(contact) = self.table.contact_mut(reply.hash) {
-                contact.challenge = Some(challenge);
+            // Whoever replays a datagram from somebody's address gets no more sent there than it sent.
+            let ping = Body::Ping(proto::Ping { token, have: 0, again_ms: 0 });
+            if self.reply_within(message.encoded_len(), reply, ping)
+                && let Some(contact) = self.table.contact_mut(reply.hash)
+            {
+                contact.challenge = Some(Challenge { session: message.session, token, at: self.now });
             }
-            // With the record that is known: who lost its state catches up, who is a clone learns of it.
-            let first = self.table.find(reply.hash).map(|id| self.full_update(id)).into_iter().collect();
-            self.reply(reply, Body::Ping(proto::Ping { token, have: MOST, again_ms: 0 }), first);
         }
         Err(Rejected::Replayed)
     }

@@ -229,6 +229,11 @@ impl NodeKey {
         self
     }
 
+    /// Opens what was sealed for this key.
+    pub(crate) fn open(&self, sealed: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
+        crate::sealed_box::open(&self.secret, sealed)
+    }
+
     /// Returns whether this key follows `earlier` through its endorsements.
     pub(crate) fn follows(&self, earlier: &PublicKey) -> bool {
         self.endorsements.iter().any(|endorsement| endorsement.key == *earlier)

@@ -135,6 +135,27 @@ impl KeyRing {
         self.keys.iter().map(|(_, key)| key)
     }
 
+    /// Writes the secrets one after another, for a sealed box.
+    pub(crate) fn to_secret_bytes(&self) -> Zeroizing<Vec<u8>> {
+        Zeroizing::new(self.keys().flat_map(|key| *key.0).collect())
+    }
+
+    /// Reads what [`KeyRing::to_secret_bytes`] wrote.
+    pub(crate) fn from_secret_bytes(bytes: &[u8]) -> Option<Self> {
+        let (keys, rest) = bytes.as_chunks::<32>();
+        let ring = Self::new(keys.iter().map(|key| ClusterKey::from_bytes(*key)).collect());
+        ring.ok().filter(|_| rest.is_empty())
+    }
+
+    /// Returns a hash of all keys and their order: tells two rings apart, and nothing of the keys.
+    pub(crate) fn tag(&self) -> u64 {
+        let hash = Blake2s256::new()
+            .chain_update(b"weft key ring v1\0")
+            .chain_update(self.to_secret_bytes())
+            .finalize();
+        u64::from_be_bytes(hash[..8].try_into().expect("a hash has 32 bytes"))
+    }
+
     /// Seals `content` under the first key. `nonce` must be fresh and random.
     ///
     /// # Panics

@@ -15,6 +15,7 @@ use crate::mesh::proto;
 use crate::record::{
     BadSignature, LeasedSubnet, NodeRecord, check, parse_all, subnet_from_bytes, subnet_to_bytes, tag,
 };
+use crate::sealed_box;
 use crate::types::{NodeName, PublicKey, SiteName, Subnet, from_hex, to_hex};
 
 /// The most bytes of a signed statement: one fits a datagram beside any other content.
@@ -24,7 +25,7 @@ pub const MAX_PREFIXES: usize = 8;
 /// The most node keys that a site declares void one by one; beyond that it raises the least serial number.
 pub const MAX_VOID: usize = 16;
 
-const SIGNATURE: usize = 64;
+pub(crate) const SIGNATURE: usize = 64;
 const STATEMENT_DOMAIN: &[u8] = b"weft site statement v1\0";
 const CERTIFICATE_DOMAIN: &[u8] = b"weft node certificate v1\0";
 
@@ -43,6 +44,8 @@ pub struct SiteRecord {
     pub least_serial: u64,
     /// Certificates of these node keys are void; at most [`MAX_VOID`].
     pub void: Vec<PublicKey>,
+    /// The site has left the mesh of sites.
+    pub left: bool,
 }
 
 /// What one site says of another.
@@ -62,6 +65,21 @@ pub struct Admission {
     pub expelled: bool,
 }
 
+/// The cluster keys of the mesh, from a site for one site or for one of its own nodes; nobody else can read them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyGrant {
+    /// The key of the site that says so.
+    pub by: PublicKey,
+    /// The key of the site or of the node that it is for.
+    pub to: PublicKey,
+    /// Of two the higher (version, ring) holds, for everyone. Below 2^63.
+    pub version: u64,
+    /// A hash of the keys, so that two sites that say the same are known to.
+    pub ring: u64,
+    /// The keys, sealed for `to` ([`crate::sealed_box`]).
+    pub sealed: Vec<u8>,
+}
+
 /// What a site key signs for all to hear.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Statement {
@@ -69,6 +87,8 @@ pub enum Statement {
     Site(SiteRecord),
     /// Of another site.
     Admission(Admission),
+    /// The mesh's cluster keys, for another site.
+    Keys(KeyGrant),
 }
 
 impl Statement {
@@ -77,6 +97,7 @@ impl Statement {
         match self {
             Self::Site(record) => record.key,
             Self::Admission(admission) => admission.by,
+            Self::Keys(grant) => grant.by,
         }
     }
 
@@ -85,21 +106,23 @@ impl Statement {
         match self {
             Self::Site(record) => record.version,
             Self::Admission(admission) => admission.version,
+            Self::Keys(grant) => grant.version,
         }
     }
 
     /// Returns what the statement is about: of two with one subject the higher version holds.
     pub fn subject(&self) -> Subject {
         match self {
-            Self::Site(record) => Subject(record.key, record.key),
-            Self::Admission(admission) => Subject(admission.by, admission.key),
+            Self::Site(record) => Subject(record.key, record.key, false),
+            Self::Admission(admission) => Subject(admission.by, admission.key, false),
+            Self::Keys(grant) => Subject(grant.by, grant.to, true),
         }
     }
 }
 
-/// Who speaks, and of whom.
+/// Who speaks, of or to whom, and whether it is about cluster keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Subject(pub PublicKey, pub PublicKey);
+pub struct Subject(pub PublicKey, pub PublicKey, pub bool);
 
 impl Subject {
     /// What tells a statement apart from all others in the sums of anti-entropy.
@@ -110,6 +133,7 @@ impl Subject {
             .chain_update(self.1.0)
             .chain_update(version.to_be_bytes())
             .chain_update(tag.to_be_bytes())
+            .chain_update(if self.2 { &b"keys"[..] } else { b"" })
             .finalize();
         u64::from_be_bytes(hash[..8].try_into().expect("a hash has 32 bytes"))
     }
@@ -228,6 +252,16 @@ impl SiteKey {
     /// Where the text is anything else.
     pub fn from_secret_text(text: &str) -> Result<Self, SiteKeyError> {
         from_hex(text.trim()).map(Self::from_secret).ok_or(SiteKeyError)
+    }
+
+    /// Opens what was sealed for this key.
+    pub(crate) fn open(&self, sealed: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
+        sealed_box::open(&self.secret, sealed)
+    }
+
+    /// Signs `content` beside the domain.
+    pub(crate) fn sign_bytes(&self, domain: &[u8], content: &[u8]) -> [u8; SIGNATURE] {
+        self.secret.sign(&[domain, content].concat()).to_bytes()
     }
 
     /// Certifies a node for its leases.
@@ -353,6 +387,9 @@ fn limits(statement: &Statement) -> Result<(), StatementError> {
         Statement::Site(record) => (&record.prefixes, record.void.len()),
         Statement::Admission(admission) if admission.by == admission.key => return Err(Field("key")),
         Statement::Admission(admission) => (&admission.prefixes, 0),
+        Statement::Keys(grant) if grant.sealed.is_empty() => return Err(Field("keys")),
+        Statement::Keys(grant) if grant.version >= 1 << 63 => return Err(Field("version")),
+        Statement::Keys(_) => return Ok(()),
     };
     let overlap = |(place, one): (usize, &Subnet)| prefixes[..place].iter().any(|other| other.overlaps(*one));
     if prefixes.len() > MAX_PREFIXES || prefixes.iter().enumerate().any(overlap) {
@@ -378,6 +415,7 @@ fn to_proto(statement: &Statement) -> proto::Statement {
             prefixes: prefixes(&record.prefixes),
             least_serial: record.least_serial,
             void: record.void.iter().map(|key| key.0.to_vec()).collect(),
+            left: record.left,
             ..proto::Statement::default()
         },
         Statement::Admission(admission) => proto::Statement {
@@ -389,6 +427,14 @@ fn to_proto(statement: &Statement) -> proto::Statement {
             expelled: admission.expelled,
             ..proto::Statement::default()
         },
+        Statement::Keys(grant) => proto::Statement {
+            by: grant.by.0.to_vec(),
+            of: grant.to.0.to_vec(),
+            version: grant.version,
+            keys: grant.sealed.clone(),
+            ring: grant.ring,
+            ..proto::Statement::default()
+        },
     }
 }
 
@@ -396,13 +442,31 @@ fn from_proto(statement: proto::Statement) -> Result<Statement, StatementError> 
     use StatementError::Field;
     let key = |bytes: &[u8], field| bytes.try_into().map(PublicKey).map_err(|_| Field(field));
     let by = key(&statement.by, "by")?;
+    if !statement.keys.is_empty() {
+        let (to, version) = (key(&statement.of, "of")?, statement.version);
+        return Ok(Statement::Keys(KeyGrant {
+            by,
+            to,
+            version,
+            ring: statement.ring,
+            sealed: statement.keys,
+        }));
+    }
     let site = statement.site.try_into().map_err(|_| Field("site"))?;
     let prefixes = parse_all(&statement.prefixes, subnet_from_bytes).ok_or(Field("prefixes"))?;
     let version = statement.version;
     if statement.of.is_empty() {
         let void = statement.void.iter().map(|bytes| key(bytes, "void")).collect::<Result<_, _>>()?;
-        let least_serial = statement.least_serial;
-        return Ok(Statement::Site(SiteRecord { site, key: by, version, prefixes, least_serial, void }));
+        let (least_serial, left) = (statement.least_serial, statement.left);
+        return Ok(Statement::Site(SiteRecord {
+            site,
+            key: by,
+            version,
+            prefixes,
+            least_serial,
+            void,
+            left,
+        }));
     }
     let (of, expelled) = (key(&statement.of, "of")?, statement.expelled);
     Ok(Statement::Admission(Admission { by, site, key: of, version, prefixes, expelled }))

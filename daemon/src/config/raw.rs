@@ -346,6 +346,14 @@ impl TryFrom<String> for Span {
     }
 }
 
+/// Reads a duration as people write it.
+///
+/// # Errors
+/// One sentence that says how to write one.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    Span::try_from(text.to_owned()).map(|Span(duration)| duration)
+}
+
 /// Reads the text; an error is the line, counted from 1, and a sentence.
 pub(super) fn read(text: &str) -> Result<Raw, (Option<usize>, String)> {
     toml::from_str(text).map_err(|error| {

@@ -35,6 +35,8 @@ pub(super) struct Way {
     target: KeyRing,
     /// When the node began to go this way.
     since: Instant,
+    /// Until when a node that hears nobody may just not have heard yet.
+    alone_until: Instant,
     /// Since when no living peer seals with a key that is to be forgotten.
     unused: Option<Instant>,
     /// When to look again.
@@ -61,8 +63,8 @@ enum Step {
 }
 
 impl Way {
-    fn new(target: KeyRing, now: Instant) -> Self {
-        Self { target, since: now, unused: None, look: now }
+    fn new(target: KeyRing, alone_until: Instant, now: Instant) -> Self {
+        Self { target, since: now, alone_until, unused: None, look: now }
     }
 
     /// Returns what comes next for a node with this ring.
@@ -84,7 +86,7 @@ impl Way {
         }
         let first = self.target.ids().next().expect("a ring has a key");
         let obsolete: Vec<ClusterKey> = ring.keys().filter(|key| !has(&self.target, key)).cloned().collect();
-        let alone = said.is_empty() && now.saturating_duration_since(self.since) < ALONE;
+        let alone = said.is_empty() && now < self.alone_until;
         let in_the_way = |with: &dyn Fn(&Said) -> bool| -> Vec<String> {
             said.iter().filter(|said| !with(said)).map(|said| said.node.clone()).collect()
         };
@@ -123,7 +125,7 @@ impl Control {
             info!(keys = ?ids, "other cluster keys are wanted");
         }
         self.problems.ring = None;
-        self.way = Some(Way::new(target, now));
+        self.way = Some(Way::new(target, self.started + ALONE, now));
     }
 
     /// Returns whether the cluster keys follow those that are wanted everywhere.
@@ -180,7 +182,9 @@ impl Control {
 
     fn said(&self) -> Vec<Said> {
         let living = |state| matches!(state, MemberState::Alive | MemberState::Suspect);
-        let members = self.mesh.members().filter(|member| living(member.state));
+        // Whoever is put out or has left is not to have the keys, and is not waited for.
+        let is_in = self.sites_that_are_in();
+        let members = self.mesh.members().filter(|member| living(member.state) && is_in(member.site));
         members
             .map(|member| Said { node: member.node.to_string(), keys: member.record.facts.keys.clone() })
             .collect()
@@ -221,7 +225,7 @@ mod tests {
     #[test]
     fn keys_are_added_then_used_then_forgotten_as_the_peers_follow() {
         let now = Instant::now();
-        let mut way = Way::new(ring(&[2]), now);
+        let mut way = Way::new(ring(&[2]), now + ALONE, now);
         let mut step = |have: &[u8], peers: &[Said], now| way.step(&ring(have), peers, false, now);
         assert_eq!(step(&[1], &[said(&[1])], now), Ok(Step::Take(ring(&[1, 2]))));
         assert_eq!(step(&[1, 2], &[said(&[1])], now), wait(&["n1"]));
@@ -236,7 +240,7 @@ mod tests {
     #[test]
     fn a_peer_that_seals_with_the_old_key_again_begins_the_wait_anew() {
         let now = Instant::now();
-        let mut way = Way::new(ring(&[2]), now);
+        let mut way = Way::new(ring(&[2]), now + ALONE, now);
         assert_eq!(way.step(&ring(&[2, 1]), &[said(&[2])], true, now), wait(&[]));
         let later = now + HANDSHAKE;
         assert_eq!(way.step(&ring(&[2, 1]), &[said(&[2]), said(&[1, 2])], true, later), wait(&["n1"]));
@@ -248,7 +252,7 @@ mod tests {
     #[test]
     fn who_hears_nobody_goes_on_alone_after_a_while() {
         let now = Instant::now();
-        let mut way = Way::new(ring(&[2, 1]), now);
+        let mut way = Way::new(ring(&[2, 1]), now + ALONE, now);
         assert_eq!(way.step(&ring(&[1, 2]), &[], false, now), wait(&[]));
         assert_eq!(way.step(&ring(&[1, 2]), &[], false, now + ALONE), Ok(Step::Take(ring(&[2, 1]))));
     }
@@ -257,7 +261,7 @@ mod tests {
     fn a_peer_that_says_nothing_of_its_keys_is_waited_for() {
         let now = Instant::now();
         let silent = Said { node: "old".into(), keys: Vec::new() };
-        let mut way = Way::new(ring(&[2]), now);
+        let mut way = Way::new(ring(&[2]), now + ALONE, now);
         assert_eq!(way.step(&ring(&[1, 2]), std::slice::from_ref(&silent), false, now), wait(&["old"]));
         assert_eq!(way.step(&ring(&[2, 1]), &[silent], false, now), wait(&["old"]));
     }
@@ -265,7 +269,7 @@ mod tests {
     #[test]
     fn a_ring_that_is_full_takes_no_more_and_says_so() {
         let (now, most) = (Instant::now(), weft_wire::seal::MAX_KEYS as u8);
-        let mut way = Way::new(ring(&[99]), now);
+        let mut way = Way::new(ring(&[99]), now + ALONE, now);
         let full: Vec<u8> = (1..=most).collect();
         assert_eq!(way.step(&ring(&full), &[], false, now), Err(KeyRingError::TooMany));
     }

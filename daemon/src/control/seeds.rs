@@ -31,6 +31,7 @@ impl Control {
         self.seeds_due = now + if alone { ALONE } else { AMONG_OTHERS };
         let mut seeds = self.config.gossip.seeds.clone();
         let elsewhere = self.elsewhere(now);
+        seeds.extend(self.other_sites_seeds());
         seeds.extend(draw(elsewhere, HANDFUL, &mut self.draws));
         seeds.sort_unstable();
         seeds.dedup();

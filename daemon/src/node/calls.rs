@@ -78,6 +78,9 @@ impl Node {
             RequestBody::RotateNodeKey(_) => self.rotate_node_key(now),
             RequestBody::Forget(request) => self.forget(&request.node),
             RequestBody::Sites(_) => ReplyBody::Sites(self.sites(now)).into(),
+            RequestBody::Site(request) if request.action == "join" => {
+                return self.start_joining(&request, reply, now);
+            }
             RequestBody::Site(request) => self.speak(&request, now),
         };
         // A caller that hung up wants no answer.

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use tracing::{info, warn};
 use weft_ipam::store::kubernetes::Mode;
+use weft_wire::seal::KeyId;
 
 use super::{Node, worker};
 use crate::config::{StoreKind, first_of_each_family};
@@ -19,13 +20,15 @@ pub(super) struct Cluster {
     gone: bool,
     /// What the Secret holds instead of keys.
     keys: Option<String>,
+    /// The first of the keys that the Secret holds.
+    first_key: Option<KeyId>,
     /// What the tasks found.
     remarks: Vec<Remark>,
 }
 
 impl Cluster {
     pub(super) fn new(kubernetes: Kubernetes) -> Self {
-        Self { kubernetes, view: None, gone: false, keys: None, remarks: Vec::new() }
+        Self { kubernetes, view: None, gone: false, keys: None, first_key: None, remarks: Vec::new() }
     }
 
     /// Returns what is wrong with the cluster, or between the cluster and the node.
@@ -55,7 +58,11 @@ impl Node {
         match news {
             News::Keys(Ok(ring)) => {
                 cluster.keys = None;
-                self.control.follow_ring(ring, now);
+                cluster.first_key = ring.ids().next();
+                // The word of the site comes before the Secret's: it is of the whole mesh.
+                if self.control.memory.mesh_keys.is_none() {
+                    self.control.follow_ring(ring, now);
+                }
             }
             News::Keys(Err(sentence)) => {
                 warn!("{sentence}");
@@ -122,7 +129,16 @@ impl Node {
         let addresses = self.control.underlay.iter().flat_map(|underlay| &underlay.addresses);
         let used: Vec<_> = addresses.map(|net| net.addr()).collect();
         let config = &self.control.config;
-        cluster.remarks(config.node.name.as_str(), &used, config.underlay.of_cluster)
+        let mut remarks = cluster.remarks(config.node.name.as_str(), &used, config.underlay.of_cluster);
+        let wanted = self.control.memory.mesh_keys.as_ref().map(|keys| keys.ring.ids().next());
+        if cluster.first_key.is_some() && wanted.is_some_and(|wanted| wanted != cluster.first_key) {
+            let sentence = format!(
+                "Secret weft-cluster-key has other keys than the mesh of sites, so a new node of this cluster is not understood: replace its text by that of {}",
+                config.cluster.key_file.display()
+            );
+            remarks.push(Remark { reason: Reason::ClusterKey, sentence });
+        }
+        remarks
     }
 
     /// Everything that becomes an Event. What changes its words all the time is left to `weft status`.

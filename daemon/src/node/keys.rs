@@ -78,6 +78,12 @@ impl Node {
             || (2, format!("no key {:?} in the ring; `weft cluster-key list` shows the ids", request.key));
         match request.action.as_str() {
             "" | "list" => return Ok(None),
+            _ if self.control.memory.mesh_keys.is_some() => {
+                return Err((
+                    1,
+                    "the cluster keys are those that the sites gave each other: `weft site rekey` changes them, on a node that speaks for a site".into(),
+                ));
+            }
             _ if self.control.follows() => {
                 return Err((
                     1,

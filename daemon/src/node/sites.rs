@@ -1,13 +1,16 @@
 //! What the local socket asks of sites: how they stand, and what the own one is to say of them.
 
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use tokio::sync::oneshot;
 use tracing::info;
 use weft_wire::api::{Reply, Site, SiteRequest, Sites};
-use weft_wire::mesh::{MemberState, SiteStanding, SiteView, Trust};
+use weft_wire::invite::Token;
+use weft_wire::mesh::{LONGEST_INVITATION, MemberState, SiteStanding, SiteView, Terms, Trust};
 use weft_wire::site::SiteKey;
-use weft_wire::types::{NodeName, PublicKey, SiteName, Subnet};
+use weft_wire::types::{NameError, NodeName, PublicKey, SiteName, Subnet};
 
 use super::Node;
 use crate::config::Config;
@@ -58,6 +61,7 @@ impl Node {
             let (standing, prefixes) = match &view.standing {
                 SiteStanding::Unknown => ("unknown", Vec::new()),
                 SiteStanding::Expelled => ("expelled", Vec::new()),
+                SiteStanding::Left => ("left", Vec::new()),
                 SiteStanding::Member { prefixes, .. } => {
                     ("member", prefixes.iter().map(ToString::to_string).collect())
                 }
@@ -86,12 +90,13 @@ impl Node {
     }
 
     /// Returns what is wrong with other sites, for people.
-    pub(super) fn site_problems(&self) -> impl Iterator<Item = String> + '_ {
+    pub(super) fn site_problems(&self, now: Instant) -> impl Iterator<Item = String> + '_ {
         let of_site = |view: &SiteView| {
             let site = view.site.clone();
             view.problems.clone().into_iter().map(move |problem| format!("site {site}: {problem}"))
         };
-        self.control.problems.site.iter().cloned().chain(self.control.mesh.sites().flat_map(of_site))
+        let said = self.control.problems.site.iter().cloned();
+        said.chain(self.control.mesh.sites().flat_map(of_site)).chain(self.control.site_troubles(now))
     }
 
     /// Has the own site say something.
@@ -100,7 +105,13 @@ impl Node {
             "admit" => self.admit(request, now),
             "expel" => self.expel(&request.site, now),
             "void" => self.declare_void(&request.node, now),
-            other => Err((1, format!("unknown action {other:?}: use admit, expel or void"))),
+            "invite" => self.invite(request, now),
+            "leave" => self.leave_sites(now),
+            "rekey" => self.rekey(now),
+            other => Err((
+                1,
+                format!("unknown action {other:?}: use admit, expel, void, invite, join, leave or rekey"),
+            )),
         };
         match said {
             Ok(sentence) => {
@@ -121,45 +132,14 @@ impl Node {
         let site: SiteName = request.site.parse().map_err(|error| refused(format!("{error}")))?;
         let key: PublicKey =
             request.key.parse().map_err(|error| refused(format!("{}: {error}", request.key)))?;
-        let prefixes = request
-            .prefixes
-            .iter()
-            .map(|prefix| prefix.parse::<Subnet>().map_err(|error| refused(error.to_string())))
-            .collect::<Result<Vec<_>, _>>()?;
+        let prefixes = prefixes(request)?;
         if prefixes.is_empty() {
             return Err(refused(format!(
                 "name the prefixes that site {site} may announce, for example 10.64.0.0/12"
             )));
         }
-        let own = self.control.config.cluster.carver.cidrs().iter();
-        let own = own.map(|range| (range.cidr, &self.control.config.node.site));
-        let others =
-            self.control.mesh.sites().filter(|view| view.key != key).flat_map(|view| match &view.standing {
-                SiteStanding::Member { prefixes, .. } => {
-                    prefixes.iter().map(|taken| (taken.net(), &view.site)).collect()
-                }
-                SiteStanding::Unknown | SiteStanding::Expelled => Vec::new(),
-            });
-        for (taken, holder) in own.chain(others) {
-            let shares = |prefix: &&Subnet| {
-                prefix.net().contains(&taken.network()) || taken.contains(&prefix.network())
-            };
-            if let Some(prefix) = prefixes.iter().find(shares) {
-                return Err(refused(format!(
-                    "{prefix} overlaps {taken} of site {holder}: give one of the two sites another range first"
-                )));
-            }
-        }
-        if site == self.control.config.node.site {
-            return Err(refused(format!("this site is named {site} itself: rename one of the two")));
-        }
-        if let Some(view) = self.control.mesh.sites().find(|view| view.site == site && view.key != key)
-            && view.standing != SiteStanding::Expelled
-        {
-            return Err(refused(format!(
-                "a site named {site} is in already, with key {}: expel it first, or rename one of the two",
-                view.key.short()
-            )));
+        if let Some(misfit) = self.control.mesh.misfit(&site, &key, &prefixes) {
+            return Err(refused(misfit));
         }
         let told = self.control.mesh.admit(site.clone(), key, prefixes, now);
         told.map_err(|error| refused(error.to_string()))?;
@@ -175,7 +155,85 @@ impl Node {
             .map(|view| (view.site.clone(), view.key))
             .ok_or_else(|| (2, format!("no site {name:?} is known here; `weft sites` lists them")))?;
         self.control.mesh.expel(site.clone(), key, now).map_err(|error| (1, error.to_string()))?;
-        Ok(format!("site {site} is expelled, and what came in through it: `weft sites` shows who is left"))
+        let key = self.control.renew_mesh_key(now).map_err(|error| (1, error.to_string()))?;
+        Ok(format!(
+            "site {site} is expelled, and what came in through it: `weft sites` shows who is left; the others go over to cluster key {key}, which it does not get"
+        ))
+    }
+
+    fn invite(&mut self, request: &SiteRequest, now: Instant) -> Result<String, (u32, String)> {
+        let refused = |why: String| (1, why);
+        let site = (!request.site.is_empty()).then(|| request.site.parse()).transpose();
+        let site = site.map_err(|error: NameError| refused(error.to_string()))?;
+        let mut addresses = Vec::new();
+        for text in &request.addresses {
+            let port = self.control.config.gossip.port;
+            let address = text.parse().or_else(|_| text.parse().map(|ip: IpAddr| SocketAddr::new(ip, port)));
+            addresses.push(address.map_err(|_| {
+                refused(format!("{text:?} is no address: write 192.0.2.1 or 192.0.2.1:{port}"))
+            })?);
+        }
+        let valid = Duration::from_secs(request.valid_s);
+        let longest = LONGEST_INVITATION.as_secs();
+        if !(1..=longest).contains(&request.valid_s) {
+            return Err(refused(format!("a token is good for 1 to {longest} seconds")));
+        }
+        let terms = Terms { site, prefixes: prefixes(request)?, valid, addresses };
+        self.control.mesh.set_clock(unix_seconds(), now);
+        let token = self.control.mesh.invite(terms, now).map_err(|error| refused(error.to_string()))?;
+        if token.addresses.is_empty() {
+            return Err(refused("this node has no address for others yet: name one with --address".into()));
+        }
+        Ok(token.to_secret_text())
+    }
+
+    /// Begins to join; the caller hears how it ended.
+    pub(super) fn start_joining(
+        &mut self,
+        request: &SiteRequest,
+        reply: oneshot::Sender<Reply>,
+        now: Instant,
+    ) {
+        self.control.mesh.set_clock(unix_seconds(), now);
+        let token = request.token.parse::<Token>().map_err(|error| error.to_string());
+        let begun =
+            token.and_then(|token| self.control.join_sites(token, now).map_err(|error| error.to_string()));
+        match begun {
+            Ok(()) => self.joining = Some(reply),
+            Err(why) => {
+                self.control.note_site_problem(format!("this site has not joined: {why}"), now);
+                let _ = reply.send(Reply::refusal(1, why));
+            }
+        }
+    }
+
+    pub(super) fn finish_joining(&mut self, said: Result<String, String>) {
+        if let Some(reply) = self.joining.take() {
+            let _ = reply.send(match said {
+                Ok(sentence) => Reply::done(sentence),
+                Err(why) => Reply::refusal(1, why),
+            });
+        }
+    }
+
+    fn leave_sites(&mut self, now: Instant) -> Result<String, (u32, String)> {
+        let others =
+            self.control.mesh.sites().filter(|view| matches!(view.standing, SiteStanding::Member { .. }));
+        let others: Vec<_> = others.map(|view| view.site.to_string()).collect();
+        if others.is_empty() {
+            return Err((1, "this site is with no other: there is nothing to leave".into()));
+        }
+        self.control.leave_sites(now).map_err(|error| (1, error.to_string()))?;
+        Ok(format!(
+            "site {} leaves {}: they drop its routes within seconds, and its nodes go over to a cluster key of their own",
+            self.control.config.node.site,
+            others.join(", ")
+        ))
+    }
+
+    fn rekey(&mut self, now: Instant) -> Result<String, (u32, String)> {
+        let key = self.control.renew_mesh_key(now).map_err(|error| (1, error.to_string()))?;
+        Ok(format!("all sites go over to cluster key {key}; `weft cluster-key list` shows when a node has"))
     }
 
     fn declare_void(&mut self, name: &str, now: Instant) -> Result<String, (u32, String)> {
@@ -189,4 +247,13 @@ impl Node {
         self.control.mesh.declare_void(Some(key), now).map_err(|error| (1, error.to_string()))?;
         Ok(format!("the key of {node} is void in all sites: remove its node.key for it to take another"))
     }
+}
+
+fn prefixes(request: &SiteRequest) -> Result<Vec<Subnet>, (u32, String)> {
+    let parse = |prefix: &String| prefix.parse::<Subnet>().map_err(|error| (1, error.to_string()));
+    request.prefixes.iter().map(parse).collect()
+}
+
+fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

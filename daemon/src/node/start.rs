@@ -232,6 +232,7 @@ pub async fn start(config: Config, origin: Origin) -> Result<Node, Fatal> {
         pods,
         jobs,
         pings: BTreeMap::new(),
+        joining: None,
         next_token: 1,
         leaving: None,
         inbox,

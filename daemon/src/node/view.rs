@@ -46,7 +46,8 @@ impl Node {
     pub(super) fn status(&self, now: Instant) -> Status {
         let ready = self.control.ready();
         let mut counts = PeerCounts::default();
-        for member in self.control.mesh.members() {
+        let is_in = self.control.sites_that_are_in();
+        for member in self.control.mesh.members().filter(|member| is_in(member.site)) {
             match member.state {
                 MemberState::Alive => counts.alive += 1,
                 MemberState::Suspect => counts.suspect += 1,
@@ -157,7 +158,7 @@ impl Node {
         warnings.extend(self.unheard.iter().cloned());
         warnings.extend(self.control.problems.lease.keys().cloned());
         warnings.extend(self.recent_route_conflicts(now));
-        warnings.extend(self.site_problems());
+        warnings.extend(self.site_problems(now));
         warnings.extend(self.unreached());
         warnings.extend(self.control.problems.memory.iter().cloned());
         warnings.extend(self.control.problems.ring.iter().cloned());
@@ -169,6 +170,7 @@ impl Node {
         for member in self.control.mesh.members() {
             if let Verdict::Refused { why } | Verdict::Pending { why } = member.verdict
                 && member.state != MemberState::Left
+                && !self.control.is_out(member.site)
             {
                 warnings.push(format!("no routes to {}: {why}", member.node));
             }
@@ -521,6 +523,14 @@ impl Node {
             "no other node has this name, key or subnet".into(),
             "every node needs its own name and the cluster's key",
         );
+        if self.control.mesh.judges_sites() {
+            check(
+                "sites",
+                self.site_problems(now).collect(),
+                "nothing is wrong between sites".into(),
+                "`weft sites` shows who is in; what a sentence names is to be changed there, then invite and join anew",
+            );
+        }
         if let Some(tunnels) = self.tunnels() {
             let tunnels = tunnels.status();
             let sessions = tunnels.iter().filter(|tunnel| tunnel.handshake.is_some()).count();

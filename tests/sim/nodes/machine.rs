@@ -522,7 +522,7 @@ impl Machine {
                     daemon.control.handle_ring_kept(Ok(ring), local);
                 }
                 Output::Send { to, datagram } => self.outbox.push_back((to, datagram)),
-                Output::Probe { .. } | Output::Listen(_) | Output::Pong { .. } => {}
+                Output::Probe { .. } | Output::Listen(_) | Output::Pong { .. } | Output::Joined(_) => {}
                 Output::TunnelKey(key) => {
                     self.disk.tunnel = key;
                     self.disk.next_tunnel = None;

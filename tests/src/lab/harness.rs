@@ -35,6 +35,7 @@ impl LabOptions {
             started: 3,
             pods: 2,
             sites: 1,
+            apart: false,
             nat: Vec::new(),
             backend: Backend::Vxlan,
             store: Store::Sqlite,
@@ -80,6 +81,12 @@ impl LabOptions {
     /// Sets how many sites the nodes are spread over.
     pub fn sites(mut self, sites: usize) -> Self {
         self.0.sites = sites;
+        self
+    }
+
+    /// Has the sites begin as meshes of their own, which know nothing of each other.
+    pub fn apart(mut self) -> Self {
+        self.0.apart = true;
         self
     }
 

@@ -138,7 +138,8 @@ fn make(handle: &Handle, began: Instant) -> anyhow::Result<(Keeper, UnixListener
         keeper.wait_for_subnets(name)?;
     }
     keeper.progress(&format!("{started} daemons have their subnets"));
-    if keeper.state.options.sites > 1 && started == nodes {
+    let options = &keeper.state.options;
+    if options.sites > 1 && !options.apart && started == nodes {
         sites::befriend(handle, &keeper.state)?;
         keeper.progress(&format!("{} sites have let each other in", keeper.state.options.sites));
     }

@@ -68,6 +68,9 @@ pub struct Options {
     pub pods: usize,
     /// How many sites the nodes are spread over.
     pub sites: usize,
+    /// The sites begin as meshes of their own, each with its cluster key and without seeds in the others.
+    #[serde(default)]
+    pub apart: bool,
     /// What stands before each site, the first one first; nothing before those that are not named.
     #[serde(default)]
     pub nat: Vec<Nat>,
@@ -108,7 +111,7 @@ impl Options {
         let most = self.nodes.min(sites::MOST);
         anyhow::ensure!((1..=most).contains(&self.sites), "--sites {}: use 1 to {most}", self.sites);
         anyhow::ensure!(
-            self.sites == 1 || self.store == Store::Sqlite,
+            self.sites == 1 || self.apart || self.store == Store::Sqlite,
             "--sites {}: each site has its own SQLite store; leave --store out",
             self.sites
         );

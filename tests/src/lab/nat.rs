@@ -84,6 +84,11 @@ pub(crate) fn seeds(options: &Options, node: usize) -> Vec<IpAddr> {
         let own = sites::site_of(options, node);
         seeds.extend((1..=options.nodes).find(|other| sites::site_of(options, *other) == own));
     }
+    if options.apart {
+        let own = sites::site_of(options, node);
+        let near = |seed: &usize| sites::site_of(options, *seed) == own;
+        seeds = (1..=options.nodes).filter(near).take(3).collect();
+    }
     let others = seeds.into_iter().filter(|seed| *seed != node);
     others.filter_map(|seed| node_addresses(options, seed).into_iter().next()).collect()
 }

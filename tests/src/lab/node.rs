@@ -69,13 +69,15 @@ const NETWORK: &str = r#"{
 /// Writes what nodes share: the cluster key, and those of sites.
 pub(crate) fn write_shared(handle: &Handle, options: &Options) -> anyhow::Result<()> {
     sites::write_keys(handle, options)?;
-    let mut key = [0u8; 32];
-    std::io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut key)?;
-    let hex: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
-    let path = handle.shared().join("cluster.key");
-    fs::write(&path, hex + "\n")?;
-    use std::os::unix::fs::PermissionsExt;
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+    for site in 1..=if options.apart { options.sites } else { 1 } {
+        let mut key = [0u8; 32];
+        std::io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut key)?;
+        let hex: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
+        let path = handle.shared().join(sites::cluster_key(options, site));
+        fs::write(&path, hex + "\n")?;
+        use std::os::unix::fs::PermissionsExt;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+    }
     Ok(())
 }
 
@@ -116,8 +118,9 @@ pub(crate) fn make(
     };
     link(options, index, &view, router)?;
     write_inside(&view, CONFIG, &config(handle, options, &view, index)?)?;
+    let shared = sites::cluster_key(options, sites::site_of(options, index));
     // A copy for each node: a rotation rewrites it.
-    write_inside(&view, KEY, &fs::read_to_string(handle.shared().join("cluster.key"))?)?;
+    write_inside(&view, KEY, &fs::read_to_string(handle.shared().join(shared))?)?;
     if sites::speaks(options, index) {
         let key = sites::key(handle, sites::site_of(options, index))?;
         write_inside(&view, sites::SITE_KEY, &key.to_secret_text())?;
@@ -216,6 +219,10 @@ fn config(handle: &Handle, options: &Options, view: &NodeView, index: usize) -> 
     }
     merge(&mut table, &options.config);
     if let Some(own) = options.node_config.get(&view.name) {
+        // Another kind of store has other settings.
+        if own.get("store").is_some_and(|store| store.get("type").is_some()) {
+            table.remove("store");
+        }
         merge(&mut table, own);
     }
     Ok(table.to_string())
@@ -271,7 +278,10 @@ const UNROUTED: &str = r#"for ip; do ip route get "$ip" >/dev/null 2>&1 || echo 
 pub(crate) fn missing_routes(state: &State, name: &str) -> anyhow::Result<Vec<String>> {
     let mut words = enter::from_keeper(state, &Place::Node(name.to_owned()))?;
     words.extend(["sh", "-c", UNROUTED, "sh"].map(str::to_owned));
-    let others = state.pods().filter(|(other, _)| other.name != name);
+    let near = |other: &str| {
+        !state.options.apart || sites::of(&state.options, other) == sites::of(&state.options, name)
+    };
+    let others = state.pods().filter(|(other, _)| other.name != name && near(&other.name));
     words.extend(others.flat_map(|(_, pod)| pod.ips.iter().map(IpAddr::to_string)));
     Ok(run(&mut enter::command(&words))?.lines().map(str::to_owned).collect())
 }

@@ -25,6 +25,16 @@ pub fn site_of(options: &Options, node: usize) -> usize {
     (node - 1) * options.sites / options.nodes + 1
 }
 
+/// Returns the number of the site of the node with this name.
+pub(crate) fn of(options: &Options, name: &str) -> usize {
+    site_of(options, name.trim_start_matches('n').parse().unwrap_or(1))
+}
+
+/// Returns the file of a site's cluster key among what is shared: one for all unless they begin apart.
+pub(crate) fn cluster_key(options: &Options, site: usize) -> String {
+    if options.apart && site > 1 { format!("cluster-{site}.key") } else { "cluster.key".to_owned() }
+}
+
 /// Returns the name of a site.
 pub fn name(site: usize) -> String {
     format!("s{site}")

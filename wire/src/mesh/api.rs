@@ -139,6 +139,8 @@ pub enum SiteStanding {
     },
     /// The own site put it out.
     Expelled,
+    /// It has left.
+    Left,
 }
 
 /// Who may announce a subnet.
@@ -336,6 +338,38 @@ pub enum MeshEvent {
     },
     /// A statement of a site is new: persist [`Mesh::statements`](super::Mesh::statements).
     StatementsChanged,
+    /// The mesh is to have these cluster keys: persist them, then go there ([`Mesh::set_ring`](super::Mesh::set_ring)).
+    RingWanted {
+        /// For [`Mesh::set_wanted_ring`](super::Mesh::set_wanted_ring) of a later run.
+        version: u64,
+        /// The keys.
+        ring: KeyRing,
+    },
+    /// How [`Mesh::join`](super::Mesh::join) ended: which site let this one in, or why not, one sentence.
+    JoinEnded(Result<SiteName, String>),
+    /// A site that an invitation was for could not be let in; one sentence.
+    JoinRefused(String),
+    /// The clocks of another site that joins or lets in differ from this node's by so many seconds.
+    ClocksApart {
+        /// The other site.
+        site: SiteName,
+        /// How far.
+        seconds: u64,
+    },
+    /// A site that this one, for which this node speaks, had let in has left.
+    SiteLeft {
+        /// The site.
+        site: SiteName,
+    },
+    /// Two sites have a node of one name. Reported at most every ten seconds.
+    TwoSites {
+        /// The node.
+        node: NodeName,
+        /// Whose record is used here.
+        kept: SiteName,
+        /// Whose is not.
+        other: SiteName,
+    },
     /// Datagrams come that no key of the ring opens. Reported at most every ten seconds.
     WrongKey {
         /// Who sent the latest one.

@@ -14,7 +14,7 @@ use super::timer::Timer;
 use super::{MOST, Mesh};
 use crate::record::{ClaimedRecord, NodeRecord, SignedRecord};
 use crate::site::{ClaimedStatement, SignedStatement};
-use crate::types::{Epoch, NodeName, PublicKey};
+use crate::types::{Epoch, NodeName, PublicKey, SiteName};
 
 /// The most accusers that a rumor names.
 const MAX_ACCUSERS: usize = 4;
@@ -48,6 +48,12 @@ pub(super) enum Checked {
     },
     Statement(Arc<SignedStatement>),
     RefusedKey,
+    /// A node of another site has the name of one that is known.
+    TwoSites {
+        node: NodeName,
+        kept: SiteName,
+        other: SiteName,
+    },
     Full,
     Nothing,
 }
@@ -90,7 +96,7 @@ impl Mesh {
                     Order::Known => {
                         return Ok((Checked::Rumor { hash, liveness, incarnation, accusers }, false));
                     }
-                    Order::Foreign => return Ok((Checked::RefusedKey, false)),
+                    Order::Foreign => return Ok((self.foreign(known.record(), claimed), false)),
                 }
             }
             None => {
@@ -164,6 +170,18 @@ impl Mesh {
         if outdone { Order::Newer } else { Order::Foreign }
     }
 
+    /// What a record is whose name another key holds.
+    fn foreign(&self, held: &NodeRecord, claimed: ClaimedRecord) -> Checked {
+        let claim = claimed.claim();
+        let certified = self.is_foreign(claim) && self.certified_epoch(claim).is_some();
+        let (node, kept, other) = (claim.node.clone(), held.site.clone(), claim.site.clone());
+        let known = certified || (self.sites.judges() && other == self.config.site);
+        if kept == other || !known || claimed.verify(&self.config.cluster).is_err() {
+            return Checked::RefusedKey;
+        }
+        Checked::TwoSites { node, kept, other }
+    }
+
     /// Who says that the record's key speaks for its node: the own site's store, another site at an epoch, or nobody.
     fn rank(&self, record: &NodeRecord) -> (u8, Epoch) {
         if self.is_foreign(record) {
@@ -207,6 +225,13 @@ impl Mesh {
                 self.merge_statement(signed);
             }
             Checked::RefusedKey => self.counters.refused_keys += 1,
+            Checked::TwoSites { node, kept, other } => {
+                self.counters.refused_keys += 1;
+                if self.last_two_sites.is_none_or(|last| self.now >= last + super::REPORT_INTERVAL) {
+                    self.last_two_sites = Some(self.now);
+                    self.outputs.push_back(Output::Event(MeshEvent::TwoSites { node, kept, other }));
+                }
+            }
             Checked::Full => self.counters.refused_full += 1,
             Checked::Nothing => {}
         }

@@ -106,6 +106,12 @@ pub struct Statement {
     pub void: Vec<Vec<u8>>,
     #[prost(bool, tag = "8")]
     pub expelled: bool,
+    #[prost(bytes = "vec", tag = "9")]
+    pub keys: Vec<u8>,
+    #[prost(fixed64, tag = "10")]
+    pub ring: u64,
+    #[prost(bool, tag = "11")]
+    pub left: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -247,6 +253,34 @@ pub struct Forward {
     pub datagram: Vec<u8>,
 }
 
+#[derive(Clone, PartialEq, Message)]
+pub struct Grant {
+    #[prost(message, optional, tag = "1")]
+    pub statement: Option<SignedStatement>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Joining {
+    #[prost(uint32, tag = "1")]
+    pub step: u32,
+    #[prost(fixed64, tag = "2")]
+    pub attempt: u64,
+    #[prost(bool, tag = "3")]
+    pub answers: bool,
+    #[prost(message, optional, tag = "4")]
+    pub statement: Option<SignedStatement>,
+    #[prost(bytes = "vec", tag = "5")]
+    pub proof: Vec<u8>,
+    #[prost(string, tag = "6")]
+    pub refusal: String,
+    #[prost(uint64, tag = "7")]
+    pub clock: u64,
+    #[prost(bytes = "vec", tag = "8")]
+    pub padding: Vec<u8>,
+    #[prost(uint64, tag = "9")]
+    pub version: u64,
+}
+
 #[derive(Clone, PartialEq, Oneof)]
 pub enum Body {
     #[prost(message, tag = "8")]
@@ -271,6 +305,8 @@ pub enum Body {
     Certify(Certify),
     #[prost(message, tag = "20")]
     Forward(Forward),
+    #[prost(message, tag = "35")]
+    Grant(Grant),
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -289,6 +325,6 @@ pub struct Datagram {
     pub incarnation: u64,
     #[prost(message, repeated, tag = "7")]
     pub updates: Vec<Update>,
-    #[prost(oneof = "Body", tags = "8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 20")]
+    #[prost(oneof = "Body", tags = "8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 20, 35")]
     pub body: Option<Body>,
 }

@@ -147,6 +147,7 @@ impl Mesh {
                 return Judgement::Pending(format!("site {site} has not said what it announces"));
             }
             SiteStanding::Expelled => return Judgement::Refused(format!("site {site} is expelled")),
+            SiteStanding::Left => return Judgement::Refused(format!("site {site} has left")),
             SiteStanding::Member { prefixes, least_serial, void } => (prefixes, least_serial, void),
         };
         let outside = |leased: &&LeasedSubnet| !prefixes.iter().any(|prefix| prefix.covers(leased.subnet));

@@ -9,13 +9,15 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use super::api::{SiteStanding, SiteView};
-use crate::site::{Admission, SignedStatement, SiteRecord, Statement, Subject};
+use crate::site::{Admission, KeyGrant, SignedStatement, SiteRecord, Statement, Subject};
 use crate::types::{PublicKey, SiteName, Subnet};
 
 /// The most statements that are kept: two for each pair of sites that met, and one a site.
 const MOST: usize = 1024;
 /// What the sum of no statements at all is, so that it differs from that of a node that takes none.
 const EMPTY: u64 = 1;
+/// So far ahead of what is known a version of the mesh's cluster keys may be: nobody can use up the numbers.
+const AHEAD: u64 = 1 << 20;
 
 #[derive(Debug, Default)]
 pub(super) struct Sites {
@@ -25,6 +27,8 @@ pub(super) struct Sites {
     views: BTreeMap<SiteName, SiteView>,
     /// The keys that statements are taken from, and whose own word is taken.
     within: BTreeSet<PublicKey>,
+    /// The version of the cluster keys that this node knows of.
+    keys_version: u64,
 }
 
 #[derive(Debug)]
@@ -66,6 +70,10 @@ impl Sites {
         self.own.as_ref().map(|own| own.key)
     }
 
+    pub(super) fn own_prefixes(&self) -> &[Subnet] {
+        self.own.as_ref().map_or(&[], |own| &own.prefixes)
+    }
+
     /// The sum of all statements for anti-entropy, 0 for a node that takes none.
     pub(super) fn sum(&self) -> u64 {
         self.sum
@@ -82,6 +90,12 @@ impl Sites {
     /// Whether a statement is news that would be kept.
     pub(super) fn wants(&self, statement: &Statement, order: (u64, u32)) -> bool {
         let subject = statement.subject();
+        if let Statement::Keys(grant) = statement {
+            let best = self.best_keys();
+            if rank(grant) < best || grant.version > best.0.max(self.keys_version).saturating_add(AHEAD) {
+                return false;
+            }
+        }
         self.within.contains(&subject.0)
             && match self.find(&subject) {
                 Some(known) => order > known.order(),
@@ -94,6 +108,9 @@ impl Sites {
         if !self.wants(signed.statement(), signed.order()) {
             return false;
         }
+        if let Statement::Keys(grant) = signed.statement() {
+            self.drop_keys_below(rank(grant));
+        }
         self.sum ^= digest(&signed);
         if let Some(earlier) = self.statements.insert(signed.statement().subject(), signed) {
             self.sum ^= digest(&earlier);
@@ -102,22 +119,51 @@ impl Sites {
         true
     }
 
+    fn drop_keys_below(&mut self, best: (u64, u64)) {
+        let sum = &mut self.sum;
+        self.statements.retain(|_, signed| {
+            let kept = !matches!(signed.statement(), Statement::Keys(grant) if rank(grant) < best);
+            if !kept {
+                *sum ^= digest(signed);
+            }
+            kept
+        });
+    }
+
+    /// What sites say that the cluster keys of the mesh are: only what holds is kept.
+    pub(super) fn grants(&self) -> impl Iterator<Item = &KeyGrant> {
+        self.statements.values().filter_map(|signed| match signed.statement() {
+            Statement::Keys(grant) => Some(grant),
+            Statement::Site(_) | Statement::Admission(_) => None,
+        })
+    }
+
+    /// The version of the cluster keys that holds, and what tells them from others.
+    pub(super) fn best_keys(&self) -> (u64, u64) {
+        self.grants().map(rank).max().unwrap_or_default()
+    }
+
+    /// Takes that this node knows of cluster keys of this version.
+    pub(super) fn note_keys(&mut self, version: u64) {
+        self.keys_version = self.keys_version.max(version);
+    }
+
     /// What the own site says of itself.
     pub(super) fn own_record(&self) -> Option<&SiteRecord> {
         self.own_key().and_then(|key| self.record(&key))
     }
 
     fn record(&self, key: &PublicKey) -> Option<&SiteRecord> {
-        match self.find(&Subject(*key, *key))?.statement() {
+        match self.find(&Subject(*key, *key, false))?.statement() {
             Statement::Site(record) => Some(record),
-            Statement::Admission(_) => None,
+            Statement::Admission(_) | Statement::Keys(_) => None,
         }
     }
 
     pub(super) fn admission(&self, by: PublicKey, of: PublicKey) -> Option<&Admission> {
-        match self.find(&Subject(by, of))?.statement() {
+        match self.find(&Subject(by, of, false))?.statement() {
             Statement::Admission(admission) => Some(admission),
-            Statement::Site(_) => None,
+            Statement::Site(_) | Statement::Keys(_) => None,
         }
     }
 
@@ -129,10 +175,10 @@ impl Sites {
     fn admissions(&self, by: PublicKey) -> impl Iterator<Item = &Admission> {
         let zero = PublicKey([0; 32]);
         let of_one =
-            self.statements.range(Subject(by, zero)..).take_while(move |(subject, _)| subject.0 == by);
+            self.statements.range(Subject(by, zero, false)..).take_while(move |(subject, _)| subject.0 == by);
         of_one.filter_map(|(_, signed)| match signed.statement() {
             Statement::Admission(admission) => Some(admission),
-            Statement::Site(_) => None,
+            Statement::Site(_) | Statement::Keys(_) => None,
         })
     }
 
@@ -150,6 +196,10 @@ impl Sites {
         let mut taken: Vec<(Subnet, SiteName)> =
             own.prefixes.iter().map(|prefix| (*prefix, own.site.clone())).collect();
         let mut queue = VecDeque::from([own.key]);
+        // Who left believes nobody, until it joins again.
+        if self.record(&own.key).is_some_and(|record| record.left) {
+            queue.clear();
+        }
         while let Some(by) = queue.pop_front() {
             let mut admissions: Vec<&Admission> = self.admissions(by).collect();
             // Whoever is in stays in when another claims its name or its prefixes.
@@ -168,7 +218,9 @@ impl Sites {
                     continue;
                 }
                 let holder = views.get_mut(&admission.site);
-                let holder = holder.filter(|view: &&mut SiteView| view.standing != SiteStanding::Expelled);
+                let holder = holder.filter(|view: &&mut SiteView| {
+                    !matches!(view.standing, SiteStanding::Expelled | SiteStanding::Left)
+                });
                 if admission.site == own.site || holder.is_some() {
                     let problem = format!(
                         "a second site is named {} (key {}): rename one of them",
@@ -186,6 +238,10 @@ impl Sites {
                     continue;
                 }
                 within.insert(admission.key);
+                if self.record(&admission.key).is_some_and(|record| record.left) {
+                    views.insert(admission.site.clone(), SiteView::new(admission, SiteStanding::Left));
+                    continue;
+                }
                 queue.push_back(admission.key);
                 let view = self.view(admission, &mut taken);
                 views.insert(admission.site.clone(), view);
@@ -236,6 +292,10 @@ impl Sites {
         };
         view
     }
+}
+
+fn rank(grant: &KeyGrant) -> (u64, u64) {
+    (grant.version, grant.ring)
 }
 
 fn digest(signed: &SignedStatement) -> u64 {

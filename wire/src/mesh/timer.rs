@@ -28,6 +28,10 @@ pub(super) enum Timer {
     Reach,
     /// Answer the member with this name hash once more.
     Again(u64),
+    /// Members or sites wait for the cluster keys of the mesh.
+    Grant,
+    /// A question of this site's joining has no answer yet.
+    Join,
 }
 
 impl Timer {
@@ -41,6 +45,8 @@ impl Timer {
             Self::Suspicion(_) => "judge a suspect",
             Self::Reap(_) => "drop a member that is long gone",
             Self::Expire(_) => "give up a request",
+            Self::Grant => "give cluster keys",
+            Self::Join => "ask to be let in",
             Self::Certify => "certify nodes of the own site",
             Self::Judge => "judge members of other sites again",
             Self::Reach => "look at how this node is reached",

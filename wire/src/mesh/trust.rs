@@ -7,14 +7,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::api::{MeshEvent, Output, SiteStanding, SiteView, Trust};
-use super::gossip::Topic;
+use super::gossip::{Topic, stated};
 use super::membership::Id;
 use super::proto::{self, Body};
 use super::timer::Timer;
-use super::{Facts, Mesh};
+use super::{FAREWELLS, Facts, Mesh};
 use crate::record::{MAX_SUBNETS, NodeRecord};
 use crate::site::{
-    Admission, Certificate, Certified, SignedStatement, SiteRecord, Statement, StatementError, Subject,
+    Admission, Certificate, Certified, SignedStatement, SiteKey, SiteRecord, Statement, StatementError,
+    Subject,
 };
 use crate::types::{Epoch, PublicKey, SiteName, Subnet};
 
@@ -52,6 +53,9 @@ impl Mesh {
         self.signer = signer;
         if self.signer.is_some() {
             self.restate_site(|record| record.prefixes = prefixes)?;
+            let grants: Vec<_> = self.sites.grants().cloned().collect();
+            grants.iter().for_each(|grant| self.take_site_grant(grant));
+            self.grant_later();
         }
         self.judge_all();
         self.settle();
@@ -127,22 +131,98 @@ impl Mesh {
         now: Instant,
     ) -> Result<(), WordError> {
         self.advance(now);
-        let by = self.signer.as_ref().ok_or(WordError::NotSigner)?.public();
-        let known = self.sites.admission(by, key);
-        let version = known.map_or(1, |known| known.version + 1);
-        let wanted = Admission { by, site, key, version, prefixes, expelled };
-        if known.is_none_or(|known| Admission { version, ..known.clone() } != wanted) {
+        // Who lets another in is in the mesh of sites again itself.
+        self.restate_site(|record| record.left &= expelled)?;
+        if let Some(wanted) = self.next_admission(site, key, prefixes, expelled)? {
             self.state(Statement::Admission(wanted))?;
         }
         self.settle();
         Ok(())
     }
 
+    /// What the own site has to say of another for it to stand like that; nothing where it has said so.
+    pub(super) fn next_admission(
+        &self,
+        site: SiteName,
+        key: PublicKey,
+        prefixes: Vec<Subnet>,
+        expelled: bool,
+    ) -> Result<Option<Admission>, WordError> {
+        let by = self.signer.as_ref().ok_or(WordError::NotSigner)?.public();
+        let known = self.sites.admission(by, key);
+        let version = known.map_or(1, |known| known.version + 1);
+        let wanted = Admission { by, site, key, version, prefixes, expelled };
+        let is_news = known.is_none_or(|known| Admission { version, ..known.clone() } != wanted);
+        Ok(is_news.then_some(wanted))
+    }
+
+    /// Takes the own site out: the others drop its routes, and its nodes theirs. It keeps its inside.
+    ///
+    /// Keep driving the mesh for some seconds before the cluster keys change, so that the others hear of it.
+    ///
+    /// # Errors
+    /// On a node without the site's key.
+    pub fn leave_sites(&mut self, now: Instant) -> Result<(), WordError> {
+        self.advance(now);
+        let own = self.config.site.clone();
+        let others: Vec<Id> = self
+            .table
+            .range(..)
+            .filter_map(|(id, _)| (self.table.at(id).signed.record().site != own).then_some(id))
+            .take(FAREWELLS)
+            .collect();
+        self.restate_site(|record| record.left = true)?;
+        let key = self.signer.as_ref().ok_or(WordError::NotSigner)?.public();
+        if let Some(word) = self.sites.find(&Subject(key, key, false)).map(|signed| stated(signed)) {
+            for id in others {
+                self.send_to_member(id, Body::Push(proto::Push { sync: false }), vec![word.clone()]);
+            }
+        }
+        self.settle();
+        Ok(())
+    }
+
+    /// Returns whether the own site has left the mesh of sites.
+    pub fn has_left_sites(&self) -> bool {
+        self.sites.own_record().is_some_and(|record| record.left)
+    }
+
+    /// Returns why a site of this name, key and prefixes cannot be let in, as a sentence.
+    pub fn misfit(&self, site: &SiteName, key: &PublicKey, prefixes: &[Subnet]) -> Option<String> {
+        let own = self.sites.own_prefixes().iter().map(|taken| (taken, &self.config.site));
+        let others = self.sites.views().values().filter(|view| view.key != *key);
+        let theirs = others.clone().flat_map(|view| match &view.standing {
+            SiteStanding::Member { prefixes, .. } => {
+                prefixes.iter().map(|taken| (taken, &view.site)).collect()
+            }
+            SiteStanding::Unknown | SiteStanding::Expelled | SiteStanding::Left => Vec::new(),
+        });
+        for (taken, holder) in own.chain(theirs) {
+            if let Some(prefix) = prefixes.iter().find(|prefix| prefix.overlaps(*taken)) {
+                return Some(format!(
+                    "{prefix} overlaps {taken} of site {holder}: give one of the two sites another range first"
+                ));
+            }
+        }
+        if self.sites.own_key() == Some(*key) {
+            return Some(format!("that is this site, {}, itself", self.config.site));
+        }
+        if *site == self.config.site {
+            return Some(format!("two sites are named {site}: rename one of the two"));
+        }
+        let out = |view: &&SiteView| matches!(view.standing, SiteStanding::Expelled | SiteStanding::Left);
+        let namesake = others.filter(|view| !out(view)).find(|view| view.site == *site)?;
+        Some(format!(
+            "a site named {site} is in already, with key {}: expel it first, or rename one of the two",
+            namesake.key.short()
+        ))
+    }
+
     /// Changes what the own site says of itself, if it is not so already.
-    fn restate_site(&mut self, change: impl FnOnce(&mut SiteRecord)) -> Result<(), WordError> {
+    pub(super) fn restate_site(&mut self, change: impl FnOnce(&mut SiteRecord)) -> Result<(), WordError> {
         let key = self.signer.as_ref().ok_or(WordError::NotSigner)?.public();
         let (site, prefixes, void) = (self.config.site.clone(), Vec::new(), Vec::new());
-        let nothing = SiteRecord { site, key, version: 0, prefixes, least_serial: 0, void };
+        let nothing = SiteRecord { site, key, version: 0, prefixes, least_serial: 0, void, left: false };
         let known = self.sites.own_record().unwrap_or(&nothing);
         let mut wanted = known.clone();
         change(&mut wanted);
@@ -153,7 +233,7 @@ impl Mesh {
         Ok(())
     }
 
-    fn state(&mut self, statement: Statement) -> Result<(), WordError> {
+    pub(super) fn state(&mut self, statement: Statement) -> Result<(), WordError> {
         let signer = self.signer.as_ref().ok_or(WordError::NotSigner)?;
         let signed = signer.sign(&self.config.cluster, statement)?;
         self.merge_statement(Arc::new(signed));
@@ -163,9 +243,15 @@ impl Mesh {
     /// Takes what a site says, if it is news, and tells it on.
     pub(super) fn merge_statement(&mut self, signed: Arc<SignedStatement>) -> bool {
         let subject: Subject = signed.statement().subject();
-        if !self.sites.merge(signed) {
+        if !self.sites.merge(Arc::clone(&signed)) {
             return false;
         }
+        match signed.statement() {
+            Statement::Keys(grant) => self.take_site_grant(grant),
+            Statement::Site(record) if record.left => self.note_departure(record),
+            Statement::Site(_) | Statement::Admission(_) => {}
+        }
+        self.grant_later();
         self.queue.push(Topic::Statement(subject));
         // Whoever is let in now said what it has to say long ago, and nobody kept it.
         self.sync_soon();
@@ -174,6 +260,15 @@ impl Mesh {
             self.timers.set(self.now + JUDGE, Timer::Judge);
         }
         true
+    }
+
+    fn note_departure(&mut self, record: &SiteRecord) {
+        let signer = self.signer.as_ref().map(SiteKey::public).filter(|own| *own != record.key);
+        let admitted = signer.and_then(|own| self.sites.admission(own, record.key));
+        if admitted.is_some_and(|admission| !admission.expelled) {
+            let site = record.site.clone();
+            self.outputs.push_back(Output::Event(MeshEvent::SiteLeft { site }));
+        }
     }
 
     pub(super) fn on_judge_timer(&mut self) {
@@ -219,6 +314,7 @@ impl Mesh {
     pub(super) fn note_uncertified(&mut self, id: Id) {
         let Some(signer) = &self.signer else { return };
         let key = signer.public();
+        self.note_ungranted(id);
         let member = self.table.at(id);
         let (hash, record) = (member.hash, member.signed.record());
         let own = record.site == self.config.site && member.verdict.is_accepted();

@@ -43,7 +43,15 @@ fn arb_statement() -> impl Strategy<Value = Statement> {
                 });
             }
             let void = void.into_iter().map(PublicKey).collect();
-            Statement::Site(SiteRecord { site, key: own, version, prefixes, least_serial, void })
+            Statement::Site(SiteRecord {
+                site,
+                key: own,
+                version,
+                prefixes,
+                least_serial,
+                void,
+                left: version % 2 == 1,
+            })
         })
 }
 
@@ -87,6 +95,7 @@ fn a_site_signs_only_its_own_word_within_the_limits() {
         prefixes: prefixes.iter().map(|prefix| prefix.parse().expect("a prefix")).collect(),
         least_serial: 0,
         void: Vec::new(),
+        left: false,
     };
     let sign = |by: u8, statement| key(by).sign(CLUSTER, statement).map(|_| ());
     assert_eq!(sign(1, Statement::Site(record(&["10.0.0.0/8"]))), Ok(()));

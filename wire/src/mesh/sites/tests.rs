@@ -21,7 +21,15 @@ fn name(site: &str) -> SiteName {
 fn says(of: &str, site: &str, version: u64, nets: &[&str]) -> Arc<SignedStatement> {
     let (key, record) = (key(of), (name(site), prefixes(nets)));
     let (site, prefixes) = record;
-    let record = SiteRecord { site, key: key.public(), version, prefixes, least_serial: 0, void: Vec::new() };
+    let record = SiteRecord {
+        site,
+        key: key.public(),
+        version,
+        prefixes,
+        least_serial: 0,
+        void: Vec::new(),
+        left: false,
+    };
     Arc::new(key.sign(CLUSTER, Statement::Site(record)).expect("within the limits"))
 }
 
