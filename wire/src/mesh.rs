@@ -71,6 +71,8 @@ const ROOM: usize = 950;
 const REPORT_INTERVAL: Duration = Duration::from_secs(10);
 /// Between two challenges of one sender.
 const CHALLENGE_INTERVAL: Duration = Duration::from_secs(1);
+/// Sequence numbers begin here, so that the encoded ones are of one length and a challenge is no longer than what it answers.
+const FIRST_SEQ: u64 = 1 << 28;
 /// A node that leaves tells so many members itself; gossip tells the rest.
 const FAREWELLS: usize = 8;
 
@@ -165,7 +167,7 @@ impl Mesh {
             rng,
             now,
             session,
-            seq: 0,
+            seq: FIRST_SEQ,
             incarnation: starts << 32,
             version: starts << 32,
             facts: None,
@@ -431,15 +433,29 @@ impl Mesh {
         }
     }
 
-    /// Is [`Mesh::reply`] with a body that came with so many bytes of content, and no more than these back to where it came from;
-    /// returns whether something was sent.
-    fn reply_within(&mut self, most: usize, reply: &ReplyTo, body: Body) -> bool {
-        if !reply.forwarded {
-            return self.send_within(most, reply.from, reply.name.as_str(), body, Vec::new());
+    /// Sends a Ping that only the living sender of a datagram with so many bytes of content can answer, and nothing that is longer than
+    /// that was; returns whether it went out.
+    fn challenge(&mut self, most: usize, reply: &ReplyTo, token: u64) -> bool {
+        let body = Body::Ping(proto::Ping { token, ..proto::Ping::default() });
+        if reply.forwarded {
+            // It goes where the member is known to be.
+            self.reply(reply, body, Vec::new());
+            return true;
         }
-        // The answer goes where the member is known to be.
-        self.reply(reply, body, Vec::new());
-        true
+        self.seq += 1;
+        let ping = proto::Datagram {
+            from: self.config.node.to_string(),
+            to: reply.name.to_string(),
+            session: self.session,
+            seq: self.seq,
+            body: Some(body),
+            ..proto::Datagram::default()
+        };
+        let fits = ping.encoded_len() <= most;
+        if fits {
+            self.emit(reply.from, reply.name.as_str(), &ping.encode_to_vec());
+        }
+        fits
     }
 
     fn receive(&mut self, from: SocketAddr, datagram: &[u8]) -> Result<(), Rejected> {
@@ -568,8 +584,7 @@ impl Mesh {
         if challenge.is_none_or(|challenge| self.now >= challenge.at + CHALLENGE_INTERVAL) {
             let token = self.rng.next_u64();
             // Whoever replays a datagram from somebody's address gets no more sent there than it sent.
-            let ping = Body::Ping(proto::Ping { token, have: 0, again_ms: 0 });
-            if self.reply_within(message.encoded_len(), reply, ping)
+            if self.challenge(message.encoded_len(), reply, token)
                 && let Some(contact) = self.table.contact_mut(reply.hash)
             {
                 contact.challenge = Some(Challenge { session: message.session, token, at: self.now });

@@ -130,21 +130,8 @@ impl Mesh {
 
     /// Seals and queues one datagram: the body, `first`, then as much news as fits.
     pub(super) fn send(&mut self, to: SocketAddr, name: &str, body: Body, first: Vec<proto::Update>) {
-        let sent = self.send_within(MAX_CONTENT, to, name, body, first);
-        debug_assert!(sent, "every body fits a datagram");
-    }
-
-    /// Is [`Mesh::send`] with at most `most` bytes of content; returns whether the body fits, else nothing is sent.
-    pub(super) fn send_within(
-        &mut self,
-        most: usize,
-        to: SocketAddr,
-        name: &str,
-        body: Body,
-        first: Vec<proto::Update>,
-    ) -> bool {
-        let content = self.pack(name, body, first, most);
-        content.inspect(|content| self.emit(to, name, content)).is_some()
+        let content = self.pack(name, body, first, MAX_CONTENT);
+        self.emit(to, name, &content.expect("every body fits a datagram"));
     }
 
     /// Seals and queues what was packed.

@@ -28,6 +28,8 @@ const MOST_SUSPICION: u32 = 6;
 const WORST_HEALTH: u32 = 8;
 /// The most requests that wait for an answer; others are not sent.
 const MAX_PENDING: usize = 4096;
+/// In a Ping to a seed, whose name is not known: the longest name with its tag and length.
+const SEED_PADDING: usize = 65;
 /// The most seeds that are asked at once.
 const MAX_SEEDS: usize = 64;
 
@@ -104,7 +106,7 @@ impl Mesh {
         }
         let have = self.table.at(id).item().version;
         for way in self.ways(id) {
-            self.send_by(way, id, Body::Ping(proto::Ping { token, have, again_ms: 0 }), Vec::new());
+            self.send_by(way, id, Body::Ping(proto::Ping { token, have, ..Default::default() }), Vec::new());
         }
     }
 
@@ -222,7 +224,12 @@ impl Mesh {
         }
         let Some(token) = self.expect_ack(None, Purpose::Seed(seed)) else { return };
         let first = self.table.me.map(|me| self.full_update(me)).into_iter().collect();
-        self.send(seed, "", Body::Ping(proto::Ping { token, have: 0, again_ms: 0 }), first);
+        self.send(
+            seed,
+            "",
+            Body::Ping(proto::Ping { token, padding: vec![0; SEED_PADDING], ..Default::default() }),
+            first,
+        );
     }
 
     pub(super) fn ping_for_user(&mut self, id: Id, token: u64) -> bool {
@@ -233,7 +240,7 @@ impl Mesh {
         self.way(id)?;
         let (hash, have) = (self.table.at(id).hash, self.table.at(id).item().version);
         let token = self.expect_ack(Some(hash), purpose)?;
-        self.send_to_member(id, Body::Ping(proto::Ping { token, have, again_ms: 0 }), Vec::new());
+        self.send_to_member(id, Body::Ping(proto::Ping { token, have, ..Default::default() }), Vec::new());
         Some(token)
     }
 

@@ -155,6 +155,8 @@ pub struct Ping {
     pub have: u64,
     #[prost(uint32, tag = "3")]
     pub again_ms: u32,
+    #[prost(bytes = "vec", tag = "4")]
+    pub padding: Vec<u8>,
 }
 
 #[derive(Clone, PartialEq, Message)]

@@ -145,7 +145,8 @@ fn arb_body() -> impl Strategy<Value = Body> {
         any::<(u64, u64, u32)>().prop_map(|(token, have, again_ms)| Body::Ping(proto::Ping {
             token,
             have,
-            again_ms
+            again_ms,
+            padding: Vec::new(),
         })),
         (any::<u64>(), any::<u64>(), prop_oneof![vec(any::<u8>(), 0..20), vec(any::<u8>(), 6)])
             .prop_map(|(token, have, seen)| Body::Ack(proto::Ack { token, have, seen })),
@@ -170,7 +171,7 @@ fn arb_body() -> impl Strategy<Value = Body> {
         vec(any::<u8>(), 0..99).prop_map(|datagram| Body::Forward(proto::Forward { datagram })),
         ("m[0-3]|peer|me", "me|m[0-3]|", 0..3u64, any::<u64>(), vec(arb_update(), 0..2)).prop_map(
             |(from, to, session, seq, updates)| {
-                let body = Some(Body::Ping(proto::Ping { token: seq, have: 0, again_ms: 0 }));
+                let body = Some(Body::Ping(proto::Ping { token: seq, ..Default::default() }));
                 let inner = proto::Datagram { from, to, session, seq, updates, body, ..Default::default() };
                 Body::Forward(proto::Forward { datagram: inner.encode_to_vec() })
             }

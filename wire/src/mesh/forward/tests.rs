@@ -52,7 +52,7 @@ fn hello(from: &str, to: &str, keepers: &[&str], seq: u64) -> proto::Datagram {
     let (node, site) = (from.parse().expect("a name"), from.parse().expect("a name"));
     let record = SignedRecord::sign(&key, CLUSTER, node, site, 1, facts, false);
     let update = proto::Update { record: Some(record.to_proto()), ..Default::default() };
-    let body = Some(Body::Ping(proto::Ping { token: seq, have: 9, again_ms: 0 }));
+    let body = Some(Body::Ping(proto::Ping { token: seq, have: 9, ..Default::default() }));
     let (from, to) = (from.to_owned(), to.to_owned());
     proto::Datagram { from, to, session: 5, seq, updates: vec![update], body, ..Default::default() }
 }

@@ -229,7 +229,12 @@ impl Mesh {
         let keeper = &mut self.reach.keepers[place];
         keeper.asked = Some(now);
         keeper.trial = trial.map(|pause| Trial { token, pause, rests: None });
-        self.send(to, name.as_str(), Body::Ping(proto::Ping { token, have, again_ms }), Vec::new());
+        self.send(
+            to,
+            name.as_str(),
+            Body::Ping(proto::Ping { token, have, again_ms, ..Default::default() }),
+            Vec::new(),
+        );
     }
 
     fn look_for_keepers(&mut self) {
