@@ -10,12 +10,14 @@
 
 mod checksum;
 mod facts;
+pub(crate) mod paths;
 mod probe;
 mod ring;
 mod rotation;
 mod schedule;
 mod seeds;
 mod sites;
+mod tunnels;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -35,8 +37,12 @@ use weft_wire::types::{NodeName, PublicKey, Subnet, TunnelKey, to_hex};
 
 use crate::config::{Config, StoreKind};
 use crate::plan::model::{Inputs, Underlay};
+use crate::relay::pair::Member;
 use crate::state::Memory;
+use crate::tunnel::{Candidate, Keep};
 
+use paths::Paths;
+pub use paths::Seen;
 pub use probe::PORT as PROBE_PORT;
 use probe::Probe;
 pub use rotation::OwnKeys;
@@ -86,6 +92,23 @@ pub enum Output {
     Listen(Vec<IpAddr>),
     /// Write these cluster keys to the disk, and tell by [`Control::handle_ring_kept`].
     KeepRing(KeyRing),
+    /// Look at the tunnels, and tell by [`Control::handle_tunnels`].
+    LookAtTunnels,
+    /// The peer of this key may be reached at these places.
+    Paths {
+        /// The key.
+        key: TunnelKey,
+        /// The places.
+        places: Vec<Candidate>,
+        /// How long mappings on the way are kept.
+        keep: Keep,
+        /// Whether to try them now.
+        trial: bool,
+    },
+    /// Have a session with the peer of this key.
+    WantSession(TunnelKey),
+    /// Relay between these two, if there is room; answer by [`Control::handle_relay`].
+    Relay([Member; 2]),
     /// Bring the kernel to this; the shell adds the pods. Answer by [`Control::handle_pass`].
     Reconcile(Box<Inputs>),
     /// A ping was answered.
@@ -212,6 +235,11 @@ pub struct Control {
     /// When this run began.
     pub started: Instant,
     boot: String,
+    /// By which paths peers are reached, and when the tunnels are looked at for that.
+    pub(crate) paths: Paths,
+    tunnels_due: Option<Instant>,
+    /// How many percent of this node's relay are free.
+    relay_room: u8,
     /// The keys of the tunnels.
     rotation: Rotation,
     authority: Option<Arc<LeaseTable>>,
@@ -258,6 +286,9 @@ impl Control {
             probe,
             started: now,
             boot,
+            paths: Paths::default(),
+            tunnels_due: rotation.has_keys().then_some(now),
+            relay_room: 0,
             rotation,
             authority: None,
             endorsed: None,
@@ -420,6 +451,7 @@ impl Control {
             if self.go_on_with_keys(now)
                 || self.draw_seeds(now)
                 || self.run_probe(now)
+                || self.look_at_tunnels(now)
                 || self.start_pass(now)
                 || self.remember_if_due(now)
             {
@@ -433,6 +465,7 @@ impl Control {
                 self.pass_wake(),
                 self.memory_due,
                 self.probe_wake(),
+                self.tunnels_wake(),
             ];
             let until = wakes.into_iter().flatten().min().expect("the mesh always has a next time");
             return Output::Wait { until };
@@ -540,6 +573,7 @@ impl Control {
                 warn!(%from, ?key, "another node has this node's name");
                 self.problems.duplicate_name = Some((from, key, now));
             }
+            MeshEvent::PathWord { from, word } => self.handle_path_word(&from, word, now),
             MeshEvent::WrongKey { from } => {
                 warn!(%from, "gossip comes that no key of the ring opens");
                 self.problems.wrong_key = Some((from, now));

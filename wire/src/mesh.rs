@@ -13,6 +13,7 @@ mod contact;
 mod gossip;
 mod membership;
 mod merge;
+mod paths;
 mod probe;
 pub(crate) mod proto;
 mod routes;
@@ -31,12 +32,13 @@ use rand_chacha::ChaCha8Rng;
 use rand_core::{RngCore, SeedableRng};
 
 pub use crate::record::{
-    Capabilities, Carrier, Detour, Facts, LeasedSubnet, NodeKey, NodeRecord, TunnelFacts,
+    Capabilities, Carrier, Detour, Facts, LeasedSubnet, Mapping, NodeKey, NodeRecord, Reach, TunnelFacts,
 };
 pub use api::{
     Authority, Counters, LeaseTable, MemberState, MemberView, MeshConfig, MeshEvent, Output, Owner, Rejected,
     SiteStanding, SiteView, Timing, Trust, UnknownNode, Verdict,
 };
+pub use paths::{MAX_CALLED, PathWord, RelayRefusal};
 pub use trust::WordError;
 
 use crate::record::SignedRecord;
@@ -427,6 +429,7 @@ impl Mesh {
             }
             Some(Body::SyncBuckets(buckets)) => self.check_buckets(buckets).map(|()| None),
             Some(Body::SyncItems(items)) => Self::check_items(items).map(|()| None),
+            Some(body) if paths::from_body(body) == Some(None) => Err(Rejected::Malformed),
             _ => Ok(None),
         }
     }
@@ -465,6 +468,11 @@ impl Mesh {
             Some(Body::SyncWant(want)) => self.on_sync_want(reply, &want),
             Some(Body::Certify(certify)) => self.on_certify(&certify),
             Some(Body::Push(_)) | None => {}
+            Some(body) => {
+                if let Some(Some(word)) = paths::from_body(&body) {
+                    self.on_path_word(reply, word);
+                }
+            }
         }
         // Who joins, or meets somebody from the other side of a partition, compares at once.
         let back = was_gone && !gone(self);

@@ -64,6 +64,50 @@ pub struct Facts {
     pub tunnel: Option<TunnelFacts>,
     /// The word of the node's site for the key and the subnets; the mesh puts it in.
     pub certificate: Option<Certificate>,
+    /// How the node's tunnels are reached from other sites.
+    pub reach: Reach,
+}
+
+/// How a node's tunnels are reached from other sites. Nobody's word is behind it but the node's.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Reach {
+    /// Where its packets come from, at most one a family; empty where nothing translates them.
+    pub reflexive: Vec<SocketAddr>,
+    /// What stands before it.
+    pub mapping: Mapping,
+    /// How much room its relay has, in percent; 0 where it relays for nobody.
+    pub relay_room: u8,
+}
+
+/// What stands before a node's tunnels (RFC 4787 s4.1).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub enum Mapping {
+    /// Nobody has said.
+    #[default]
+    Unknown,
+    /// Nothing that translates.
+    None,
+    /// The same address and port for every destination.
+    Independent,
+    /// Others for other destinations: what one peer sees is of no use to another.
+    Dependent,
+}
+
+impl Mapping {
+    /// Whether the addresses of the record are of no use to other sites.
+    pub fn translates(self) -> bool {
+        matches!(self, Self::Independent | Self::Dependent)
+    }
+
+    /// Returns the mapping as people are told of it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Unknown => "unknown",
+            Self::None => "none",
+            Self::Independent => "endpoint-independent",
+            Self::Dependent => "endpoint-dependent",
+        }
+    }
 }
 
 /// How to speak WireGuard with a node.
@@ -300,10 +344,15 @@ impl SignedRecord {
         facts.gossip.truncate(MAX_GOSSIP);
         facts.underlay.truncate(MAX_UNDERLAY);
         facts.keys.truncate(MAX_KEYS);
+        facts.reach.reflexive.truncate(MAX_UNDERLAY);
         let endorsements = key.endorsements.clone();
         let mut record = NodeRecord { node, site, key: key.public(), version, facts, endorsements, left };
         let mut bytes = to_proto(&record).encode_to_vec();
         while bytes.len() + SIGNATURE > MAX_RECORD && record.endorsements.pop().is_some() {
+            bytes = to_proto(&record).encode_to_vec();
+        }
+        // The names, subnets and addresses of few nodes are that long: they are reached through relays then.
+        while bytes.len() + SIGNATURE > MAX_RECORD && record.facts.reach.reflexive.pop().is_some() {
             bytes = to_proto(&record).encode_to_vec();
         }
         let signature = key.secret.sign(&signed_statement(cluster, &bytes)).to_bytes();
@@ -484,6 +533,14 @@ fn to_proto(record: &NodeRecord) -> proto::Record {
             .collect(),
         left: record.left,
         certificate: facts.certificate.map(Certificate::to_bytes).unwrap_or_default(),
+        tunnel_reflexive: facts.reach.reflexive.iter().map(socket_to_bytes).collect(),
+        tunnel_mapping: match facts.reach.mapping {
+            Mapping::Unknown => 0,
+            Mapping::None => 1,
+            Mapping::Independent => 2,
+            Mapping::Dependent => 3,
+        },
+        relay_room: facts.reach.relay_room.into(),
     }
 }
 
@@ -494,12 +551,14 @@ fn from_proto(record: proto::Record) -> Result<NodeRecord, RecordError> {
     limit(record.gossip.len(), MAX_GOSSIP, "gossip")?;
     limit(record.underlay.len(), MAX_UNDERLAY, "underlay")?;
     limit(record.endorsements.len(), MAX_ENDORSEMENTS, "endorsements")?;
+    limit(record.tunnel_reflexive.len(), MAX_UNDERLAY, "tunnel_reflexive")?;
     let key = |bytes: Vec<u8>| bytes.try_into().map(PublicKey).map_err(|_| Field("key"));
     let subnets = record.subnets.iter().map(|leased| {
         let subnet = subnet_from_bytes(&leased.subnet).ok_or(Field("subnets"))?;
         Ok(LeasedSubnet { subnet, epoch: Epoch(leased.epoch) })
     });
     let tunnel = tunnel_from_proto(&record)?;
+    let reach = reach_from_proto(&record)?;
     let facts = Facts {
         subnets: subnets.collect::<Result<_, _>>()?,
         gossip: parse_all(&record.gossip, socket_from_bytes).ok_or(Field("gossip"))?,
@@ -516,6 +575,7 @@ fn from_proto(record: proto::Record) -> Result<NodeRecord, RecordError> {
             bytes => Some(Certificate::from_bytes(bytes).ok_or(Field("certificate"))?),
         },
         tunnel,
+        reach,
     };
     let endorsements = record.endorsements.into_iter().map(|endorsement| {
         let signature = endorsement.signature.try_into().map_err(|_| Field("endorsements"))?;
@@ -560,6 +620,21 @@ fn tunnel_from_proto(record: &proto::Record) -> Result<Option<TunnelFacts>, Reco
     Ok(Some(TunnelFacts { key, port, preshared, carrier, detour }))
 }
 
+fn reach_from_proto(record: &proto::Record) -> Result<Reach, RecordError> {
+    let field = RecordError::Field;
+    let mapping = match record.tunnel_mapping {
+        1 => Mapping::None,
+        2 => Mapping::Independent,
+        3 => Mapping::Dependent,
+        // A kind that this version does not know says as much as none.
+        _ => Mapping::Unknown,
+    };
+    let reflexive = parse_all(&record.tunnel_reflexive, socket_from_bytes);
+    let reflexive = reflexive.ok_or(field("tunnel_reflexive"))?;
+    let room = u8::try_from(record.relay_room).ok().filter(|room| *room <= 100);
+    Ok(Reach { reflexive, mapping, relay_room: room.ok_or(field("relay_room"))? })
+}
+
 fn ids_from_bytes(bytes: &[u8]) -> Option<Vec<KeyId>> {
     let (ids, []) = bytes.as_chunks() else { return None };
     (ids.len() <= MAX_KEYS).then(|| ids.iter().copied().map(KeyId).collect())
@@ -584,13 +659,13 @@ fn ip_from_bytes(bytes: &[u8]) -> Option<IpAddr> {
     }
 }
 
-fn socket_to_bytes(socket: &SocketAddr) -> Vec<u8> {
+pub(crate) fn socket_to_bytes(socket: &SocketAddr) -> Vec<u8> {
     let mut bytes = ip_to_bytes(&socket.ip());
     bytes.extend_from_slice(&socket.port().to_be_bytes());
     bytes
 }
 
-fn socket_from_bytes(bytes: &[u8]) -> Option<SocketAddr> {
+pub(crate) fn socket_from_bytes(bytes: &[u8]) -> Option<SocketAddr> {
     let (ip, port) = bytes.split_last_chunk::<2>()?;
     Some(SocketAddr::new(ip_from_bytes(ip)?, u16::from_be_bytes(*port)))
 }

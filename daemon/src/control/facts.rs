@@ -49,6 +49,7 @@ impl Control {
             subnets: self.subnets(),
             peers: peers.into_values().map(|remembered| remembered.peer).collect(),
             attachments: Vec::new(),
+            ways: self.paths.ways().clone(),
         }
     }
 
@@ -222,6 +223,7 @@ impl Control {
             keys: self.mesh.ring().ids().collect(),
             certificate: None,
             tunnel: self.tunnel_facts(),
+            reach: self.reach(),
         };
         self.mesh.announce(facts, now);
     }

@@ -120,7 +120,7 @@ impl Node {
         })
     }
 
-    fn tunnels(&self) -> Option<&TunnelLook> {
+    pub(super) fn tunnels(&self) -> Option<&TunnelLook> {
         self.control.pass.report.as_ref()?.tunnels.as_ref()
     }
 

@@ -14,6 +14,7 @@ use weft_wire::preshared::PresharedKey;
 use weft_wire::types::{NodeName, TunnelKey};
 
 use super::counters::{Counters, Reason, Traffic};
+use super::endpoints::{Endpoints, Heard};
 use super::udp::Batch;
 use super::{Identity, TunnelPeer};
 
@@ -51,10 +52,8 @@ pub(super) struct Session {
     peer: PublicKey,
     preshared: Option<PresharedKey>,
     index: u32,
-    /// Where the record says that the peer is.
-    announced: SocketAddr,
-    /// Where its packets came from last.
-    endpoint: SocketAddr,
+    /// Where its packets go.
+    endpoints: Endpoints,
     /// There is a session to seal with.
     ready: bool,
     waiting: usize,
@@ -68,7 +67,7 @@ pub(super) struct Session {
 impl std::fmt::Debug for Session {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Session")
-            .field("endpoint", &self.endpoint)
+            .field("endpoint", &self.endpoints.current())
             .field("ready", &self.ready)
             .finish_non_exhaustive()
     }
@@ -99,8 +98,7 @@ impl Peer {
             peer: PublicKey::from(key.0),
             preshared,
             index,
-            announced: endpoint,
-            endpoint,
+            endpoints: Endpoints::new(endpoint),
             ready: false,
             waiting: 0,
             asked: None,
@@ -186,15 +184,17 @@ impl Peer {
 
 impl Session {
     pub(super) fn endpoint(&self) -> SocketAddr {
-        self.endpoint
+        self.endpoints.current()
+    }
+
+    /// Returns the paths.
+    pub(super) fn endpoints(&mut self) -> &mut Endpoints {
+        &mut self.endpoints
     }
 
     /// Takes what the record says: only a change of it outweighs what packets taught.
     pub(super) fn follow(&mut self, announced: SocketAddr) {
-        if self.announced != announced {
-            self.announced = announced;
-            self.endpoint = announced;
-        }
+        self.endpoints.follow(announced);
     }
 
     pub(super) fn ready(&self) -> bool {
@@ -203,7 +203,25 @@ impl Session {
 
     /// Takes where a daemon before this one heard the peer last.
     pub(super) fn heard_at(&mut self, endpoint: SocketAddr) {
-        self.endpoint = endpoint;
+        self.endpoints.move_to(endpoint);
+    }
+
+    /// Does what the paths need: sends a packet, or a request where there is no session, to each place that is to hear one.
+    pub(super) fn probe_paths(&mut self, now: Instant, send: impl Fn(SocketAddr, &Batch)) {
+        let due = self.endpoints.due(self.ready, now);
+        let mut batch = Batch::default();
+        let (ask, tries): (_, &[SocketAddr]) =
+            if self.ready { (due.ask, &due.try_at) } else { ([due.ask, due.try_at].concat(), &[]) };
+        if !ask.is_empty() {
+            self.initiate(&mut batch);
+            // The same request everywhere: the peer answers the first that comes.
+            ask.iter().for_each(|to| send(*to, &batch));
+        }
+        for to in tries {
+            batch.clear();
+            self.confirm(&mut batch);
+            send(*to, &batch);
+        }
     }
 
     /// Lets the peer know that there is a session: an empty packet under it, if there is one.
@@ -260,6 +278,9 @@ impl Session {
             _ => 0,
         });
         self.ready = is_data;
+        if is_data && self.endpoints.is_managed() {
+            self.endpoints.sent(true, Instant::now());
+        }
         if !is_data && self.asked.is_none() {
             self.asked = Some((Instant::now(), 0));
         }
@@ -300,7 +321,16 @@ impl Session {
         if matches!(opened, Opened::Dropped(_)) {
             return opened;
         }
-        self.endpoint = from;
+        if self.endpoints.is_managed() {
+            let what = match opened {
+                Opened::Packet(..) => Heard::Data,
+                _ if is_data => Heard::Empty,
+                _ => Heard::Handshake,
+            };
+            self.endpoints.heard(from, what, Instant::now());
+        } else {
+            self.endpoints.move_to(from);
+        }
         if !answer.is_empty() {
             answers.push(answer.len(), |room| {
                 room.copy_from_slice(&answer);

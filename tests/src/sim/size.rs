@@ -2,7 +2,7 @@
 //!
 //! Times are virtual, so they depend on the seed and on nothing else. Memory is not measured here.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -314,6 +314,7 @@ pub fn reconciler_work(nodes: usize) -> [Work; 3] {
         subnets: vec![subnet(0)],
         peers: (1..nodes).map(peer).collect(),
         attachments: Vec::new(),
+        ways: BTreeMap::new(),
         strays: BTreeSet::new(),
         sessions: BTreeSet::new(),
     };
