@@ -33,7 +33,7 @@ use weft_ipam::store::{Change, Key, PutError, Snapshot, StoreError};
 use weft_wire::mesh::{Authority, LeaseTable, Mesh, MeshConfig, MeshEvent, NodeKey, Timing, Trust};
 use weft_wire::record::Each;
 use weft_wire::seal::KeyRing;
-use weft_wire::types::{NodeName, PublicKey, Subnet, TunnelKey, to_hex};
+use weft_wire::types::{NodeName, PublicKey, SiteName, Subnet, TunnelKey, to_hex};
 
 use crate::config::{Config, StoreKind};
 use crate::plan::model::{Inputs, Underlay};
@@ -258,6 +258,8 @@ pub struct Control {
     /// When to draw seeds, and from what randomness.
     seeds_due: Instant,
     draws: ChaCha8Rng,
+    /// Since when somebody of each site is heard.
+    sites_heard: BTreeMap<SiteName, Instant>,
     outputs: VecDeque<Output>,
 }
 
@@ -300,6 +302,7 @@ impl Control {
             way: None,
             seeds_due: now,
             draws: ChaCha8Rng::from_seed(random(&mut seeds)),
+            sites_heard: BTreeMap::new(),
             outputs: VecDeque::new(),
         };
         control.take_lease_table(now);

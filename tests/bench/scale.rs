@@ -1,6 +1,6 @@
 //! The mesh by size: how fast it learns and what it costs, from ten nodes to thousands, as a table and as plots.
 //!
-//! `make bench-scale`; `SCALE_NODES=10,100` measures other sizes. It writes docs/plots/.
+//! `make bench-scale`; `SCALE_NODES=10,100` measures other sizes. It writes docs/plots/. `SCALE_SITES=5` measures so many sites.
 
 use std::fmt::Write;
 use std::fs;
@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use weft_tests::figures::quantile;
 use weft_tests::plot::{Series, svg};
 use weft_tests::sim::meshes::{Meshes, config, facts, name, table};
+use weft_tests::sim::size::sites::{self, SitesSize};
 use weft_tests::sim::size::{Event, Measured, Size, Work, reconciler_work};
 
 const SIZES: [usize; 4] = [10, 100, 1000, 5000];
@@ -172,20 +173,71 @@ fn main() {
     if let Some(place) = words.iter().position(|word| word == "--alone") {
         return print_alone(words[place + 1].parse().expect("--alone is followed by a number"));
     }
-    let chosen = std::env::var("SCALE_NODES").ok();
-    let sizes: Vec<usize> = match &chosen {
-        Some(list) => {
-            list.split(',').map(|size| size.trim().parse().expect("SCALE_NODES lists numbers")).collect()
-        }
-        None => SIZES.to_vec(),
+    let number =
+        |text: &str| -> usize { text.trim().parse().expect("SCALE_NODES and SCALE_SITES are numbers") };
+    let sizes: Vec<usize> = match std::env::var("SCALE_NODES") {
+        Ok(list) => list.split(',').map(number).collect(),
+        Err(_) => SIZES.to_vec(),
     };
+    if let Ok(sites) = std::env::var("SCALE_SITES") {
+        return measure_sites(number(&sites), &sizes);
+    }
     let rows: Vec<Row> = sizes.into_iter().map(measure).collect();
     if rows.len() > 1 {
-        let directory: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/plots");
-        fs::create_dir_all(&directory).expect("docs/ can be written to");
-        for (name, drawing) in plots(&rows) {
-            fs::write(directory.join(format!("{name}.svg")), drawing).expect("docs/plots/ can be written to");
-        }
+        draw(plots(&rows));
     }
     print!("{}", report(&rows));
+}
+
+fn draw(plots: Vec<(&'static str, String)>) {
+    let directory: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/plots");
+    fs::create_dir_all(&directory).expect("docs/ can be written to");
+    for (name, drawing) in plots {
+        fs::write(directory.join(format!("{name}.svg")), drawing).expect("docs/plots/ can be written to");
+    }
+}
+
+/// Measures so many sites that share so many nodes, for each number of nodes.
+fn measure_sites(sites: usize, nodes: &[usize]) {
+    let measure = |nodes: &usize| {
+        let (began, before) = (Instant::now(), resident());
+        let (mesh, size) = sites::measure(sites, nodes / sites, &format!("{nodes} nodes in {sites} sites"));
+        let memory = (resident() - before).max(0.0) / size.nodes as f64;
+        drop(mesh);
+        (size, memory, began.elapsed().as_secs_f64())
+    };
+    let rows: Vec<(SitesSize, f64, f64)> = nodes.iter().map(measure).collect();
+    println!("| nodes | event | median | p99 | worst (s) | bytes a node | datagrams a node |");
+    println!("|---|---|---|---|---|---|---|");
+    for (size, ..) in &rows {
+        for (name, event) in &size.events {
+            let [median, p99, worst] = [0.5, 0.99, 1.0].map(|part| quantile(&event.times, part));
+            let (nodes, bytes, datagrams) = (size.nodes, event.bytes, event.datagrams);
+            println!(
+                "| {nodes} | {name} | {median:.2} | {p99:.2} | {worst:.2} | {bytes:.0} | {datagrams:.0} |"
+            );
+        }
+    }
+    println!(
+        "\n| nodes | bytes/s at rest | datagrams/s at rest | KiB of a simulated node | measured in (s) |"
+    );
+    println!("|---|---|---|---|---|");
+    for (SitesSize { nodes, rest, .. }, memory, took) in &rows {
+        println!("| {nodes} | {:.0} | {:.2} | {:.0} | {took:.0} |", rest.0, rest.1, memory / 1024.0);
+    }
+    if rows.len() > 1 {
+        let line = |name: &str, figure: &dyn Fn(&SitesSize) -> f64| -> Series {
+            (name.to_owned(), rows.iter().map(|(size, ..)| (size.nodes as f64, figure(size))).collect())
+        };
+        let of_events = |figure: &dyn Fn(&Event) -> f64| -> Vec<Series> {
+            let names = rows[0].0.events.iter().enumerate();
+            names.map(|(place, (name, _))| line(name, &|size| figure(&size.events[place].1))).collect()
+        };
+        let times = of_events(&|event| quantile(&event.times, 1.0));
+        let rest = [line("bytes", &|size| size.rest.0), line("datagrams", &|size| size.rest.1)];
+        draw(vec![
+            ("sites-worst", svg("seconds until the last node is right", "nodes", &times)),
+            ("sites-rest", svg("what a node sends at rest, a second", "nodes", &rest)),
+        ]);
+    }
 }

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use serde_json::Value;
-use weft_tests::lab::{Backend, Lab, LabOptions, Ping, Request};
+use weft_tests::lab::{Backend, Impairment, Lab, LabOptions, Ping, Request};
 
 use super::deeds::Deeds;
 use super::step::{Kind, Step};
@@ -271,8 +271,8 @@ impl World {
         for (a, b) in state.cuts {
             self.try_to(&Request::Heal { a, b });
         }
-        for (a, b, _) in state.delays {
-            self.try_to(&Request::Delay { a, b, ms: 0 });
+        for Impairment { from, to, .. } in state.impairments {
+            self.try_to(&Request::Delay { a: from, b: to, ms: 0 });
         }
     }
 

@@ -7,10 +7,11 @@ use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 use anyhow::Context;
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 use weft_tests::lab::{
-    Backend, Families, Handle, Lab, Matrix, Options, Place, Presence, Request, State, Store,
+    Backend, Families, Handle, Impairment, Lab, Matrix, Nat, Options, Place, Presence, Request, State, Store,
+    sites,
 };
 
 #[derive(Parser)]
@@ -47,28 +48,48 @@ enum Verb {
     /// Add or remove a pod
     #[command(subcommand)]
     Pod(Pod),
-    /// Let two nodes no longer hear each other
+    /// Let two nodes or routers no longer hear each other
     Cut {
-        /// One node
+        /// One of them
         a: String,
         /// The other
         b: String,
+        /// No UDP of each other: all else passes
+        #[arg(long)]
+        udp: bool,
     },
     /// Undo a cut
     Heal {
-        /// One node
+        /// One of them
         a: String,
         /// The other
         b: String,
+        /// A cut of UDP
+        #[arg(long)]
+        udp: bool,
     },
-    /// Delay what two nodes send each other, each way; 0 takes the delay away
+    /// Delay what two nodes or routers send each other, each way; 0 takes the delay away
     Delay {
-        /// One node
+        /// One of them
         a: String,
         /// The other
         b: String,
         /// Milliseconds
         ms: u64,
+        /// Milliseconds from the second to the first, where that is another time
+        #[arg(long)]
+        back: Option<u64>,
+        /// So many frames of a hundred are lost, each way
+        #[arg(long, default_value_t = 0)]
+        loss: u8,
+    },
+    /// Have a router translate in another way, and forget its mappings as one that starts anew
+    Nat {
+        /// r1 is the router before site s1
+        router: String,
+        /// How
+        #[arg(value_enum)]
+        nat: Nat,
     },
     /// End a node's daemon with SIGKILL
     Kill {
@@ -142,6 +163,9 @@ struct Up {
     /// How many sites the nodes are spread over
     #[arg(long, default_value_t = 1)]
     sites: usize,
+    /// What stands before each site, the first one first: it leaves one at least without
+    #[arg(long, value_enum, value_delimiter = ',')]
+    nat: Vec<Nat>,
     /// How pod traffic crosses between nodes
     #[arg(long, value_enum, default_value = "vxlan")]
     backend: Backend,
@@ -218,16 +242,37 @@ fn act(cli: &Cli) -> anyhow::Result<ExitCode> {
         Verb::Pod(Pod::Rm { node, pod }) => {
             tell(Request::PodRemove { node: node.clone(), pod: pod.clone() }, format!("{node}/{pod} is gone"))
         }
-        Verb::Cut { a, b } => {
-            tell(Request::Cut { a: a.clone(), b: b.clone() }, format!("{a} and {b} do not hear each other"))
+        Verb::Cut { a, b, udp } => {
+            let (one, other) = (a.clone(), b.clone());
+            let (request, what) = match udp {
+                false => (Request::Cut { a: one, b: other }, "each other"),
+                true => (Request::CutUdp { a: one, b: other }, "UDP of each other"),
+            };
+            tell(request, format!("{a} and {b} do not hear {what}"))
         }
-        Verb::Heal { a, b } => {
-            tell(Request::Heal { a: a.clone(), b: b.clone() }, format!("{a} and {b} hear each other"))
+        Verb::Heal { a, b, udp } => {
+            let (one, other) = (a.clone(), b.clone());
+            let request = match udp {
+                false => Request::Heal { a: one, b: other },
+                true => Request::HealUdp { a: one, b: other },
+            };
+            tell(request, format!("{a} and {b} hear each other"))
         }
-        Verb::Delay { a, b, ms } => tell(
-            Request::Delay { a: a.clone(), b: b.clone(), ms: *ms },
-            format!("what {a} and {b} send each other takes {ms} ms longer, each way"),
-        ),
+        Verb::Delay { a, b, ms, back, loss } => {
+            let back = back.unwrap_or(*ms);
+            let one_way = |from: &String, to: &String, ms: u64| {
+                let (from, to) = (from.clone(), to.clone());
+                Request::Impair(Impairment { from, to, ms, loss_percent: *loss })
+            };
+            handle.request(&one_way(a, b, *ms))?;
+            let said =
+                format!("from {a} to {b} it takes {ms} ms longer, and {back} ms back; {loss} % is lost");
+            tell(one_way(b, a, back), said)
+        }
+        Verb::Nat { router, nat } => {
+            let said = format!("{router} translates anew");
+            tell(Request::Nat { router: router.clone(), nat: *nat }, said)
+        }
         Verb::Kill { node } => {
             tell(Request::Kill { node: node.clone() }, format!("the daemon of {node} was killed"))
         }
@@ -286,6 +331,7 @@ fn bring_up(cli: &Cli, handle: &Handle, up: &Up) -> anyhow::Result<ExitCode> {
         started: up.started.unwrap_or(up.nodes),
         pods: up.pods,
         sites: up.sites,
+        nat: up.nat.clone(),
         backend: up.backend,
         store: up.store,
         underlay: families(up.underlay),
@@ -398,8 +444,21 @@ fn table(state: &State) -> String {
     for (a, b) in &state.cuts {
         text.push_str(&format!("cut: {a} and {b} do not hear each other\n"));
     }
-    for (a, b, ms) in &state.delays {
-        text.push_str(&format!("delay: {a} and {b}, {ms} ms each way\n"));
+    for (a, b) in &state.udp_cuts {
+        text.push_str(&format!("cut: {a} and {b} do not hear UDP of each other\n"));
+    }
+    for Impairment { from, to, ms, loss_percent } in &state.impairments {
+        text.push_str(&format!("from {from} to {to}: {ms} ms longer, {loss_percent} % lost\n"));
+    }
+    for router in &state.routers {
+        let addresses: Vec<String> = router.addresses.iter().map(ToString::to_string).collect();
+        let kind = router.nat.to_possible_value().map(|kind| kind.get_name().to_owned()).unwrap_or_default();
+        text.push_str(&format!(
+            "router {} before {}: {kind}, {}\n",
+            router.name,
+            sites::name(router.site),
+            addresses.join(" ")
+        ));
     }
     text
 }

@@ -77,7 +77,7 @@ fn cut_nodes_do_not_hear_each_other_until_healed_and_a_delay_is_as_long_as_asked
         .unwrap_or_else(|| panic!("no times: {said}"));
     assert!(least >= 80.0, "40 ms each way make at least 80 ms, not {least}");
     lab.tell(Request::Delay { a: "n1".into(), b: "n2".into(), ms: 0 });
-    assert!(lab.state().delays.is_empty());
+    assert!(lab.state().impairments.is_empty());
     assert!(ping("n1", "192.0.2.2"));
 }
 

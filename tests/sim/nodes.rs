@@ -13,6 +13,8 @@ mod machine;
 mod meddling;
 #[path = "nodes/regressions.rs"]
 mod regressions;
+#[path = "nodes/sites.rs"]
+mod sites;
 #[path = "nodes/step.rs"]
 mod step;
 #[path = "nodes/store.rs"]
@@ -123,6 +125,16 @@ fn cluster_keys_change_in_one_place_and_every_datagram_is_read() {
         let outcome = World::new(seed, 3 + (seed % 4) as usize, secrecy).change_keys_in_one_place();
         assert!(outcome.is_ok(), "WEFT_SEED={seed}: {outcome:?}");
     }
+}
+
+#[test]
+fn a_site_that_was_cut_off_for_long_kept_its_routes_and_finds_the_others_again() {
+    sites::cut_off_for_long(weft_tests::sim::seed::of("a_site_that_was_cut_off"));
+}
+
+#[test]
+fn a_node_that_left_its_site_meanwhile_is_forgotten_once_the_site_is_heard() {
+    sites::a_node_goes_while_its_site_is_cut_off(weft_tests::sim::seed::of("a_node_that_left_meanwhile"));
 }
 
 #[test]

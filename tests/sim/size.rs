@@ -1,7 +1,7 @@
 //! What the mesh promises of its speed and its cost, at two sizes; `make bench-scale` measures more.
 
 use weft_tests::figures::quantile;
-use weft_tests::sim::size::{Event, Measured, reconciler_work};
+use weft_tests::sim::size::{Event, Measured, reconciler_work, sites};
 
 /// The slowest node's time, in seconds of virtual time.
 fn worst(event: &Event) -> f64 {
@@ -22,6 +22,22 @@ fn small_and_large_meshes_learn_as_fast_as_promised_and_cost_the_same_at_rest() 
     }
     let (ten, hundred) = (small.rest_bytes, large.rest_bytes);
     assert!(hundred <= ten * 1.25, "at rest a node of 10 sends {ten} bytes a second, one of 100 {hundred}");
+}
+
+#[test]
+fn a_mesh_of_several_sites_keeps_the_same_promises() {
+    let (_, small) = sites::measure(3, 4, "three small sites");
+    let (_, large) = sites::measure(3, 20, "three larger sites");
+    // Docs: docs/performance.md, "Several sites by size".
+    let bounds = [30.0, 10.0, 5.0, 30.0, 10.0, 30.0];
+    for size in [&small, &large] {
+        for ((what, event), bound) in size.events.iter().zip(bounds) {
+            println!("{} nodes, {what}: {}", size.nodes, worst(event));
+            assert!(worst(event) <= bound, "{} nodes, {what}: {}", size.nodes, worst(event));
+        }
+    }
+    let (twelve, sixty) = (small.rest.0, large.rest.0);
+    assert!(sixty <= twelve * 1.25, "at rest a node of 12 sends {twelve} bytes a second, one of 60 {sixty}");
 }
 
 #[test]

@@ -14,8 +14,10 @@ mod etcd;
 mod harness;
 mod home;
 mod keeper;
+mod machine;
 mod matrix;
 mod model;
+mod nat;
 mod node;
 mod relay;
 mod runtime;
@@ -31,5 +33,8 @@ pub use harness::{Background, Lab, LabOptions, Ping, executable, skip, wait_unti
 pub use home::{Handle, Presence};
 pub use keeper::keep;
 pub use matrix::{Matrix, Pair};
-pub use model::{Backend, Families, NodeView, Options, PodView, Request, State, Store};
+pub use model::{
+    Backend, Families, Impairment, NodeView, Options, PodView, Request, RouterView, State, Store,
+};
+pub use nat::Nat;
 pub use witness::differences;

@@ -16,7 +16,7 @@ use zeroize::Zeroizing;
 
 use crate::mesh::proto;
 use crate::seal::{KeyId, MAX_KEYS};
-use crate::site::Certificate;
+use crate::site::{Certificate, Certified};
 use crate::types::{Epoch, MacAddress, NodeName, PublicKey, SiteName, Subnet, TunnelKey, from_hex, to_hex};
 
 #[cfg(fuzzing)]
@@ -429,6 +429,12 @@ impl ClaimedRecord {
 pub trait Verify: fmt::Debug + Send + Sync {
     /// Verifies a record of this cluster.
     fn verify(&self, claimed: ClaimedRecord, cluster: &str) -> Result<Arc<SignedRecord>, BadSignature>;
+
+    /// Verifies that a site certified a record of this cluster, by the certificate in it.
+    fn verify_certificate(&self, site: &PublicKey, cluster: &str, record: &NodeRecord) -> bool {
+        let certificate = record.facts.certificate;
+        certificate.is_some_and(|held| held.verify(site, cluster, Certified::of(record)).is_ok())
+    }
 }
 
 /// Verifies each record by itself, as a daemon does. Meshes that share a process may share the work.

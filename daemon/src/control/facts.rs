@@ -25,6 +25,7 @@ fn vtep(node: &NodeName, v4: bool) -> MacAddress {
 impl Control {
     /// Puts together what a pass reads, but for the pods: the shell adds them at the last moment.
     pub(super) fn inputs(&mut self, now: Instant) -> Inputs {
+        self.note_heard_sites(now);
         let peers = self.planned_peers(now);
         self.remember_peers(&peers);
         let detour = self.own_detour(&peers, now);
@@ -91,12 +92,18 @@ impl Control {
                 peers.insert(member.node.clone(), planned(record));
             }
         }
+        let claimed: BTreeSet<_> = peers.values().flat_map(|peer| peer.peer.subnets.clone()).collect();
+        let unclaimed = |remembered: &RememberedPeer| {
+            remembered.peer.subnets.iter().all(|subnet| !claimed.contains(subnet))
+        };
         let table = self.table(now);
         let young = now.duration_since(self.started) < REMEMBERED_PEER;
         for (node, remembered) in &self.memory.peers {
             let still_owned = match self.site_of(&remembered.peer) {
-                // No store here speaks of its leases: as long as a member that is gone is remembered.
-                Some(believed) => believed && young,
+                // No store here speaks of its leases: as long as nobody of its site is heard who could know better.
+                Some(believed) => {
+                    believed && self.has_just_heard(&remembered.peer.site, now) && unclaimed(remembered)
+                }
                 None => match &self.config.store.kind {
                     StoreKind::Static(_) => young,
                     StoreKind::Sqlite(_) | StoreKind::Etcd(_) | StoreKind::Kubernetes(_) => remembered

@@ -1,16 +1,17 @@
 //! Other sites: what they say is remembered, and what they may announce belongs to the pod network. Pure.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD as BASE64;
 use ipnet::IpNet;
 use tracing::warn;
-use weft_wire::mesh::{SiteStanding, SiteView, Trust};
+use weft_wire::mesh::{MemberState, SiteStanding, SiteView, Trust};
 use weft_wire::site::SignedStatement;
-use weft_wire::types::Subnet;
+use weft_wire::types::{SiteName, Subnet};
 
-use super::Control;
+use super::{Control, REMEMBERED_PEER};
 use crate::plan::model::Peer;
 
 impl Control {
@@ -41,6 +42,28 @@ impl Control {
         let own = self.config.cluster.carver.cidrs().iter().map(|cidr| cidr.cidr);
         let others = self.mesh.sites().flat_map(prefixes).map(|prefix| prefix.net());
         own.chain(others).collect()
+    }
+
+    /// Notes since when somebody of each other site is heard.
+    pub(super) fn note_heard_sites(&mut self, now: Instant) {
+        let heard: BTreeSet<&SiteName> = self
+            .mesh
+            .members()
+            .filter(|member| member.state == MemberState::Alive && member.verdict.is_accepted())
+            .map(|member| member.site)
+            .collect();
+        self.sites_heard.retain(|site, _| heard.contains(site));
+        for site in heard {
+            if !self.sites_heard.contains_key(site) {
+                self.sites_heard.insert(site.clone(), now);
+            }
+        }
+    }
+
+    /// Returns whether nobody of another site is heard, or only since so short a time that some of it may still be silent. What
+    /// was known of it before holds as long: a site that is cut off has not gone.
+    pub(super) fn has_just_heard(&self, site: &SiteName, now: Instant) -> bool {
+        self.sites_heard.get(site).is_none_or(|since| now.duration_since(*since) < REMEMBERED_PEER)
     }
 
     /// Returns whether a peer of another site that an earlier run knew may still announce what it did; `None` for a peer

@@ -20,7 +20,7 @@ use weft_daemon::plan::model::{BRIDGE, HostVeth, Inputs, Underlay, VethState};
 use weft_daemon::reconcile::{Report, reconcile};
 use weft_ipam::pods::{AttachmentId, PodPool};
 use weft_tests::sim::net;
-use weft_wire::mesh::{Carrier, NodeKey};
+use weft_wire::mesh::{Carrier, NodeKey, Trust};
 use weft_wire::seal::KeyRing;
 use weft_wire::types::{Subnet, TunnelKey};
 
@@ -42,7 +42,7 @@ pub struct Clock {
 }
 
 impl Clock {
-    fn read(&self, now: Instant) -> Instant {
+    pub fn read(&self, now: Instant) -> Instant {
         let run = now.duration_since(self.began);
         self.began + self.ahead + run * self.rate_ppm as u32 / 1_000_000
     }
@@ -119,6 +119,8 @@ pub struct Machine {
     pub broken: Vec<String>,
     /// The cluster keys that it was told are wanted everywhere.
     wanted_ring: Option<KeyRing>,
+    /// How its daemon judges other sites.
+    pub trust: Option<Trust>,
 }
 
 /// Returns the name of the host's end of an attachment.
@@ -166,6 +168,7 @@ impl Machine {
             rng: ChaCha8Rng::seed_from_u64(rng.next_u64()),
             broken: Vec::new(),
             wanted_ring: None,
+            trust: None,
         }
     }
 
@@ -196,7 +199,7 @@ impl Machine {
             memory,
             boot: self.boot.to_string(),
             key: self.disk.key.clone(),
-            trust: None,
+            trust: self.trust.clone(),
             ring: self.disk.ring.clone(),
             tunnel: self.config.encryption.tunnels.then_some(OwnKeys {
                 main: self.disk.tunnel,

@@ -21,10 +21,29 @@ pub struct Found {
 /// tcpdump, writing to a file of the lab.
 #[derive(Debug)]
 pub struct Capture<'a> {
+    written: Written<'a>,
+    tcpdump: Background,
+}
+
+/// The file that it writes.
+#[derive(Debug)]
+struct Written<'a> {
     lab: &'a Lab,
     place: &'a str,
     path: String,
-    tcpdump: Background,
+}
+
+impl Written<'_> {
+    fn count(&self, filter: &str) -> usize {
+        let script = format!("tcpdump -nn -r {} '{filter}' 2>/dev/null | wc -l", self.path);
+        self.lab.sh(self.place, &script).trim().parse().expect("wc counts")
+    }
+}
+
+impl Drop for Written<'_> {
+    fn drop(&mut self) {
+        self.lab.exec(self.place, &["rm", "-f", &self.path]);
+    }
 }
 
 impl<'a> Capture<'a> {
@@ -35,21 +54,24 @@ impl<'a> Capture<'a> {
         let words = ["tcpdump", "-Z", "root", "-i", device, "-U", "--immediate-mode", "-s", "0", "-w", &path];
         let tcpdump = lab.background(place, &words);
         wait_until("tcpdump captures", PATIENCE, || lab.exec(place, &["test", "-s", &path]).status.success());
-        Self { lab, place, path, tcpdump }
+        Self { written: Written { lab, place, path }, tcpdump }
     }
 
     /// Ends it once it has so many packets, and looks for what a filter finds and for these bytes.
     pub fn finish(self, at_least: usize, filter: &str, secret: &str) -> Found {
-        let Self { lab, place, path, tcpdump } = self;
-        let count = |filter: &str| -> usize {
-            let script = format!("tcpdump -nn -r {path} '{filter}' 2>/dev/null | wc -l");
-            lab.sh(place, &script).trim().parse().expect("wc counts")
-        };
-        wait_until("the capture has its packets", PATIENCE, || count("") >= at_least);
+        let Self { written, tcpdump } = self;
+        wait_until("the capture has its packets", PATIENCE, || written.count("") >= at_least);
         tcpdump.interrupt();
-        let matching = count(filter);
-        let secret = lab.exec(place, &["grep", "-a", "-q", secret, &path]).status.success();
-        lab.sh(place, &format!("rm {path}"));
-        Found { matching, secret }
+        let matching = written.count(filter);
+        let found = written.lab.exec(written.place, &["grep", "-a", "-q", secret, &written.path]);
+        Found { matching, secret: found.status.success() }
+    }
+
+    /// Ends it once it has a packet that the first filter finds, and counts what each of the others does.
+    pub fn finish_with(self, last: &str, filters: &[&str]) -> Vec<usize> {
+        let Self { written, tcpdump } = self;
+        wait_until("the capture has its last packet", PATIENCE, || written.count(last) > 0);
+        tcpdump.interrupt();
+        filters.iter().map(|filter| written.count(filter)).collect()
     }
 }

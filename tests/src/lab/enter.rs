@@ -12,7 +12,7 @@ use super::model::State;
 pub enum Place {
     /// The switch between the nodes: everything they send each other passes here.
     Underlay,
-    /// A node.
+    /// A node, or a router.
     Node(String),
     /// A pod of a node: the node's files, the pod's network.
     Pod(String, String),
@@ -65,6 +65,10 @@ pub(crate) fn from_keeper(state: &State, place: &Place) -> anyhow::Result<Vec<St
         Place::Node(node) => (node, None),
         Place::Pod(node, pod) => (node, Some(pod)),
     };
+    if let (Ok(router), None) = (state.router(node), pod) {
+        let holder = router.holder.to_string();
+        return Ok(["nsenter", "--net", "--target", &holder, "--"].map(str::to_owned).to_vec());
+    }
     let view = state.node(node)?;
     let mut words: Vec<String> =
         ["nsenter", "--mount", "--net", "--uts", "--target"].iter().map(|word| (*word).to_owned()).collect();

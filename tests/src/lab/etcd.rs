@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -12,8 +12,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::home::Handle;
+use super::machine::Machine;
 use super::model::{Options, underlay_addresses};
-use super::tools::run;
 use super::underlay;
 
 /// What it is called where nodes are named.
@@ -25,7 +25,7 @@ const INDEX: usize = 254;
 pub(crate) struct Etcd {
     handle: Handle,
     address: IpAddr,
-    holder: Child,
+    machine: Machine,
     server: Option<Child>,
 }
 
@@ -38,32 +38,15 @@ impl Etcd {
     /// Makes the machine and starts the server.
     pub(crate) fn start(handle: &Handle, options: &Options) -> anyhow::Result<Self> {
         let addresses = underlay_addresses(options.underlay, INDEX);
-        let holder = Command::new("unshare")
-            .args([
-                "--net",
-                "--",
-                "sh",
-                "-c",
-                "ip link set lo up && echo ready && exec sleep infinity >/dev/null",
-            ])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("cannot run unshare: is util-linux installed?")?;
-        let mut etcd = Self { handle: handle.clone(), address: addresses[0], holder, server: None };
-        let mut ready = String::new();
-        let stdout = etcd.holder.stdout.take().expect("standard output was asked to be a pipe");
-        std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut ready)?;
-        if ready != "ready\n" {
-            bail!("cannot set up the machine of etcd: {ready:?}");
-        }
-        underlay::plug(NAME, etcd.holder.id(), "02:4c:42:00:00:fe")?;
+        let machine = Machine::start(NAME)?;
+        let mut etcd = Self { handle: handle.clone(), address: addresses[0], machine, server: None };
+        underlay::plug(NAME, etcd.machine.holder(), "02:4c:42:00:00:fe")?;
         for address in addresses {
             let (length, nodad) = if address.is_ipv4() { (24, "") } else { (64, "nodad") };
             let line = format!("ip address add {address}/{length} dev eth0 {nodad}");
-            run(etcd.within().args(line.split_ascii_whitespace()))?;
+            etcd.machine.tool(&line)?;
         }
-        run(etcd.within().args(["ip", "link", "set", "eth0", "up"]))?;
+        etcd.machine.tool("ip link set eth0 up")?;
         etcd.launch()?;
         Ok(etcd)
     }
@@ -76,7 +59,7 @@ impl Etcd {
         let log = File::options().create(true).append(true).open(self.handle.log(NAME))?;
         let client = format!("http://{}", SocketAddr::new(self.address, 2379));
         let data = self.handle.dir().join("etcd");
-        let mut command = self.within();
+        let mut command = self.machine.within();
         command
             .arg("etcd")
             .args([
@@ -119,13 +102,5 @@ impl Etcd {
 
     fn runs(&mut self) -> bool {
         self.server.as_mut().is_some_and(|server| matches!(server.try_wait(), Ok(None)))
-    }
-
-    fn within(&self) -> Command {
-        let mut command = Command::new("nsenter");
-        command
-            .args(["--net", "--target", &self.holder.id().to_string(), "--"])
-            .env("PATH", super::enter::path());
-        command
     }
 }

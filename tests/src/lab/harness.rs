@@ -19,6 +19,7 @@ use super::home::{Handle, KeeperId, Presence};
 use super::keeper::{LET_GO, Word};
 use super::matrix::Matrix;
 use super::model::{Backend, Families, Options, Request, State, Store};
+use super::nat::Nat;
 use super::tools::{self, said};
 
 /// What a test wants of its lab. Starts as three nodes with two dual-stack pods each.
@@ -34,6 +35,7 @@ impl LabOptions {
             started: 3,
             pods: 2,
             sites: 1,
+            nat: Vec::new(),
             backend: Backend::Vxlan,
             store: Store::Sqlite,
             underlay: Families::V4,
@@ -78,6 +80,12 @@ impl LabOptions {
     /// Sets how many sites the nodes are spread over.
     pub fn sites(mut self, sites: usize) -> Self {
         self.0.sites = sites;
+        self
+    }
+
+    /// Puts routers before the sites, the first one first.
+    pub fn nat(mut self, nat: &[Nat]) -> Self {
+        self.0.nat = nat.to_vec();
         self
     }
 
@@ -330,6 +338,11 @@ impl Lab {
     /// Starts a daemon and waits until it answers.
     pub fn start(&self, node: &str) {
         self.tell(Request::Start { node: node.into(), ahead_s: 0 });
+    }
+
+    /// Has the sites let each other in.
+    pub fn befriend_sites(&self) {
+        self.tell(Request::Befriend);
     }
 
     /// Lets two nodes no longer hear each other.

@@ -17,8 +17,10 @@ use serde::{Deserialize, Serialize};
 
 use super::etcd::{self, Etcd};
 use super::home::Handle;
-use super::model::{Options, Request, State, Store};
+use super::model::{Impairment, Options, Request, State, Store};
+use super::nat::{self, Nat, Router};
 use super::relay::Relay;
+use super::underlay::Cut;
 use super::{node, runtime, sites, underlay};
 
 /// What a keeper tells its maker, one JSON object a line.
@@ -93,8 +95,17 @@ fn make(handle: &Handle, began: Instant) -> anyhow::Result<(Keeper, UnixListener
     let started = options.started;
     let mut keeper = Keeper {
         handle: handle.clone(),
-        state: State { options, ready: false, nodes: Vec::new(), cuts: Vec::new(), delays: Vec::new() },
+        state: State {
+            options,
+            ready: false,
+            nodes: Vec::new(),
+            routers: Vec::new(),
+            cuts: Vec::new(),
+            udp_cuts: Vec::new(),
+            impairments: Vec::new(),
+        },
         holders: Vec::new(),
+        routers: Vec::new(),
         daemons: BTreeMap::new(),
         etcd: None,
         relay: None,
@@ -106,8 +117,11 @@ fn make(handle: &Handle, began: Instant) -> anyhow::Result<(Keeper, UnixListener
         keeper.etcd = Some(Etcd::start(handle, &keeper.state.options)?);
         keeper.progress("etcd runs beside the nodes");
     }
+    keeper.make_routers()?;
     for index in 1..=nodes {
-        let (view, holder) = node::make(handle, &keeper.state.options, index)?;
+        let site = sites::site_of(&keeper.state.options, index);
+        let router = keeper.routers.iter().find(|router| router.view.site == site);
+        let (view, holder) = node::make(handle, &keeper.state.options, index, router)?;
         keeper.holders.push(holder);
         keeper.state.nodes.push(view);
         keeper.progress_if_quiet(|| format!("{index} of {nodes} nodes"));
@@ -150,6 +164,7 @@ struct Keeper {
     state: State,
     /// The processes that hold the nodes' namespaces. They end with the keeper.
     holders: Vec<Child>,
+    routers: Vec<Router>,
     daemons: BTreeMap<String, Child>,
     etcd: Option<Etcd>,
     relay: Option<Relay>,
@@ -196,18 +211,39 @@ impl Keeper {
             Request::Cut { a, b } => {
                 let pair = self.pair(&a, &b)?;
                 if !self.state.cuts.contains(&pair) {
-                    underlay::cut(&self.macs(&pair)?)?;
+                    underlay::cut(Cut::All, &self.macs(&pair)?)?;
                     self.state.cuts.push(pair);
                 }
             }
             Request::Heal { a, b } => {
                 let pair = self.pair(&a, &b)?;
                 if self.state.cuts.contains(&pair) {
-                    underlay::heal(&self.macs(&pair)?)?;
+                    underlay::heal(Cut::All, &self.macs(&pair)?)?;
                     self.state.cuts.retain(|cut| *cut != pair);
                 }
             }
-            Request::Delay { a, b, ms } => self.delay(&a, &b, ms)?,
+            Request::CutUdp { a, b } => {
+                let pair = self.pair(&a, &b)?;
+                if !self.state.udp_cuts.contains(&pair) {
+                    underlay::cut(Cut::Udp, &self.macs(&pair)?)?;
+                    self.state.udp_cuts.push(pair);
+                }
+            }
+            Request::HealUdp { a, b } => {
+                let pair = self.pair(&a, &b)?;
+                if self.state.udp_cuts.contains(&pair) {
+                    underlay::heal(Cut::Udp, &self.macs(&pair)?)?;
+                    self.state.udp_cuts.retain(|cut| *cut != pair);
+                }
+            }
+            Request::Delay { a, b, ms } => {
+                for (from, to) in [(&a, &b), (&b, &a)] {
+                    self.impair(Impairment { from: from.clone(), to: to.clone(), ms, loss_percent: 0 })?;
+                }
+            }
+            Request::Impair(impairment) => self.impair(impairment)?,
+            Request::Nat { router, nat } => self.change_nat(&router, nat)?,
+            Request::Befriend => sites::befriend(&self.handle, &self.state)?,
             Request::Kill { node } => self.end_daemon(&node, nix::sys::signal::Signal::SIGKILL)?,
             Request::Stop { node } => self.end_daemon(&node, nix::sys::signal::Signal::SIGTERM)?,
             Request::Start { node, ahead_s } => self.start(&node, ahead_s)?,
@@ -218,8 +254,8 @@ impl Keeper {
     }
 
     fn pair(&self, a: &str, b: &str) -> anyhow::Result<(String, String)> {
-        self.state.node(a)?;
-        self.state.node(b)?;
+        self.state.public_mac(a)?;
+        self.state.public_mac(b)?;
         if a == b {
             bail!("{a} and {b} are the same node");
         }
@@ -227,22 +263,48 @@ impl Keeper {
     }
 
     fn macs(&self, pair: &(String, String)) -> anyhow::Result<(String, String)> {
-        Ok((self.state.node(&pair.0)?.mac.clone(), self.state.node(&pair.1)?.mac.clone()))
+        Ok((self.state.public_mac(&pair.0)?.to_owned(), self.state.public_mac(&pair.1)?.to_owned()))
     }
 
-    fn delay(&mut self, a: &str, b: &str, ms: u64) -> anyhow::Result<()> {
-        let pair = self.pair(a, b)?;
-        let macs = self.macs(&pair)?;
+    fn impair(&mut self, impairment: Impairment) -> anyhow::Result<()> {
+        let Impairment { from, to, ms, loss_percent } = &impairment;
+        self.pair(from, to)?;
+        anyhow::ensure!(*loss_percent <= 100, "a loss of {loss_percent} %: use 0 to 100");
+        let macs = self.macs(&(from.clone(), to.clone()))?;
         if self.relay.is_none() {
-            let ports: Vec<String> = self.state.nodes.iter().map(|node| underlay::port(&node.name)).collect();
-            self.relay = Some(Relay::start(&ports)?);
+            let nodes = self.state.nodes.iter().filter(|node| self.state.public_mac(&node.name).is_ok());
+            let names =
+                nodes.map(|node| &node.name).chain(self.state.routers.iter().map(|router| &router.name));
+            self.relay = Some(Relay::start(&names.map(|name| underlay::port(name)).collect::<Vec<_>>())?);
         }
         let relay = self.relay.as_ref().expect("the relay was just started");
-        relay.set(&macs, Duration::from_millis(ms))?;
-        self.state.delays.retain(|(a, b, _)| (a, b) != (&pair.0, &pair.1));
-        if ms > 0 {
-            self.state.delays.push((pair.0, pair.1, ms));
+        relay.set(&macs, Duration::from_millis(*ms), *loss_percent)?;
+        self.state.impairments.retain(|other| (&other.from, &other.to) != (from, to));
+        if *ms > 0 || *loss_percent > 0 {
+            self.state.impairments.push(impairment);
         }
+        Ok(())
+    }
+
+    fn make_routers(&mut self) -> anyhow::Result<()> {
+        let options = self.state.options.clone();
+        for site in (1..=options.sites).filter(|site| nat::of_site(&options, *site) != Nat::None) {
+            let router = Router::start(&options, site)?;
+            self.state.routers.push(router.view.clone());
+            self.routers.push(router);
+        }
+        if !self.routers.is_empty() {
+            self.progress(&format!("{} sites are behind NAT", self.routers.len()));
+        }
+        Ok(())
+    }
+
+    fn change_nat(&mut self, name: &str, nat: Nat) -> anyhow::Result<()> {
+        self.state.router(name)?;
+        for router in self.routers.iter_mut().filter(|router| router.view.name == name) {
+            router.change(&self.state.options, nat)?;
+        }
+        self.state.routers = self.routers.iter().map(|router| router.view.clone()).collect();
         Ok(())
     }
 

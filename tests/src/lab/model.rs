@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use super::nat::{self, Nat};
 use super::sites;
 
 /// Which address families a network has.
@@ -67,6 +68,9 @@ pub struct Options {
     pub pods: usize,
     /// How many sites the nodes are spread over.
     pub sites: usize,
+    /// What stands before each site, the first one first; nothing before those that are not named.
+    #[serde(default)]
+    pub nat: Vec<Nat>,
     /// How pod traffic crosses.
     pub backend: Backend,
     /// Where leases are kept.
@@ -108,6 +112,7 @@ impl Options {
             "--sites {}: each site has its own SQLite store; leave --store out",
             self.sites
         );
+        nat::check(self)?;
         anyhow::ensure!(
             self.backend != Backend::Auto,
             "--backend auto: name vxlan, which encrypts between sites, or wireguard, which encrypts all"
@@ -125,10 +130,16 @@ pub struct State {
     pub ready: bool,
     /// The nodes, `n1` first.
     pub nodes: Vec<NodeView>,
-    /// Pairs of nodes that do not hear each other.
+    /// The routers of sites behind NAT.
+    #[serde(default)]
+    pub routers: Vec<RouterView>,
+    /// Pairs on the public network that do not hear each other.
     pub cuts: Vec<(String, String)>,
-    /// Pairs of nodes with the delay that each direction between them has, in milliseconds.
-    pub delays: Vec<(String, String, u64)>,
+    /// Pairs on the public network that hear no UDP of each other.
+    #[serde(default)]
+    pub udp_cuts: Vec<(String, String)>,
+    /// What befalls frames on the public network, one entry a direction.
+    pub impairments: Vec<Impairment>,
 }
 
 impl State {
@@ -147,6 +158,32 @@ impl State {
         Ok(self.nodes.iter_mut().find(|node| node.name == name).expect("the node was just found"))
     }
 
+    /// Finds a router.
+    ///
+    /// # Errors
+    /// A sentence that lists the routers there are.
+    pub fn router(&self, name: &str) -> anyhow::Result<&RouterView> {
+        self.routers.iter().find(|router| router.name == name).ok_or_else(|| {
+            let there: Vec<_> = self.routers.iter().map(|router| router.name.as_str()).collect();
+            anyhow::anyhow!("no router {name} in lab {}: it has {there:?}", self.options.name)
+        })
+    }
+
+    /// Returns the hardware address on the public network of a node or a router.
+    ///
+    /// # Errors
+    /// A sentence that says what is there, or which router the node is behind.
+    pub(crate) fn public_mac(&self, name: &str) -> anyhow::Result<&str> {
+        if let Ok(router) = self.router(name) {
+            return Ok(&router.mac);
+        }
+        let node = self.node(name)?;
+        if let Some(router) = self.routers.iter().find(|router| router.site == node.site) {
+            anyhow::bail!("{name} is behind {0}: name {0}", router.name);
+        }
+        Ok(&node.mac)
+    }
+
     /// Lists every pod with the node it is on.
     pub fn pods(&self) -> impl Iterator<Item = (&NodeView, &PodView)> {
         self.nodes.iter().flat_map(|node| node.pods.iter().map(move |pod| (node, pod)))
@@ -160,6 +197,9 @@ pub struct NodeView {
     pub name: String,
     /// The process that holds the node's namespaces, as the keeper sees it.
     pub holder: u32,
+    /// The number of its site.
+    #[serde(default)]
+    pub site: usize,
     /// The hardware address of the node's `eth0`.
     pub mac: String,
     /// The addresses of the node's `eth0`.
@@ -181,6 +221,36 @@ impl NodeView {
             anyhow::anyhow!("no pod {name} on node {}: it has {there:?}", self.name)
         })
     }
+}
+
+/// The router of a site behind NAT.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RouterView {
+    /// `r2` before the second site.
+    pub name: String,
+    /// The number of the site.
+    pub site: usize,
+    /// How it translates.
+    pub nat: Nat,
+    /// The process that holds its network namespace, as the keeper sees it; of two routers, the inner one's.
+    pub holder: u32,
+    /// Its hardware address on the public network.
+    pub mac: String,
+    /// Its public addresses.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// What befalls frames from one to another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Impairment {
+    /// Who sends.
+    pub from: String,
+    /// Who receives.
+    pub to: String,
+    /// So much longer it takes, in milliseconds.
+    pub ms: u64,
+    /// So many frames of a hundred are lost.
+    pub loss_percent: u8,
 }
 
 /// One pod of a node.
@@ -228,9 +298,9 @@ pub enum Request {
         /// The name of the pod.
         pod: String,
     },
-    /// Lets two nodes no longer hear each other.
+    /// Lets two no longer hear each other.
     Cut {
-        /// One node.
+        /// One node or router.
         a: String,
         /// The other.
         b: String,
@@ -242,14 +312,37 @@ pub enum Request {
         /// The other.
         b: String,
     },
-    /// Delays what two nodes send each other; 0 takes the delay away.
+    /// Lets two no longer hear the other's UDP.
+    CutUdp {
+        /// One node or router.
+        a: String,
+        /// The other.
+        b: String,
+    },
+    /// Undoes that.
+    HealUdp {
+        /// One node or router.
+        a: String,
+        /// The other.
+        b: String,
+    },
+    /// Delays what two send each other; 0 takes the delay away.
     Delay {
-        /// One node.
+        /// One node or router.
         a: String,
         /// The other.
         b: String,
         /// How long each direction takes longer.
         ms: u64,
+    },
+    /// Delays and loses what one sends to another; neither of both takes the entry away.
+    Impair(Impairment),
+    /// Has a router translate in another way, and forget its mappings.
+    Nat {
+        /// The router.
+        router: String,
+        /// How.
+        nat: Nat,
     },
     /// Ends a daemon with SIGKILL.
     Kill {
@@ -269,6 +362,8 @@ pub enum Request {
         #[serde(default)]
         ahead_s: u64,
     },
+    /// Has the sites let each other in, as they do by themselves where all daemons run from the start.
+    Befriend,
     /// Ends the lab.
     Down,
 }

@@ -11,7 +11,8 @@ use serde_json::Value;
 use super::enter::{self, Place};
 use super::etcd;
 use super::home::Handle;
-use super::model::{Backend, NodeView, Options, State, Store, underlay_addresses};
+use super::model::{Backend, NodeView, Options, State, Store};
+use super::nat::{self, Router};
 use super::tools::{self, run};
 use super::{sites, underlay};
 
@@ -78,8 +79,14 @@ pub(crate) fn write_shared(handle: &Handle, options: &Options) -> anyhow::Result
     Ok(())
 }
 
-/// Makes a node's namespaces, plugs it into the underlay and writes its configuration.
-pub(crate) fn make(handle: &Handle, options: &Options, index: usize) -> anyhow::Result<(NodeView, Child)> {
+/// Makes a node's namespaces, plugs it into the underlay, or into the network of the router that it is behind, and writes its
+/// configuration.
+pub(crate) fn make(
+    handle: &Handle,
+    options: &Options,
+    index: usize,
+    router: Option<&Router>,
+) -> anyhow::Result<(NodeView, Child)> {
     let name = format!("n{index}");
     let root = handle.dir().join("node").join(&name);
     fs::create_dir_all(&root)?;
@@ -101,20 +108,13 @@ pub(crate) fn make(handle: &Handle, options: &Options, index: usize) -> anyhow::
     let view = NodeView {
         mac: format!("02:4c:42:00:00:{index:02x}"),
         holder: holder.id(),
-        underlay: underlay_addresses(options.underlay, index),
+        site: sites::site_of(options, index),
+        underlay: nat::node_addresses(options, index),
         daemon: None,
         pods: Vec::new(),
         name,
     };
-    underlay::plug(&view.name, view.holder, &view.mac)?;
-    for address in &view.underlay {
-        let line = match address {
-            IpAddr::V4(_) => format!("ip address add {address}/24 dev eth0"),
-            IpAddr::V6(_) => format!("ip address add {address}/64 dev eth0 nodad"),
-        };
-        run(&mut within(&view, &line.split(' ').collect::<Vec<_>>()))?;
-    }
-    run(&mut within(&view, &["ip", "link", "set", "eth0", "up"]))?;
+    link(options, index, &view, router)?;
     write_inside(&view, CONFIG, &config(handle, options, &view, index)?)?;
     // A copy for each node: a rotation rewrites it.
     write_inside(&view, KEY, &fs::read_to_string(handle.shared().join("cluster.key"))?)?;
@@ -124,6 +124,22 @@ pub(crate) fn make(handle: &Handle, options: &Options, index: usize) -> anyhow::
     }
     write_inside(&view, CONFLIST, NETWORK)?;
     Ok((view, holder))
+}
+
+fn link(options: &Options, index: usize, view: &NodeView, router: Option<&Router>) -> anyhow::Result<()> {
+    match router {
+        Some(router) => router.plug(&view.name, view.holder, &view.mac)?,
+        None => underlay::plug(&view.name, view.holder, &view.mac)?,
+    }
+    let tool = |line: &str| run(&mut within(view, &line.split(' ').collect::<Vec<_>>()));
+    for address in &view.underlay {
+        match address {
+            IpAddr::V4(_) => tool(&format!("ip address add {address}/24 dev eth0"))?,
+            IpAddr::V6(_) => tool(&format!("ip address add {address}/64 dev eth0 nodad"))?,
+        };
+    }
+    tool("ip link set eth0 up")?;
+    nat::routes(options, index).iter().try_for_each(|route| tool(&format!("ip route add {route}")).map(drop))
 }
 
 fn within(view: &NodeView, words: &[&str]) -> Command {
@@ -163,9 +179,8 @@ fn config(handle: &Handle, options: &Options, view: &NodeView, index: usize) -> 
         subnets.push(format!(r#""fd00:32:0:{index:x}::/64""#));
     }
     // Each node knows a few others to begin with and hears of the rest from them.
-    let seeds: Vec<String> = (1..=options.nodes.min(3))
-        .filter(|seed| *seed != index)
-        .filter_map(|seed| underlay_addresses(options.underlay, seed).into_iter().next())
+    let seeds: Vec<String> = nat::seeds(options, index)
+        .into_iter()
         .map(|address| format!("\"{}\"", std::net::SocketAddr::new(address, 7117)))
         .collect();
     let addresses: Vec<String> = view.underlay.iter().map(|address| format!("\"{address}\"")).collect();

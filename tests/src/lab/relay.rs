@@ -1,4 +1,4 @@
-//! Delay between nodes, by a relay in the keeper.
+//! Delay and loss between nodes, by a relay in the keeper.
 //!
 //! The kernel's own way (the netem queueing discipline) is a module that many kernels lack, so frames take a detour: an
 //! nftables rule at the sender's port forwards them into a veth pair whose far end the keeper reads as raw packets; the
@@ -31,7 +31,8 @@ const FAR: &str = "lab-delay1";
 const QUEUE: usize = 16_384;
 
 type Mac = [u8; 6];
-type Delays = Arc<Mutex<HashMap<(Mac, Mac), Duration>>>;
+/// How long a frame takes longer, and how many of a hundred are lost.
+type Delays = Arc<Mutex<HashMap<(Mac, Mac), (Duration, u8)>>>;
 
 /// The running relay. It ends with the keeper.
 #[derive(Debug)]
@@ -70,23 +71,21 @@ impl Relay {
         Ok(Relay { delays })
     }
 
-    /// Sets the delay of each direction between two nodes. Zero takes it away.
-    pub(crate) fn set(&self, (a, b): &(String, String), delay: Duration) -> anyhow::Result<()> {
-        let (one, other) = (mac(a)?, mac(b)?);
+    /// Sets what befalls frames from one to another. Nothing takes the entry away.
+    pub(crate) fn set(&self, (from, to): &(String, String), delay: Duration, loss: u8) -> anyhow::Result<()> {
+        let pair = (mac(from)?, mac(to)?);
         let mut delays = self.delays.lock().expect("no thread panics with the lock");
-        let known = delays.contains_key(&(one, other));
-        if delay.is_zero() {
+        let known = delays.contains_key(&pair);
+        if delay.is_zero() && loss == 0 {
             if known {
-                nft(&format!("delete element netdev lab delayed {{ {a} . {b}, {b} . {a} }}"))?;
-                delays.remove(&(one, other));
-                delays.remove(&(other, one));
+                nft(&format!("delete element netdev lab delayed {{ {from} . {to} }}"))?;
+                delays.remove(&pair);
             }
             return Ok(());
         }
-        delays.insert((one, other), delay);
-        delays.insert((other, one), delay);
+        delays.insert(pair, (delay, loss));
         if !known {
-            nft(&format!("add element netdev lab delayed {{ {a} . {b}, {b} . {a} }}"))?;
+            nft(&format!("add element netdev lab delayed {{ {from} . {to} }}"))?;
         }
         Ok(())
     }
@@ -111,6 +110,7 @@ fn raw_socket(device: &str) -> anyhow::Result<OwnedFd> {
 
 fn read(socket: &OwnedFd, delays: &Delays, frames: &SyncSender<(Instant, Vec<u8>)>) {
     let mut buffer = vec![0u8; 65_536];
+    let mut drawn = 0u64;
     loop {
         let Ok(length) = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) else { continue };
         let frame = &buffer[..length];
@@ -121,7 +121,12 @@ fn read(socket: &OwnedFd, delays: &Delays, frames: &SyncSender<(Instant, Vec<u8>
         };
         let delay = delays.lock().expect("no thread panics with the lock").get(&(*from, *to)).copied();
         // Frames of other pairs are not for the detour..
-        let Some(delay) = delay else { continue };
+        let Some((delay, loss)) = delay else { continue };
+        // Any sequence that is even over a hundred frames will do; this one does not repeat the same for each flow.
+        drawn = drawn.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        if (drawn >> 33) % 100 < u64::from(loss) {
+            continue;
+        }
         frames.try_send((Instant::now() + delay, frame.to_vec())).ok();
     }
 }

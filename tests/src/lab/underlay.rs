@@ -21,7 +21,12 @@ pub(crate) fn make() -> anyhow::Result<()> {
     tool(&format!("ip link set {BRIDGE} up"))?;
     nft("table bridge lab {
            set cut { type ether_addr . ether_addr; }
-           chain forward { type filter hook forward priority 0; policy accept; ether saddr . ether daddr @cut drop; }
+           set cut_udp { type ether_addr . ether_addr; }
+           chain forward {
+             type filter hook forward priority 0; policy accept;
+             ether saddr . ether daddr @cut drop
+             meta l4proto udp ether saddr . ether daddr @cut_udp drop
+           }
          }")
 }
 
@@ -40,14 +45,32 @@ pub(crate) fn port(node: &str) -> String {
     format!("u-{node}")
 }
 
-/// Lets nothing pass between two nodes.
-pub(crate) fn cut((a, b): &(String, String)) -> anyhow::Result<()> {
-    nft(&format!("add element bridge lab cut {{ {a} . {b}, {b} . {a} }}"))
+/// What of two machines' frames does not pass.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Cut {
+    /// Nothing passes.
+    All,
+    /// All but UDP passes.
+    Udp,
+}
+
+impl Cut {
+    fn set(self) -> &'static str {
+        match self {
+            Cut::All => "cut",
+            Cut::Udp => "cut_udp",
+        }
+    }
+}
+
+/// Lets it no longer pass between two machines.
+pub(crate) fn cut(what: Cut, (a, b): &(String, String)) -> anyhow::Result<()> {
+    nft(&format!("add element bridge lab {} {{ {a} . {b}, {b} . {a} }}", what.set()))
 }
 
 /// Undoes [`cut`].
-pub(crate) fn heal((a, b): &(String, String)) -> anyhow::Result<()> {
-    nft(&format!("delete element bridge lab cut {{ {a} . {b}, {b} . {a} }}"))
+pub(crate) fn heal(what: Cut, (a, b): &(String, String)) -> anyhow::Result<()> {
+    nft(&format!("delete element bridge lab {} {{ {a} . {b}, {b} . {a} }}", what.set()))
 }
 
 /// Feeds commands to nft.

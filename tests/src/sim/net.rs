@@ -93,6 +93,8 @@ pub struct Net<H> {
     pub duplicate_percent: u64,
     /// Latency is 1 ms plus up to this; more than the gap between two datagrams reorders them.
     pub jitter: Duration,
+    /// How much longer a datagram takes from one host to another than within a site.
+    pub distance: Option<fn(SocketAddr, SocketAddr) -> Duration>,
     /// Which side of the partition a host is on; hosts on different sides do not hear each other.
     pub sides: BTreeMap<SocketAddr, u8>,
     /// Pairs of which the second does not hear the first.
@@ -119,6 +121,7 @@ impl<H: Host> Net<H> {
             loss_percent: 0,
             duplicate_percent: 0,
             jitter: Duration::from_millis(4),
+            distance: None,
             sides: BTreeMap::new(),
             deaf: BTreeSet::new(),
             slow: BTreeMap::new(),
@@ -281,7 +284,8 @@ impl<H: Host> Net<H> {
             return;
         }
         let twice = self.rng.next_u64() % 100 < self.duplicate_percent;
-        let late = self.slow.get(&to).copied().unwrap_or_default();
+        let far = self.distance.map_or(Duration::ZERO, |distance| distance(from, to));
+        let late = self.slow.get(&to).copied().unwrap_or_default() + far;
         for _ in 0..=usize::from(twice) {
             let jitter = Duration::from_nanos(self.rng.next_u64() % (self.jitter.as_nanos() as u64).max(1));
             self.count += 1;

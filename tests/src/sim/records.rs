@@ -5,7 +5,8 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use weft_wire::record::{BadSignature, ClaimedRecord, SignedRecord, Verify};
+use weft_wire::record::{BadSignature, ClaimedRecord, Each, NodeRecord, SignedRecord, Verify};
+use weft_wire::types::{NodeName, PublicKey};
 
 /// Dropped records are cleared away when there are so many entries, and then at twice as many as are left.
 const CLEAR_AT: usize = 1 << 14;
@@ -20,6 +21,8 @@ pub struct SharedRecords(Mutex<Known>);
 struct Known {
     records: HashMap<Encoded, Weak<SignedRecord>>,
     clear_at: usize,
+    /// By the whole record with its certificate: few are looked at twice in another form.
+    certified: HashMap<(PublicKey, NodeName, u64), (NodeRecord, bool)>,
 }
 
 impl Verify for SharedRecords {
@@ -37,5 +40,18 @@ impl Verify for SharedRecords {
         }
         known.records.insert(encoded, Arc::downgrade(&record));
         Ok(record)
+    }
+
+    fn verify_certificate(&self, site: &PublicKey, cluster: &str, record: &NodeRecord) -> bool {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = (*site, record.node.clone(), record.version);
+        if let Some((seen, holds)) = known.certified.get(&place)
+            && seen == record
+        {
+            return *holds;
+        }
+        let holds = Each.verify_certificate(site, cluster, record);
+        known.certified.insert(place, (record.clone(), holds));
+        holds
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! Times are virtual, so they depend on the seed and on nothing else. Memory is not measured here.
 
+pub mod sites;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -172,13 +174,17 @@ impl Measured {
     /// A node says goodbye; returns which.
     pub fn leave(&mut self) -> (usize, Event) {
         let node = self.pick();
+        (node, self.leave_of(node))
+    }
+
+    fn leave_of(&mut self, node: usize) -> Event {
         let began = self.meshes.net.now;
         self.meshes.with(node, |mesh, now| mesh.leave(now));
         self.running.remove(&node);
         let gone = |member: Option<MemberView<'_>>| member.is_none_or(|member| member.routed.is_none());
         let event = self.watch(began, seconds(120), |measured, of| measured.thinks(of, node, gone));
         self.meshes.crash(node);
-        (node, event)
+        event
     }
 
     /// A node dies; returns which.

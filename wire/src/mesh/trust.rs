@@ -191,15 +191,14 @@ impl Mesh {
     pub(super) fn certified_epoch(&self, record: &NodeRecord) -> Option<Epoch> {
         let view = self.sites.views().get(&record.site)?;
         let SiteStanding::Member { prefixes, least_serial, void } = &view.standing else { return None };
-        let certificate =
-            record.facts.certificate.filter(|certificate| certificate.serial >= *least_serial)?;
         let subnets = &record.facts.subnets;
         let inside = subnets.iter().all(|leased| prefixes.iter().any(|prefix| prefix.covers(leased.subnet)));
-        if !inside || void.contains(&record.key) {
+        let is_void = record.facts.certificate?.serial < *least_serial || void.contains(&record.key);
+        if !inside || is_void {
             return None;
         }
-        certificate.verify(&view.key, &self.config.cluster, Certified::of(record)).ok()?;
-        Some(subnets.iter().map(|leased| leased.epoch).max().unwrap_or_default())
+        let holds = self.config.verify.verify_certificate(&view.key, &self.config.cluster, record);
+        holds.then(|| subnets.iter().map(|leased| leased.epoch).max().unwrap_or_default())
     }
 
     /// Whether a site key has certified a member's present record; looked at once a record.
@@ -211,10 +210,7 @@ impl Mesh {
             return holds;
         }
         let record = member.signed.record();
-        let certificate = record.facts.certificate;
-        let holds = certificate.is_some_and(|certificate| {
-            certificate.verify(site, &self.config.cluster, Certified::of(record)).is_ok()
-        });
+        let holds = self.config.verify.verify_certificate(site, &self.config.cluster, record);
         self.table.at_mut(id).certified = Some((*site, holds));
         holds
     }
