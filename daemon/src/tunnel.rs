@@ -14,6 +14,7 @@ mod flood;
 pub mod fuzz;
 mod inbound;
 mod monitor;
+mod noise;
 mod outbound;
 mod peer;
 mod shared;
@@ -42,8 +43,9 @@ pub use counters::Reason;
 use elder::Elder;
 pub use endpoints::{Candidate, Keep, Rank};
 pub use monitor::{TunnelMonitor, TunnelStatus};
+use noise::Identity;
 use peer::Peer;
-use shared::{Identity, Shared};
+use shared::Shared;
 use table::Table;
 use tun::Tun;
 use udp::{Batch, Udp};
@@ -68,6 +70,12 @@ impl TunnelSecret {
     /// Returns the public half.
     pub fn public(&self) -> TunnelKey {
         TunnelKey(PublicKey::from(&self.0).to_bytes())
+    }
+}
+
+impl PartialEq for TunnelSecret {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.as_bytes() == other.0.as_bytes()
     }
 }
 
@@ -362,10 +370,10 @@ impl Tunnel {
     /// are new ones. To be followed by [`Tunnel::set_peers`].
     pub fn set_secret(&mut self, secret: &TunnelSecret) {
         let before = self.shared.identities();
-        if before[0].public == PublicKey::from(&secret.0) {
+        if before[0].secret == *secret {
             return;
         }
-        let earlier = TunnelSecret(before[0].secret.clone());
+        let earlier = before[0].secret.clone();
         let identities = vec![Identity::new(secret), Identity::new(&earlier)];
         *self.shared.identities.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(identities);
     }
@@ -453,7 +461,7 @@ impl Tunnel {
         let used = table.peers.values().map(Peer::for_sending).filter(|peer| peer.session().ready());
         used.filter_map(|peer| {
             let own = identities.iter().find(|identity| peer.is_under(identity))?;
-            Some((TunnelKey(own.public.to_bytes()), peer.key))
+            Some((own.public, peer.key))
         })
         .collect()
     }
@@ -480,14 +488,14 @@ impl Drop for Tunnel {
 }
 
 /// Why a peer's key cannot be used.
-fn unusable(peer: &TunnelPeer, own: &PublicKey, keys: &mut BTreeSet<TunnelKey>) -> Option<String> {
+fn unusable(peer: &TunnelPeer, own: &TunnelKey, keys: &mut BTreeSet<TunnelKey>) -> Option<String> {
     let node = &peer.node;
     if peer.key.0 == [0; 32] {
         return Some(format!(
             "{node} announces a tunnel key of zeros; restart its daemon with a key of its own"
         ));
     }
-    if peer.key.0 == *own.as_bytes() {
+    if peer.key == *own {
         return Some(format!(
             "{node} announces this node's own tunnel key; remove the copied key file there"
         ));

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use weft_wire::packet::{VnetHeader, split};
 
 use super::counters::Counters;
-use super::inbound::{Addressed, Recipient, addressed, owns, receiver, recipient};
+use super::inbound::{Recipient, owns, receiver, recipient};
 use super::peer::{Opened, Peer};
 use super::table::Table;
 use super::udp::Batch;
@@ -42,7 +42,7 @@ impl End {
             prefixes: prefixes.clone(),
             preshared: None,
         };
-        let peer = Peer::new(&peer, u32::from(number), secret.0.clone(), None);
+        let peer = Peer::new(&peer, u32::from(number), secret.clone(), None);
         let (table, refused) = Table::new(vec![(Arc::new(peer), prefixes)]);
         assert!(refused.is_empty());
         Self { identities: vec![Identity::new(&secret)], table, counters: Counters::default() }
@@ -66,12 +66,9 @@ impl End {
         let peer = if datagram.first() == Some(&4) {
             receiver(datagram).and_then(|receiver| self.table.by_receiver(receiver)).cloned()
         } else {
-            match addressed(&self.identities, address(from), datagram, &mut [0; 64]) {
-                Addressed::To(identity, packet) => match recipient(&self.table, identity, packet) {
-                    Recipient::Peer(peer) => Some(peer),
-                    Recipient::Stranger(_) | Recipient::None(_) => None,
-                },
-                Addressed::Cookie(_) | Addressed::Nobody(_) => None,
+            match recipient(&self.table, &self.identities, address(from), datagram, &mut [0; 64]) {
+                Recipient::Peer(peer) => Some(peer),
+                Recipient::Stranger(_) | Recipient::Cookie(_) | Recipient::None(_) => None,
             }
         };
         let Some(peer) = peer else { return (None, Vec::new()) };

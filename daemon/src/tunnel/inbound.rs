@@ -5,9 +5,6 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use boringtun::noise::errors::WireGuardError;
-use boringtun::noise::handshake::parse_handshake_anon;
-use boringtun::noise::{Packet, TunnResult};
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use weft_wire::packet::Coalescer;
@@ -15,6 +12,7 @@ use weft_wire::types::TunnelKey;
 
 use super::counters::Reason;
 use super::elder::Way;
+use super::noise::Examined;
 use super::peer::{Opened, Peer};
 use super::table::Table;
 use super::udp::{Batch, Udp, wait};
@@ -175,10 +173,9 @@ impl<'a> Inbound<'a> {
             return drop(Reason::Flood);
         }
         let mut cookie = [0; 64];
-        let identities = shared.identities();
-        let peer = match addressed(&identities, from, datagram, &mut cookie) {
-            Addressed::To(identity, packet) => recipient(table, identity, packet),
-            Addressed::Cookie(length) => {
+        let peer = match recipient(table, &shared.identities(), from, datagram, &mut cookie) {
+            Recipient::Peer(peer) => peer,
+            Recipient::Cookie(length) => {
                 drop(Reason::Flood);
                 self.answers.push(length, |room| {
                     room.copy_from_slice(&cookie[..length]);
@@ -187,10 +184,6 @@ impl<'a> Inbound<'a> {
                 shared.send(from, &self.answers);
                 return self.answers.clear();
             }
-            Addressed::Nobody(reason) => return drop(reason),
-        };
-        let peer = match peer {
-            Recipient::Peer(peer) => peer,
             Recipient::None(Reason::UnknownSession) if self.pass_on(from, datagram) => return,
             Recipient::None(reason) => return drop(reason),
             Recipient::Stranger(key) => return shared.knock(key),
@@ -205,59 +198,41 @@ impl<'a> Inbound<'a> {
     }
 }
 
-/// Whose a handshake is, by its first MAC (whitepaper s5.4.4).
-pub(super) enum Addressed<'a> {
-    /// Meant for this identity of the node.
-    To(&'a Identity, Packet<'a>),
-    /// To be answered with a cookie of so many bytes: the node is under load.
-    Cookie(usize),
-    Nobody(Reason),
-}
-
-pub(super) fn addressed<'a>(
-    identities: &'a [Identity],
-    from: SocketAddr,
-    datagram: &'a [u8],
-    cookie: &mut [u8; 64],
-) -> Addressed<'a> {
-    let mut found = Addressed::Nobody(Reason::Malformed);
-    for identity in identities {
-        match identity.limiter.verify_packet(Some(from.ip()), datagram, cookie) {
-            Ok(packet) => return Addressed::To(identity, packet),
-            Err(TunnResult::WriteToNetwork(cookie)) => return Addressed::Cookie(cookie.len()),
-            Err(TunnResult::Err(WireGuardError::InvalidMac)) => found = Addressed::Nobody(Reason::BadMac),
-            Err(_) => {}
-        }
-    }
-    found
-}
-
 /// Whose session a handshake is about.
 pub(super) enum Recipient {
     Peer(Arc<Peer>),
     /// Nobody's that is known yet.
     Stranger(TunnelKey),
+    /// To be answered with a cookie of so many bytes: the node is under load.
+    Cookie(usize),
     None(Reason),
 }
 
-pub(super) fn recipient(table: &Table, identity: &Identity, packet: Packet<'_>) -> Recipient {
-    let by_receiver = |receiver| {
-        let peer = table.by_receiver(receiver).cloned();
-        peer.map_or(Recipient::None(Reason::UnknownSession), Recipient::Peer)
-    };
-    match packet {
-        Packet::HandshakeInit(init) => {
-            let Ok(half) = parse_handshake_anon(&identity.secret, &identity.public, &init) else {
-                return Recipient::None(Reason::Forged);
-            };
-            let key = TunnelKey(half.peer_static_public);
-            let peer = table.peers.get(&key).and_then(|peer| peer.under(identity));
-            peer.map_or(Recipient::Stranger(key), Recipient::Peer)
+/// Finds the node's identity that a handshake is meant for, and the peer.
+pub(super) fn recipient(
+    table: &Table,
+    identities: &[Identity],
+    from: SocketAddr,
+    datagram: &[u8],
+    cookie: &mut [u8; 64],
+) -> Recipient {
+    let mut found = Reason::Malformed;
+    for identity in identities {
+        match identity.examine(from.ip(), datagram, cookie) {
+            Examined::From(key) => {
+                let peer = table.peers.get(&key).and_then(|peer| peer.under(identity));
+                return peer.map_or(Recipient::Stranger(key), Recipient::Peer);
+            }
+            Examined::About(receiver) => {
+                let peer = table.by_receiver(receiver).cloned();
+                return peer.map_or(Recipient::None(Reason::UnknownSession), Recipient::Peer);
+            }
+            Examined::Cookie(length) => return Recipient::Cookie(length),
+            Examined::Void(reason) => return Recipient::None(reason),
+            Examined::Elsewhere(reason) => found = reason,
         }
-        Packet::HandshakeResponse(response) => by_receiver(response.receiver_idx),
-        Packet::PacketCookieReply(reply) => by_receiver(reply.receiver_idx),
-        Packet::PacketData(_) => Recipient::None(Reason::Malformed),
     }
+    Recipient::None(found)
 }
 
 /// Returns the index of the session that a message names: the answer to a handshake has its sender's before (whitepaper

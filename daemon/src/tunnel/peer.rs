@@ -7,27 +7,21 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use boringtun::noise::errors::WireGuardError;
-use boringtun::noise::{Tunn, TunnResult};
-use boringtun::x25519::{PublicKey, StaticSecret};
 use weft_wire::preshared::PresharedKey;
 use weft_wire::types::{NodeName, TunnelKey};
 
 use super::counters::{Counters, Reason, Traffic};
 use super::endpoints::{Endpoints, Heard};
+use super::noise::{Boringtun, Due, LEAST_ROOM, Noise, OVERHEAD, Sealed, Shaken};
 use super::udp::Batch;
-use super::{Identity, TunnelPeer};
+use super::{Identity, TunnelPeer, TunnelSecret};
 
 /// So long after a session under new keys the one before is still heard: a kernel goes over only when it looks.
 const OVERLAP: Duration = Duration::from_secs(15);
 /// So long a peer that may not have heard of this node's new key is answered under the one before, if none comes after it.
 const UNHEARD: Duration = Duration::from_secs(600);
-/// So many packets wait for a session; boringtun would keep four times as many.
+/// So many packets wait for a session.
 const WAITING: usize = 64;
-/// What WireGuard adds to a packet: header, counter and tag (whitepaper s5.4.6).
-pub(super) const OVERHEAD: usize = 32;
-/// The least room that boringtun asks for: a handshake initiation.
-const LEAST_ROOM: usize = 148;
 /// Packets are padded to a multiple of this (whitepaper s5.4.6).
 const PADDING: usize = 16;
 const DATA: u8 = 4;
@@ -46,10 +40,11 @@ pub(super) struct Peer {
 }
 
 /// The state that both directions share.
-pub(super) struct Session {
-    tunn: Option<Box<Tunn>>,
-    own: StaticSecret,
-    peer: PublicKey,
+pub(super) struct Session<N = Boringtun> {
+    /// Made when the first packet comes.
+    noise: Option<N>,
+    own: TunnelSecret,
+    peer: TunnelKey,
     preshared: Option<PresharedKey>,
     index: u32,
     /// Where its packets go.
@@ -64,7 +59,7 @@ pub(super) struct Session {
     padded: Vec<u8>,
 }
 
-impl std::fmt::Debug for Session {
+impl<N> std::fmt::Debug for Session<N> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Session")
             .field("endpoint", &self.endpoints.current())
@@ -88,49 +83,34 @@ impl Peer {
     pub(super) fn new(
         wanted: &TunnelPeer,
         index: u32,
-        own: StaticSecret,
+        own: TunnelSecret,
         previous: Option<Arc<Peer>>,
     ) -> Self {
-        let TunnelPeer { node, key, endpoint, preshared, .. } = wanted.clone();
-        let session = Session {
-            tunn: None,
-            own,
-            peer: PublicKey::from(key.0),
-            preshared,
-            index,
-            endpoints: Endpoints::new(endpoint),
-            ready: false,
-            waiting: 0,
-            asked: None,
-            wanted: false,
-            padded: Vec::new(),
-        };
         Self {
-            node,
-            key,
+            node: wanted.node.clone(),
+            key: wanted.key,
             index,
             traffic: Traffic::default(),
-            session: Mutex::new(session),
+            session: Mutex::new(Session::new(wanted, index, own)),
             previous: Mutex::new(previous.map(|previous| (previous, Instant::now()))),
         }
     }
 
     /// Whether the session can go on: its keys are the same.
-    pub(super) fn keeps(&self, wanted: &TunnelPeer, own: &StaticSecret) -> bool {
+    pub(super) fn keeps(&self, wanted: &TunnelPeer, own: &TunnelSecret) -> bool {
         let session = self.session();
         self.node == wanted.node
             && self.key == wanted.key
-            && session.own.as_bytes() == own.as_bytes()
+            && session.own == *own
             && session.preshared == wanted.preshared
     }
 
     /// Whether this node is to ask for a session under other keys: the peer's are what changed, so it knows of them, or it is
     /// the secret of the pair and there is a session to follow. Of a key of this node's own the peer has yet to hear.
-    pub(super) fn gives_way(self: &Arc<Self>, wanted: &TunnelPeer, own: &StaticSecret) -> bool {
+    pub(super) fn gives_way(self: &Arc<Self>, wanted: &TunnelPeer, own: &TunnelSecret) -> bool {
         let in_use = self.for_sending().session().ready;
         let session = self.session();
-        session.own.as_bytes() == own.as_bytes()
-            && (self.key != wanted.key || (session.preshared != wanted.preshared && in_use))
+        session.own == *own && (self.key != wanted.key || (session.preshared != wanted.preshared && in_use))
     }
 
     /// Returns the peer whose sessions belong to an identity of this node.
@@ -141,7 +121,7 @@ impl Peer {
 
     /// Whether its sessions belong to that identity of this node.
     pub(super) fn is_under(&self, identity: &Identity) -> bool {
-        self.session().own.as_bytes() == identity.secret.as_bytes()
+        self.session().own == identity.secret
     }
 
     /// Returns the same node under the keys before.
@@ -182,7 +162,24 @@ impl Peer {
     }
 }
 
-impl Session {
+impl<N: Noise> Session<N> {
+    fn new(wanted: &TunnelPeer, index: u32, own: TunnelSecret) -> Self {
+        let TunnelPeer { key, endpoint, preshared, .. } = wanted.clone();
+        Self {
+            noise: None,
+            own,
+            peer: key,
+            preshared,
+            index,
+            endpoints: Endpoints::new(endpoint),
+            ready: false,
+            waiting: 0,
+            asked: None,
+            wanted: false,
+            padded: Vec::new(),
+        }
+    }
+
     pub(super) fn endpoint(&self) -> SocketAddr {
         self.endpoints.current()
     }
@@ -226,10 +223,9 @@ impl Session {
 
     /// Lets the peer know that there is a session: an empty packet under it, if there is one.
     pub(super) fn confirm(&mut self, batch: &mut Batch) {
-        let Some(tunn) = self.tunn.as_mut().filter(|_| self.ready) else { return };
-        batch.push(LEAST_ROOM, |room| match tunn.encapsulate(&[], room) {
-            TunnResult::WriteToNetwork(datagram) => datagram.len(),
-            _ => 0,
+        let Some(noise) = self.noise.as_mut().filter(|_| self.ready) else { return };
+        batch.push(LEAST_ROOM, |room| match noise.seal(&[], room) {
+            Sealed::Data(length) | Sealed::Kept(length) => length,
         });
     }
 
@@ -240,14 +236,11 @@ impl Session {
 
     /// Since the last handshake.
     pub(super) fn age(&self) -> Option<Duration> {
-        self.tunn.as_ref().and_then(|tunn| tunn.time_since_last_handshake())
+        self.noise.as_ref().and_then(N::age)
     }
 
-    fn tunn(&mut self) -> &mut Tunn {
-        self.tunn.get_or_insert_with(|| {
-            let preshared = self.preshared.as_ref().map(|key| *key.secret());
-            Box::new(Tunn::new(self.own.clone(), self.peer, preshared, None, self.index, None))
-        })
+    fn noise(&mut self) -> &mut N {
+        self.noise.get_or_insert_with(|| N::new(&self.own, self.peer, self.preshared.as_ref(), self.index))
     }
 
     /// Seals a packet, padded within `mtu` bytes, into the batch, or keeps it until there is a session, which is asked for.
@@ -268,14 +261,14 @@ impl Session {
             padded.resize(length, 0);
             &padded
         };
-        let tunn = self.tunn();
+        let noise = self.noise();
         let mut is_data = false;
-        batch.push((length + OVERHEAD).max(LEAST_ROOM), |room| match tunn.encapsulate(padded_packet, room) {
-            TunnResult::WriteToNetwork(datagram) => {
-                is_data = datagram[0] == DATA;
-                datagram.len()
+        batch.push((length + OVERHEAD).max(LEAST_ROOM), |room| match noise.seal(padded_packet, room) {
+            Sealed::Data(length) => {
+                is_data = true;
+                length
             }
-            _ => 0,
+            Sealed::Kept(length) => length,
         });
         self.ready = is_data;
         if is_data && self.endpoints.is_managed() {
@@ -295,54 +288,55 @@ impl Session {
         room: &mut [u8],
         answers: &mut Batch,
     ) -> Opened {
-        let is_data = datagram.first() == Some(&DATA);
-        let tunn = self.tunn();
-        let mut answer = Vec::new();
-        let opened = if is_data {
-            match tunn.decapsulate(Some(from.ip()), datagram, room) {
-                TunnResult::WriteToTunnelV4(packet, source) => Opened::Packet(packet.len(), source.into()),
-                TunnResult::WriteToTunnelV6(packet, source) => Opened::Packet(packet.len(), source.into()),
-                TunnResult::Done => Opened::Nothing,
-                TunnResult::WriteToNetwork(_) => Opened::Nothing,
-                TunnResult::Err(error) => Opened::Dropped(reason(&error)),
-            }
-        } else {
-            let mut reply = [0; 256];
-            match tunn.decapsulate(Some(from.ip()), datagram, &mut reply) {
-                TunnResult::WriteToNetwork(datagram) => {
-                    answer.extend_from_slice(datagram);
-                    Opened::Nothing
-                }
-                TunnResult::Err(error) => Opened::Dropped(reason(&error)),
-                // A cookie, which does not say where the peer is.
-                _ => return Opened::Nothing,
-            }
-        };
-        if matches!(opened, Opened::Dropped(_)) {
-            return opened;
+        if datagram.first() != Some(&DATA) {
+            return self.shake(from, datagram, answers);
         }
+        let opened = match self.noise().open(from.ip(), datagram, room) {
+            Ok(Some((length, source))) => Opened::Packet(length, source),
+            Ok(None) => Opened::Nothing,
+            Err(reason) => return Opened::Dropped(reason),
+        };
+        let what = if matches!(opened, Opened::Packet(..)) { Heard::Data } else { Heard::Empty };
+        self.heard(from, what);
+        // Data confirms a session that the peer asked for.
+        self.begin(answers);
+        opened
+    }
+
+    /// Takes that something authentic came from there.
+    fn heard(&mut self, from: SocketAddr, what: Heard) {
         if self.endpoints.is_managed() {
-            let what = match opened {
-                Opened::Packet(..) => Heard::Data,
-                _ if is_data => Heard::Empty,
-                _ => Heard::Handshake,
-            };
             self.endpoints.heard(from, what, Instant::now());
         } else {
             self.endpoints.move_to(from);
         }
-        if !answer.is_empty() {
-            answers.push(answer.len(), |room| {
-                room.copy_from_slice(&answer);
-                answer.len()
-            });
+    }
+
+    /// Takes what is no data.
+    fn shake(&mut self, from: SocketAddr, datagram: &[u8], answers: &mut Batch) -> Opened {
+        let mut answer = [0; 256];
+        let shaken = match self.noise().shake(from.ip(), datagram, &mut answer) {
+            Ok(shaken) => shaken,
+            Err(reason) => return Opened::Dropped(reason),
+        };
+        let (Shaken::Confirmed(length) | Shaken::Answered(length)) = shaken else { return Opened::Nothing };
+        self.heard(from, Heard::Handshake);
+        answers.push(length, |room| {
+            room.copy_from_slice(&answer[..length]);
+            length
+        });
+        if let Shaken::Confirmed(_) = shaken {
+            self.begin(answers);
         }
-        // An answer of kind 4 is the keepalive that confirms a session; data confirms one that the peer asked for.
-        if (is_data || answer.first() == Some(&DATA)) && !self.ready {
+        Opened::Nothing
+    }
+
+    /// Notes that there is a session to seal with, if there was none.
+    fn begin(&mut self, answers: &mut Batch) {
+        if !self.ready {
             self.ready = true;
             self.release(answers);
         }
-        opened
     }
 
     /// Sends what waited for a session.
@@ -350,36 +344,36 @@ impl Session {
         self.waiting = 0;
         self.asked = None;
         self.wanted = false;
-        let Some(tunn) = &mut self.tunn else { return };
+        let Some(noise) = &mut self.noise else { return };
         let mut more = true;
         while more {
             more = false;
             // The longest packet that a device of any MTU hands over.
-            answers.push((1 << 16) + OVERHEAD, |room| match tunn.decapsulate(None, &[], room) {
-                TunnResult::WriteToNetwork(datagram) => {
-                    more = datagram[0] == DATA;
-                    datagram.len()
+            answers.push((1 << 16) + OVERHEAD, |room| match noise.seal_kept(room) {
+                Some(Sealed::Data(length)) => {
+                    more = true;
+                    length
                 }
-                _ => 0,
+                Some(Sealed::Kept(length)) => length,
+                None => 0,
             });
         }
     }
 
     /// Does what is due: keepalives, new handshakes, the end of sessions.
     pub(super) fn tick(&mut self, batch: &mut Batch) {
-        let Some(tunn) = &mut self.tunn else { return };
+        let Some(noise) = &mut self.noise else { return };
         let mut expired = false;
-        batch.push(LEAST_ROOM.max(OVERHEAD), |room| match tunn.update_timers(room) {
-            TunnResult::WriteToNetwork(datagram) => datagram.len(),
-            TunnResult::Err(WireGuardError::ConnectionExpired) => {
+        batch.push(LEAST_ROOM, |room| match noise.tick(room) {
+            Due::Send(length) => length,
+            Due::Expired => {
                 expired = true;
                 0
             }
-            _ => 0,
         });
         if expired {
             self.end();
-        } else if self.ready && tunn.time_since_last_handshake().is_none() {
+        } else if self.ready && noise.age().is_none() {
             self.ready = false;
         }
         if self.is_overdue() {
@@ -389,7 +383,7 @@ impl Session {
 
     /// Forgets all session keys.
     fn end(&mut self) {
-        self.tunn = None;
+        self.noise = None;
         self.ready = false;
         self.waiting = 0;
         self.asked = None;
@@ -422,22 +416,10 @@ impl Session {
     pub(super) fn initiate(&mut self, batch: &mut Batch) {
         let times = self.asked.map_or(0, |(_, times)| times + 1);
         self.asked = Some((Instant::now(), times));
-        let tunn = self.tunn();
-        batch.push(LEAST_ROOM, |room| match tunn.format_handshake_initiation(room, true) {
-            TunnResult::WriteToNetwork(datagram) => datagram.len(),
-            _ => 0,
-        });
+        let noise = self.noise();
+        batch.push(LEAST_ROOM, |room| noise.initiate(room));
     }
 }
 
-fn reason(error: &WireGuardError) -> Reason {
-    match error {
-        WireGuardError::DuplicateCounter | WireGuardError::InvalidCounter => Reason::Replayed,
-        WireGuardError::WrongTai64nTimestamp | WireGuardError::InvalidTai64nTimestamp => Reason::Replayed,
-        WireGuardError::NoCurrentSession | WireGuardError::WrongIndex => Reason::UnknownSession,
-        WireGuardError::InvalidMac => Reason::BadMac,
-        WireGuardError::UnderLoad => Reason::Flood,
-        WireGuardError::InvalidPacket | WireGuardError::IncorrectPacketLength => Reason::Malformed,
-        _ => Reason::Forged,
-    }
-}
+#[cfg(test)]
+mod tests;

@@ -10,16 +10,14 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use boringtun::noise::rate_limiter::RateLimiter;
-use boringtun::x25519::{PublicKey, StaticSecret};
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use weft_wire::types::{NodeName, TunnelKey};
 
-use super::TunnelSecret;
 use super::counters::{Counters, Reason};
 use super::elder::Elder;
 use super::flood::Flood;
+use super::noise::Identity;
 use super::peer::Peer;
 use super::table::Table;
 use super::tun::Tun;
@@ -35,29 +33,6 @@ const PATH_TICK: Duration = Duration::from_millis(50);
 const ASK_AT_ONCE: usize = 32;
 /// For so long it is remembered that a key asked for a session: news of a node are everywhere by then.
 const KNOCKED: Duration = Duration::from_secs(10);
-/// Handshakes of all sources together in a second, before cookies are asked for (whitepaper s5.3).
-const HANDSHAKES: u64 = 200;
-
-/// A key of the node's.
-pub(super) struct Identity {
-    pub(super) secret: StaticSecret,
-    pub(super) public: PublicKey,
-    /// Its first MAC, and its cookies.
-    pub(super) limiter: RateLimiter,
-}
-
-impl fmt::Debug for Identity {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Identity({:?})", TunnelKey(self.public.to_bytes()))
-    }
-}
-
-impl Identity {
-    pub(super) fn new(secret: &TunnelSecret) -> Self {
-        let public = PublicKey::from(&secret.0);
-        Self { secret: secret.0.clone(), public, limiter: RateLimiter::new(&public, HANDSHAKES) }
-    }
-}
 
 /// What the threads share.
 pub(super) struct Shared {
@@ -298,7 +273,7 @@ impl Shared {
             urgent = false;
             let now = Instant::now();
             if second.elapsed() >= Duration::from_secs(1) {
-                self.identities().iter().for_each(|identity| identity.limiter.reset_count());
+                self.identities().iter().for_each(|identity| identity.begin_second());
                 second = Instant::now();
             }
             let strangers =

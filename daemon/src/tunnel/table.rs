@@ -86,7 +86,6 @@ impl Table {
 
 #[cfg(test)]
 mod tests {
-    use boringtun::x25519::StaticSecret;
     use proptest::prelude::*;
 
     use super::*;
@@ -100,7 +99,7 @@ mod tests {
             prefixes: prefixes.to_vec(),
             preshared: None,
         };
-        let peer = Peer::new(&wanted, u32::from(number), StaticSecret::from([99; 32]), None);
+        let peer = Peer::new(&wanted, u32::from(number), TunnelSecret::from_bytes([99; 32]), None);
         (Arc::new(peer), prefixes.to_vec())
     }
 
