@@ -2,14 +2,16 @@
 
 use std::time::Instant;
 
+use weft_wire::api;
 use weft_wire::mesh::RelayRefusal;
-use weft_wire::types::TunnelKey;
+use weft_wire::types::{NodeName, TunnelKey};
 
 use super::Node;
 use crate::control::Seen;
+use crate::control::paths::GivenUp;
 use crate::kernel::TunnelLook;
-use crate::relay::Relay;
 use crate::relay::pair::Member;
+use crate::relay::{PairStatus, Relay};
 use crate::tunnel::{Candidate, Keep};
 
 impl Node {
@@ -44,6 +46,44 @@ impl Node {
             Some(TunnelLook::Kernel(monitors)) => monitors.iter().for_each(|monitor| monitor.want(key)),
             None => {}
         }
+    }
+
+    /// Returns the relay that packets to a peer go by.
+    pub(super) fn relay_to(&self, node: &NodeName, tunnel: Option<&api::Tunnel>) -> Option<String> {
+        let endpoint = tunnel?.endpoint.parse().ok()?;
+        self.control.relay_of(node, endpoint).map(ToString::to_string)
+    }
+
+    /// Returns what it relays for others.
+    pub(super) fn relaying(&self) -> Option<api::Relaying> {
+        let relay = self.relay.as_ref()?;
+        let pair = |status: PairStatus| api::RelayedPair {
+            nodes: status.nodes.iter().map(ToString::to_string).collect(),
+            port: status.port.into(),
+            legs: status.legs.iter().flatten().map(ToString::to_string).collect(),
+            forwarded: status.counts.forwarded,
+            bytes: status.counts.bytes,
+            refused: status.counts.refused,
+        };
+        let counts = relay.counts();
+        Some(api::Relaying {
+            room: relay.room().into(),
+            pairs: relay.status().into_iter().map(pair).collect(),
+            forwarded: counts.forwarded,
+            bytes: counts.bytes,
+            refused: counts.refused,
+        })
+    }
+
+    /// Returns the relays that promised and did not carry, a sentence each.
+    pub(super) fn relay_problems(&self, now: Instant) -> Vec<String> {
+        let sentence = |gone: GivenUp| match gone.carried {
+            true => format!("relay {} stopped to carry packets for {}", gone.relay, gone.peer),
+            false => {
+                format!("relay {} gave a port for {}, and no packet came through it", gone.relay, gone.peer)
+            }
+        };
+        self.control.relays_given_up(now).into_iter().map(sentence).collect()
     }
 
     /// Gives a pair a port of the relay, where there is one.

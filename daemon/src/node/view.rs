@@ -93,6 +93,9 @@ impl Node {
             key: self.control.mesh.key().public().to_string(),
             pods: u32::try_from(self.pods.attachments().count()).unwrap_or(u32::MAX),
             encryption: self.control.config.encryption.policy.to_string(),
+            mapping: self.control.own_reach().mapping.as_str().into(),
+            reflexive: self.control.own_reach().reflexive.iter().map(ToString::to_string).collect(),
+            relaying: self.relaying(),
             tunnels: self.tunnels().map(|tunnels| Tunnels {
                 implementation: tunnels.to_string(),
                 key: self.control.tunnel_key().map(String::from).unwrap_or_default(),
@@ -224,7 +227,11 @@ impl Node {
             .members()
             .map(|member| {
                 let facts = &member.record.facts;
-                let transport = self.transport_to(member.node.as_str());
+                let tunnel = tunnel(member.node, facts.tunnel.as_ref());
+                let via = self.relay_to(member.node, tunnel.as_ref());
+                // Who is relayed for is so in place of being reached by its own tunnel.
+                let transport =
+                    if via.is_some() { "relay".into() } else { self.transport_to(member.node.as_str()) };
                 Peer {
                     node: member.node.to_string(),
                     site: member.site.to_string(),
@@ -243,7 +250,9 @@ impl Node {
                     },
                     key: member.record.key.to_string(),
                     version: member.record.version,
-                    tunnel: tunnel(member.node, facts.tunnel.as_ref()),
+                    tunnel,
+                    via: via.unwrap_or_default(),
+                    mapping: facts.reach.mapping.as_str().into(),
                 }
             })
             .collect();
@@ -524,6 +533,22 @@ impl Node {
                     tunnels.len()
                 ),
                 "check that UDP port encryption.port is open between the nodes",
+            );
+        }
+        if self.tunnels().is_some() {
+            let gone = self.relay_problems(now);
+            let fine = self.relaying().map_or("relays for nobody".into(), |relaying| {
+                format!(
+                    "relays for {} pairs, {} % of its ports are free",
+                    relaying.pairs.len(),
+                    relaying.room
+                )
+            });
+            check(
+                "relays",
+                gone,
+                fine,
+                "see that UDP relay.ports of that node are open to all sites, or set relay.enabled = false on it",
             );
         }
         let routes = || self.control.pass.report.iter().flat_map(|report| &report.routes);
