@@ -114,6 +114,8 @@ pub struct GossipConfig {
     pub port: u16,
     /// Where to look for a first peer.
     pub seeds: Vec<SocketAddr>,
+    /// Where other sites reach this node's gossip, if not at its own addresses.
+    pub advertise: Vec<SocketAddr>,
     /// Between two probes.
     pub probe_interval: Duration,
 }

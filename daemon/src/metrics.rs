@@ -158,12 +158,22 @@ fn text(status: &Status) -> String {
     );
     gauge("reconcile_passes", "Passes over the kernel since the daemon started", reconcile.passes);
     gauge("uptime_seconds", "How long the daemon has run", status.uptime_s);
+    let reach = status.reach.clone().unwrap_or_default();
+    gauge("nat_keepers", "Members that this node keeps a way open to", reach.keepers.len() as u64);
     let counts = status.peers.clone().unwrap_or_default();
     let peers = Family::<StateLabel, Gauge>::default();
     for (state, count) in [("alive", counts.alive), ("suspect", counts.suspect), ("dead", counts.dead)] {
         peers.get_or_create(&StateLabel { state }).set(count.into());
     }
     registry.register("peers", "Other nodes by state", peers);
+    let forwarded = Counter::<u64>::default();
+    forwarded.inc_by(reach.forwarded);
+    registry.register("gossip_forwarded_datagrams", "Datagrams passed on to members behind NAT", forwarded);
+    let not_forwarded = Family::<ReasonLabel, Counter>::default();
+    for Count { reason, count } in &reach.dropped {
+        not_forwarded.get_or_create(&ReasonLabel { reason: reason.clone() }).inc_by(*count);
+    }
+    registry.register("gossip_unforwarded_datagrams", "Datagrams not passed on, by reason", not_forwarded);
     let dropped = Family::<ReasonLabel, Counter>::default();
     for Count { reason, count } in status.tunnels.iter().flat_map(|tunnels| &tunnels.dropped) {
         dropped.get_or_create(&ReasonLabel { reason: reason.clone() }).inc_by(*count);

@@ -9,6 +9,7 @@ mod handover;
 mod keys;
 mod paths;
 pub mod pods;
+mod reach;
 mod sites;
 mod start;
 mod view;

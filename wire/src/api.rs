@@ -322,6 +322,35 @@ pub struct Status {
     /// What it relays for others; nothing where it relays for nobody.
     #[prost(message, optional, tag = "27")]
     pub relaying: Option<Relaying>,
+    /// How other sites reach its gossip; nothing while none says.
+    #[prost(message, optional, tag = "22")]
+    pub reach: Option<Reach>,
+}
+
+/// How other sites reach a node's gossip.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct Reach {
+    /// `open`, `behind-nat`, `filtered` or `unknown`.
+    #[prost(string, tag = "1")]
+    pub reach: String,
+    /// Where members of other sites see it, the latest first.
+    #[prost(string, repeated, tag = "2")]
+    pub reflexive: Vec<String>,
+    /// `independent`, `dependent` (on whom it sends to) or `unknown`.
+    #[prost(string, tag = "3")]
+    pub mapping: String,
+    /// Members that it keeps a way open to.
+    #[prost(string, repeated, tag = "4")]
+    pub keepers: Vec<String>,
+    /// The shortest pause after which it uses a mapping; 0 without keepers.
+    #[prost(uint64, tag = "5")]
+    pub pause_ms: u64,
+    /// Datagrams passed on to members that it keeps.
+    #[prost(uint64, tag = "6")]
+    pub forwarded: u64,
+    /// And those that were not, by reason.
+    #[prost(message, repeated, tag = "7")]
+    pub dropped: Vec<Count>,
 }
 
 /// What a node relays for others.

@@ -10,17 +10,20 @@
 
 mod api;
 mod contact;
+mod forward;
 mod gossip;
 mod membership;
 mod merge;
 mod paths;
 mod probe;
 pub(crate) mod proto;
+mod reach;
 mod routes;
 mod sites;
 mod sync;
 mod timer;
 mod trust;
+mod way;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
@@ -32,20 +35,24 @@ use rand_chacha::ChaCha8Rng;
 use rand_core::{RngCore, SeedableRng};
 
 pub use crate::record::{
-    Capabilities, Carrier, Detour, Facts, LeasedSubnet, Mapping, NodeKey, NodeRecord, Reach, TunnelFacts,
+    Capabilities, Carrier, Detour, Facts, LeasedSubnet, NodeKey, NodeRecord, Reach, Reachability,
+    TunnelFacts, TunnelMapping, TunnelReach,
 };
 pub use api::{
     Authority, Counters, LeaseTable, MemberState, MemberView, MeshConfig, MeshEvent, Output, Owner, Rejected,
     SiteStanding, SiteView, Timing, Trust, UnknownNode, Verdict,
 };
+pub use forward::NotForwarded;
 pub use paths::{MAX_CALLED, PathWord, RelayRefusal};
+pub use reach::{KeeperView, Mapping, ReachView};
 pub use trust::WordError;
 
-use crate::record::SignedRecord;
+use crate::record::{SignedRecord, socket_from_bytes};
 use crate::seal::KeyRing;
 use crate::site::{Certificate, SiteKey};
 use crate::types::NodeName;
 use contact::{Challenge, Contact};
+use forward::Shares;
 use gossip::{Queue, Topic};
 use membership::{Table, name_hash};
 use probe::{Pending, Probe};
@@ -106,6 +113,10 @@ pub struct Mesh {
     pending: BTreeMap<u64, Pending>,
     seed_owners: BTreeMap<SocketAddr, u64>,
     timers: Timers,
+    /// How this node is reached.
+    reach: reach::State,
+    /// What it passes on for whom.
+    shares: Shares,
     outputs: VecDeque<Output>,
     last_duplicate: Option<Instant>,
     last_wrong_key: Option<Instant>,
@@ -114,10 +125,12 @@ pub struct Mesh {
     counters: Counters,
 }
 
-/// Where an answer goes.
+/// Whom a datagram came from, and where an answer goes.
 #[derive(Debug, Clone)]
 struct ReplyTo {
-    to: SocketAddr,
+    from: SocketAddr,
+    /// It came through a keeper, at `from`: the sender is elsewhere.
+    forwarded: bool,
     name: NodeName,
     hash: u64,
 }
@@ -169,6 +182,8 @@ impl Mesh {
             pending: BTreeMap::new(),
             seed_owners: BTreeMap::new(),
             timers,
+            reach: reach::State::default(),
+            shares: Shares::default(),
             outputs: VecDeque::new(),
             last_duplicate: None,
             last_wrong_key: None,
@@ -220,6 +235,8 @@ impl Mesh {
                 Timer::Expire(token) => self.on_expire_timer(token),
                 Timer::Certify => self.on_certify_timer(),
                 Timer::Judge => self.on_judge_timer(),
+                Timer::Reach => self.on_reach_timer(),
+                Timer::Again(hash) => self.on_again_timer(hash),
             }
         }
         self.settle();
@@ -234,6 +251,7 @@ impl Mesh {
             self.facts = Some(facts);
             self.leaving = false;
             self.resign();
+            self.arm_reach_as_told();
         }
         self.settle();
     }
@@ -374,6 +392,7 @@ impl Mesh {
     fn resign(&mut self) {
         let Some(mut facts) = self.facts.clone() else { return };
         facts.certificate = self.certificate_for(&facts);
+        facts.reachability = self.own_reachability(std::mem::take(&mut facts.reachability.outside));
         self.version += 1;
         let MeshConfig { key, cluster, node, site, .. } = &self.config;
         let signed =
@@ -391,12 +410,27 @@ impl Mesh {
     }
 
     fn reply(&mut self, reply: &ReplyTo, body: Body, first: Vec<proto::Update>) {
-        self.send(reply.to, reply.name.as_str(), body, first);
+        if !reply.forwarded {
+            return self.send(reply.from, reply.name.as_str(), body, first);
+        }
+        // Whoever passed it on passes nothing on to somebody who did not name it: the sender's own keepers do.
+        if let Some(id) = self.table.find(reply.hash) {
+            self.send_to_member(id, body, first);
+        }
     }
 
     fn receive(&mut self, from: SocketAddr, datagram: &[u8]) -> Result<(), Rejected> {
         let content = self.config.ring.open(&self.config.cluster, datagram)?;
         let message = proto::Datagram::decode(&content[..]).map_err(|_| Rejected::Malformed)?;
+        self.receive_message(from, message, false)
+    }
+
+    fn receive_message(
+        &mut self,
+        from: SocketAddr,
+        message: proto::Datagram,
+        forwarded: bool,
+    ) -> Result<(), Rejected> {
         let name: NodeName = message.from.parse().map_err(|_| Rejected::Malformed)?;
         if !message.to.is_empty() && message.to != self.config.node.as_str() {
             return Err(Rejected::Misdirected);
@@ -408,8 +442,11 @@ impl Mesh {
             return Err(Rejected::Malformed);
         }
         let hash = name_hash(name.as_str());
-        let reply = ReplyTo { to: from, name, hash };
+        let reply = ReplyTo { from, forwarded, name, hash };
         self.check_fresh(&reply, &message)?;
+        if let Some(Body::Forward(forward)) = &message.body {
+            return self.receive_forward(&reply, &message, forward);
+        }
         let target = self.check_body(message.body.as_ref())?;
         let mut updates = Vec::with_capacity(message.updates.len());
         for update in &message.updates {
@@ -430,6 +467,9 @@ impl Mesh {
             Some(Body::SyncBuckets(buckets)) => self.check_buckets(buckets).map(|()| None),
             Some(Body::SyncItems(items)) => Self::check_items(items).map(|()| None),
             Some(body) if paths::from_body(body) == Some(None) => Err(Rejected::Malformed),
+            Some(Body::Ack(ack)) if !ack.seen.is_empty() => {
+                socket_from_bytes(&ack.seen).map(|_| None).ok_or(Rejected::Malformed)
+            }
             _ => Ok(None),
         }
     }
@@ -448,11 +488,12 @@ impl Mesh {
         let was_gone = gone(self);
         let sync = matches!(&message.body, Some(Body::Push(push)) if push.sync);
         for checked in updates {
-            self.apply(checked, reply.to, sync);
+            self.apply(checked, reply.from, sync);
         }
         if let Some(id) = self.table.find(reply.hash) {
             self.merge_liveness(id, message.incarnation, Liveness::Alive, &[]);
         }
+        self.note_arrival(reply);
         match message.body {
             Some(Body::Ping(ping)) => self.on_ping(reply, &ping),
             Some(Body::Ack(ack)) => self.on_ack(reply, &ack),
@@ -467,7 +508,7 @@ impl Mesh {
             Some(Body::SyncItems(items)) => self.on_sync_items(reply, &items),
             Some(Body::SyncWant(want)) => self.on_sync_want(reply, &want),
             Some(Body::Certify(certify)) => self.on_certify(&certify),
-            Some(Body::Push(_)) | None => {}
+            Some(Body::Push(_) | Body::Forward(_)) | None => {}
             Some(body) => {
                 if let Some(Some(word)) = paths::from_body(&body) {
                     self.on_path_word(reply, word);
@@ -503,7 +544,7 @@ impl Mesh {
             }
             // With the record that is known: who lost its state catches up, who is a clone learns of it.
             let first = self.table.find(reply.hash).map(|id| self.full_update(id)).into_iter().collect();
-            self.reply(reply, Body::Ping(proto::Ping { token, have: MOST }), first);
+            self.reply(reply, Body::Ping(proto::Ping { token, have: MOST, again_ms: 0 }), first);
         }
         Err(Rejected::Replayed)
     }
@@ -512,18 +553,17 @@ impl Mesh {
         let known = self.table.contact(reply.hash);
         let stale = known.is_none_or(|contact| contact.session != message.session);
         if stale {
-            let mut contact = Contact::new(message.session, reply.to, self.now);
+            let mut contact = Contact::new(message.session, self.now);
             if let Some(known) = known {
                 // From here on every other session has to answer a challenge: there are two, or one is old.
                 contact.strict = known.strict || message.session < known.session;
                 (contact.rtt, contact.loss, contact.preferred) = (known.rtt, known.loss, known.preferred);
+                contact.heard = known.heard;
             }
             self.table.set_contact(reply.hash, contact);
         }
         if let Some(contact) = self.table.contact_mut(reply.hash) {
-            contact.window.take(message.seq);
-            contact.from = reply.to;
-            contact.last_seen = self.now;
+            contact.take(message.seq, (!reply.forwarded).then_some(reply.from), self.now);
         }
     }
 

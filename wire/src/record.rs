@@ -21,6 +21,9 @@ use crate::types::{Epoch, MacAddress, NodeName, PublicKey, SiteName, Subnet, Tun
 
 #[cfg(fuzzing)]
 pub mod fuzz;
+mod reach;
+
+pub use reach::{MAX_KEEPERS, MAX_OUTSIDE, Reach, Reachability};
 
 /// The most bytes of a signed record: one fits a datagram beside any other content.
 pub const MAX_RECORD: usize = 880;
@@ -64,24 +67,26 @@ pub struct Facts {
     pub tunnel: Option<TunnelFacts>,
     /// The word of the node's site for the key and the subnets; the mesh puts it in.
     pub certificate: Option<Certificate>,
+    /// How other sites reach the node. The mesh puts in all but what the operator says (`outside`).
+    pub reachability: Reachability,
     /// How the node's tunnels are reached from other sites.
-    pub reach: Reach,
+    pub tunnel_reach: TunnelReach,
 }
 
 /// How a node's tunnels are reached from other sites. Nobody's word is behind it but the node's.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Reach {
+pub struct TunnelReach {
     /// Where its packets come from, at most one a family; empty where nothing translates them.
     pub reflexive: Vec<SocketAddr>,
     /// What stands before it.
-    pub mapping: Mapping,
+    pub mapping: TunnelMapping,
     /// How much room its relay has, in percent; 0 where it relays for nobody.
     pub relay_room: u8,
 }
 
 /// What stands before a node's tunnels (RFC 4787 s4.1).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-pub enum Mapping {
+pub enum TunnelMapping {
     /// Nobody has said.
     #[default]
     Unknown,
@@ -93,7 +98,7 @@ pub enum Mapping {
     Dependent,
 }
 
-impl Mapping {
+impl TunnelMapping {
     /// Whether the addresses of the record are of no use to other sites.
     pub fn translates(self) -> bool {
         matches!(self, Self::Independent | Self::Dependent)
@@ -330,7 +335,7 @@ impl SignedRecord {
     /// Signs what the node says about itself.
     ///
     /// Surplus addresses and subnets (see the limits of [`Facts`]) are left out, and so are the oldest
-    /// endorsements if the record would be longer than [`MAX_RECORD`].
+    /// endorsements if the record would be longer than [`MAX_RECORD`], and then how other sites reach the node.
     pub fn sign(
         key: &NodeKey,
         cluster: &str,
@@ -344,7 +349,8 @@ impl SignedRecord {
         facts.gossip.truncate(MAX_GOSSIP);
         facts.underlay.truncate(MAX_UNDERLAY);
         facts.keys.truncate(MAX_KEYS);
-        facts.reach.reflexive.truncate(MAX_UNDERLAY);
+        facts.tunnel_reach.reflexive.truncate(MAX_UNDERLAY);
+        facts.reachability.truncate();
         let endorsements = key.endorsements.clone();
         let mut record = NodeRecord { node, site, key: key.public(), version, facts, endorsements, left };
         let mut bytes = to_proto(&record).encode_to_vec();
@@ -352,7 +358,10 @@ impl SignedRecord {
             bytes = to_proto(&record).encode_to_vec();
         }
         // The names, subnets and addresses of few nodes are that long: they are reached through relays then.
-        while bytes.len() + SIGNATURE > MAX_RECORD && record.facts.reach.reflexive.pop().is_some() {
+        while bytes.len() + SIGNATURE > MAX_RECORD && record.facts.tunnel_reach.reflexive.pop().is_some() {
+            bytes = to_proto(&record).encode_to_vec();
+        }
+        while bytes.len() + SIGNATURE > MAX_RECORD && record.facts.reachability.shorten() {
             bytes = to_proto(&record).encode_to_vec();
         }
         let signature = key.secret.sign(&signed_statement(cluster, &bytes)).to_bytes();
@@ -539,14 +548,17 @@ fn to_proto(record: &NodeRecord) -> proto::Record {
             .collect(),
         left: record.left,
         certificate: facts.certificate.map(Certificate::to_bytes).unwrap_or_default(),
-        tunnel_reflexive: facts.reach.reflexive.iter().map(socket_to_bytes).collect(),
-        tunnel_mapping: match facts.reach.mapping {
-            Mapping::Unknown => 0,
-            Mapping::None => 1,
-            Mapping::Independent => 2,
-            Mapping::Dependent => 3,
+        tunnel_reflexive: facts.tunnel_reach.reflexive.iter().map(socket_to_bytes).collect(),
+        tunnel_mapping: match facts.tunnel_reach.mapping {
+            TunnelMapping::Unknown => 0,
+            TunnelMapping::None => 1,
+            TunnelMapping::Independent => 2,
+            TunnelMapping::Dependent => 3,
         },
-        relay_room: facts.reach.relay_room.into(),
+        relay_room: facts.tunnel_reach.relay_room.into(),
+        keepers: facts.reachability.keepers.clone(),
+        reach: facts.reachability.reach as u32,
+        outside: facts.reachability.outside.iter().map(socket_to_bytes).collect(),
     }
 }
 
@@ -564,7 +576,8 @@ fn from_proto(record: proto::Record) -> Result<NodeRecord, RecordError> {
         Ok(LeasedSubnet { subnet, epoch: Epoch(leased.epoch) })
     });
     let tunnel = tunnel_from_proto(&record)?;
-    let reach = reach_from_proto(&record)?;
+    let tunnel_reach = tunnel_reach_from_proto(&record)?;
+    let reachability = Reachability::parse(&record)?;
     let facts = Facts {
         subnets: subnets.collect::<Result<_, _>>()?,
         gossip: parse_all(&record.gossip, socket_from_bytes).ok_or(Field("gossip"))?,
@@ -581,7 +594,8 @@ fn from_proto(record: proto::Record) -> Result<NodeRecord, RecordError> {
             bytes => Some(Certificate::from_bytes(bytes).ok_or(Field("certificate"))?),
         },
         tunnel,
-        reach,
+        tunnel_reach,
+        reachability,
     };
     let endorsements = record.endorsements.into_iter().map(|endorsement| {
         let signature = endorsement.signature.try_into().map_err(|_| Field("endorsements"))?;
@@ -626,19 +640,19 @@ fn tunnel_from_proto(record: &proto::Record) -> Result<Option<TunnelFacts>, Reco
     Ok(Some(TunnelFacts { key, port, preshared, carrier, detour }))
 }
 
-fn reach_from_proto(record: &proto::Record) -> Result<Reach, RecordError> {
+fn tunnel_reach_from_proto(record: &proto::Record) -> Result<TunnelReach, RecordError> {
     let field = RecordError::Field;
     let mapping = match record.tunnel_mapping {
-        1 => Mapping::None,
-        2 => Mapping::Independent,
-        3 => Mapping::Dependent,
+        1 => TunnelMapping::None,
+        2 => TunnelMapping::Independent,
+        3 => TunnelMapping::Dependent,
         // A kind that this version does not know says as much as none.
-        _ => Mapping::Unknown,
+        _ => TunnelMapping::Unknown,
     };
     let reflexive = parse_all(&record.tunnel_reflexive, socket_from_bytes);
     let reflexive = reflexive.ok_or(field("tunnel_reflexive"))?;
     let room = u8::try_from(record.relay_room).ok().filter(|room| *room <= 100);
-    Ok(Reach { reflexive, mapping, relay_room: room.ok_or(field("relay_room"))? })
+    Ok(TunnelReach { reflexive, mapping, relay_room: room.ok_or(field("relay_room"))? })
 }
 
 fn ids_from_bytes(bytes: &[u8]) -> Option<Vec<KeyId>> {

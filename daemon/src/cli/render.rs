@@ -1,7 +1,7 @@
 //! Answers as text for people.
 
 use comfy_table::{Table, presets};
-use weft_wire::api::{ClusterKeys, Doctor, Leases, Peers, Pods, Routes, Sites, Status, Trace};
+use weft_wire::api::{ClusterKeys, Doctor, Leases, Peers, Pods, Reach, Routes, Sites, Status, Trace};
 
 fn table(head: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
@@ -65,6 +65,7 @@ pub(super) fn status(status: &Status) -> String {
             relaying.refused
         ));
     }
+    lines.extend(status.reach.as_ref().map(|seen| format!("reach      {}", reach(seen))));
     lines.extend(reconcile.failed.iter().map(|failed| format!("failed     {failed}")));
     lines.extend(status.warnings.iter().map(|warning| format!("warning    {warning}")));
     lines.join("\n") + "\n"
@@ -82,6 +83,26 @@ pub(super) fn status_line(status: &Status) -> String {
         status.pods,
         status.warnings.len(),
     )
+}
+
+fn reach(reach: &Reach) -> String {
+    let mut text = reach.reach.clone();
+    if !reach.reflexive.is_empty() {
+        // A mapping that depends has an address for each peer.
+        let (few, more) = reach.reflexive.split_at(reach.reflexive.len().min(2));
+        text += &format!(", seen at {}", few.join(", "));
+        text += if more.is_empty() { "" } else { ", ..." };
+        text += &format!(" (mapping {})", reach.mapping);
+    }
+    if !reach.keepers.is_empty() {
+        text += &format!(", kept by {}, every {} s", reach.keepers.join(", "), reach.pause_ms / 1000);
+    } else if matches!(reach.reach.as_str(), "behind-nat" | "filtered") {
+        text += ", kept by nobody";
+    }
+    if reach.forwarded > 0 {
+        text += &format!(", passed on {}", reach.forwarded);
+    }
+    text
 }
 
 fn encryption(status: &Status) -> String {

@@ -184,12 +184,18 @@ impl Default for Store {
 struct Gossip {
     listen_port: u16,
     seeds: Vec<SocketAddr>,
+    advertise: Vec<SocketAddr>,
     probe_interval: Span,
 }
 
 impl Default for Gossip {
     fn default() -> Self {
-        Self { listen_port: 7117, seeds: Vec::new(), probe_interval: Span(Duration::from_secs(1)) }
+        Self {
+            listen_port: 7117,
+            seeds: Vec::new(),
+            advertise: Vec::new(),
+            probe_interval: Span(Duration::from_secs(1)),
+        }
     }
 }
 
@@ -593,6 +599,7 @@ impl Raw {
             gossip: GossipConfig {
                 port: self.gossip.listen_port,
                 seeds: self.gossip.seeds,
+                advertise: advertised(self.gossip.advertise)?,
                 probe_interval: self.gossip.probe_interval.0,
             },
             underlay: UnderlayConfig {
@@ -627,4 +634,21 @@ impl Raw {
             log: LogConfig { json: self.log.format == Format::Json, filter: self.log.filter },
         })
     }
+}
+
+/// What `gossip.advertise` may say: an address that others can send to, one a family.
+fn advertised(addresses: Vec<SocketAddr>) -> Result<Vec<SocketAddr>, String> {
+    for (place, address) in addresses.iter().enumerate() {
+        if address.ip().is_unspecified() || address.ip().is_multicast() || address.port() == 0 {
+            return Err(format!(
+                "gossip.advertise: nobody can send to {address}; write the address and port that other sites reach"
+            ));
+        }
+        if addresses[..place].iter().any(|earlier| earlier.is_ipv4() == address.is_ipv4()) {
+            return Err(format!(
+                "gossip.advertise has {address} as a second address of its family; keep one"
+            ));
+        }
+    }
+    Ok(addresses)
 }

@@ -8,7 +8,8 @@ use std::time::Instant;
 use tracing::info;
 use weft_ipam::lease::LeaseView;
 use weft_wire::mesh::{
-    Authority, Capabilities, Facts, LeaseTable, LeasedSubnet, MemberState, NodeRecord, Owner, Verdict,
+    Authority, Capabilities, Facts, LeaseTable, LeasedSubnet, MemberState, NodeRecord, Owner, Reachability,
+    Verdict,
 };
 use weft_wire::types::{MacAddress, NodeName};
 
@@ -230,7 +231,12 @@ impl Control {
             keys: self.mesh.ring().ids().collect(),
             certificate: None,
             tunnel: self.tunnel_facts(),
-            reach: self.reach(),
+            tunnel_reach: self.reach(),
+            // The mesh says the rest.
+            reachability: Reachability {
+                outside: self.config.gossip.advertise.clone(),
+                ..Reachability::default()
+            },
         };
         self.mesh.announce(facts, now);
     }

@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use weft_wire::mesh::{Mapping, PathWord, Reach};
+use weft_wire::mesh::{PathWord, TunnelMapping, TunnelReach};
 use weft_wire::types::{NodeName, SiteName, TunnelKey};
 
 use crate::tunnel::{Candidate, Keep, Rank};
@@ -55,10 +55,12 @@ pub struct Party {
     pub alive: bool,
     /// Its addresses.
     pub addresses: Vec<IpAddr>,
+    /// Unsolicited gossip does not reach it.
+    pub behind: bool,
     /// The key and port of its tunnels.
     pub tunnel: Option<(TunnelKey, u16)>,
     /// What it says of how it is reached.
-    pub reach: Reach,
+    pub reach: TunnelReach,
     /// The round trip of gossip with it.
     pub rtt: Option<Duration>,
 }
@@ -67,6 +69,11 @@ impl Party {
     /// Whether its addresses are of no use to other sites.
     pub fn is_translated(&self) -> bool {
         self.reach.mapping.translates() || !self.reach.reflexive.is_empty()
+    }
+
+    /// Whether it can be asked for help: packets that it did not ask for seem to reach it.
+    pub fn is_open(&self) -> bool {
+        !self.behind && !self.is_translated()
     }
 
     fn tunnels(&self) -> Vec<SocketAddr> {
@@ -143,7 +150,7 @@ struct Pair {
     /// When it is tried next to do without a relay, and how long after that.
     upgrade: Option<(Instant, Duration)>,
     /// What both ends said of themselves when that was decided.
-    known: Option<(Reach, Reach)>,
+    known: Option<(TunnelReach, TunnelReach)>,
     last: Option<Instant>,
     told: BTreeSet<Candidate>,
 }
@@ -177,7 +184,7 @@ pub struct Paths {
 
 impl Paths {
     /// Returns what this node announces of how it is reached, but for its relay.
-    pub fn reach(&self, own: &Party) -> Reach {
+    pub fn reach(&self, own: &Party) -> TunnelReach {
         self.observations.reach(&own.tunnels())
     }
 
@@ -306,7 +313,7 @@ impl Paths {
         }
         let Some(flow) = self.flows.get_mut(&look.node) else { return };
         let news = match flow.told {
-            None => party.reach.mapping == Mapping::Unknown || !is_known_at(party, look.endpoint),
+            None => party.reach.mapping == TunnelMapping::Unknown || !is_known_at(party, look.endpoint),
             Some((endpoint, at)) => {
                 endpoint != look.endpoint
                     || (now.duration_since(at) >= TOLD && !party.tunnels().contains(&look.endpoint))
@@ -453,12 +460,12 @@ impl Paths {
         acts: &mut Vec<Act>,
     ) {
         self.mute.retain(|_, since| now.duration_since(*since) < REMEMBERED);
-        let needed = if self.reach(own).mapping == Mapping::None { 0 } else { 2 };
+        let needed = if self.reach(own).mapping == TunnelMapping::None { 0 } else { 2 };
         let ready: BTreeSet<&NodeName> =
             seen.iter().filter(|look| look.ready).map(|look| &look.node).collect();
         let mute = &mut self.mute;
         self.observers.retain(|node, since| {
-            let open = parties.party(node).is_some_and(|party| !party.is_translated());
+            let open = parties.party(node).is_some_and(|party| party.is_open());
             let late = !ready.contains(node) && now.duration_since(*since) >= CALLED;
             if late {
                 mute.insert(node.clone(), now);
@@ -475,11 +482,11 @@ impl Paths {
             .filter(|look| !self.observers.contains_key(&look.node) && !self.mute.contains_key(&look.node))
             .filter(|_| self.observers.len() < needed)
             .filter_map(|look| parties.party(&look.node))
-            .filter(|party| party.site != own.site && !party.is_translated())
+            .filter(|party| party.site != own.site && party.is_open())
             .collect();
         // Those that are known to be open, then those that there is a session with, then anyone, not the same for all nodes.
         others.sort_by_key(|party| {
-            let known = party.reach.mapping == Mapping::None;
+            let known = party.reach.mapping == TunnelMapping::None;
             (!known, !ready.contains(&party.node), relays::mix(&own.node, &party.node))
         });
         for party in others.into_iter().take(needed.saturating_sub(self.observers.len())) {
@@ -541,13 +548,13 @@ fn is_known_at(party: &Party, endpoint: SocketAddr) -> bool {
 /// Whether no packet of one can come through what stands before the other: both expect another port than the one that the other's
 /// packets come from.
 fn is_hopeless(own: &Party, party: &Party) -> bool {
-    own.reach.mapping == Mapping::Dependent && party.reach.mapping == Mapping::Dependent
+    own.reach.mapping == TunnelMapping::Dependent && party.reach.mapping == TunnelMapping::Dependent
 }
 
 /// Returns the places where a peer may be reached without help, the best first.
 fn direct(
     own: &Party,
-    mine: &Reach,
+    mine: &TunnelReach,
     party: &Party,
     named: impl Iterator<Item = SocketAddr>,
 ) -> Vec<SocketAddr> {

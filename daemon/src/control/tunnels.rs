@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use tracing::{debug, info};
-use weft_wire::mesh::{MemberState, MemberView, Mesh, PathWord, Reach, RelayRefusal};
+use weft_wire::mesh::{MemberState, MemberView, Mesh, PathWord, Reach, RelayRefusal, TunnelReach};
 use weft_wire::types::NodeName;
 
 use super::paths::{Act, GivenUp, Parties, Party, Seen};
@@ -30,8 +30,9 @@ fn party(view: &MemberView<'_>) -> Option<Party> {
         site: view.site.clone(),
         alive: lives,
         addresses: facts.underlay.clone(),
+        behind: facts.reachability.reach == Reach::Behind,
         tunnel: Some((tunnel.key, tunnel.port)),
-        reach: facts.reach.clone(),
+        reach: facts.tunnel_reach.clone(),
         rtt: view.rtt,
     })
 }
@@ -58,21 +59,27 @@ impl Control {
             site: self.config.node.site.clone(),
             alive: true,
             addresses: underlay.map(|address| address.addr()).collect(),
+            behind: self.is_behind(),
             tunnel: self.tunnel_key().map(|key| (key, self.config.encryption.port)),
-            reach: self.mesh.record().map(|record| record.facts.reach.clone()).unwrap_or_default(),
+            reach: self.mesh.record().map(|record| record.facts.tunnel_reach.clone()).unwrap_or_default(),
             rtt: None,
         }
     }
 
+    /// Whether unsolicited gossip does not reach this node.
+    fn is_behind(&self) -> bool {
+        self.mesh.record().is_some_and(|record| record.facts.reachability.reach == Reach::Behind)
+    }
+
     /// Returns what the record says of how this node is reached.
-    pub(super) fn reach(&self) -> Reach {
+    pub(super) fn reach(&self) -> TunnelReach {
         if self.tunnel_key().is_none() {
-            return Reach::default();
+            return TunnelReach::default();
         }
         let reach = self.paths.reach(&self.own_party());
-        let open = !reach.mapping.translates() && reach.reflexive.is_empty();
+        let open = !reach.mapping.translates() && reach.reflexive.is_empty() && !self.is_behind();
         let relay_room = if open && self.config.relay.is_some() { self.relay_room } else { 0 };
-        Reach { relay_room, ..reach }
+        TunnelReach { relay_room, ..reach }
     }
 
     /// Takes how the tunnels are, after [`Output::LookAtTunnels`], and how many percent of the relay are free.
@@ -110,7 +117,7 @@ impl Control {
                 }
                 Act::Want(_, key) => self.outputs.push_back(Output::WantSession(key)),
                 Act::Announce => {
-                    let Reach { mapping, reflexive, .. } = self.reach();
+                    let TunnelReach { mapping, reflexive, .. } = self.reach();
                     info!(mapping = mapping.as_str(), ?reflexive, "peers see this node's tunnels elsewhere");
                     self.announce(now);
                 }
@@ -202,7 +209,7 @@ impl Control {
     }
 
     /// Returns what peers see of this node's tunnels.
-    pub fn own_reach(&self) -> Reach {
+    pub fn own_reach(&self) -> TunnelReach {
         self.reach()
     }
 }

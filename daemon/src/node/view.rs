@@ -11,6 +11,7 @@ use weft_wire::mesh::{MemberState, TunnelFacts, Verdict};
 use weft_wire::types::NodeName;
 
 use super::Node;
+use super::reach::{OPEN_ONE, reach_sentence};
 use crate::attach::Attachment;
 use crate::config::TxChecksum;
 use crate::control::duplicate_name;
@@ -54,6 +55,7 @@ impl Node {
         }
         let report = self.control.pass.report.as_ref();
         Status {
+            reach: self.reach(),
             instance: self.control.config.node.instance.clone().unwrap_or_default(),
             node: self.control.config.node.name.to_string(),
             site: self.control.config.node.site.to_string(),
@@ -156,6 +158,7 @@ impl Node {
         warnings.extend(self.control.problems.lease.keys().cloned());
         warnings.extend(self.recent_route_conflicts(now));
         warnings.extend(self.site_problems());
+        warnings.extend(self.unreached());
         warnings.extend(self.control.problems.memory.iter().cloned());
         warnings.extend(self.control.problems.ring.iter().cloned());
         warnings.extend(self.control.problems.chosen.iter().cloned());
@@ -252,7 +255,7 @@ impl Node {
                     version: member.record.version,
                     tunnel,
                     via: via.unwrap_or_default(),
-                    mapping: facts.reach.mapping.as_str().into(),
+                    mapping: facts.tunnel_reach.mapping.as_str().into(),
                 }
             })
             .collect();
@@ -492,6 +495,8 @@ impl Node {
             format!("{} alive", counts.alive),
             "check that UDP port gossip.listen_port is open between the nodes, and `weft peers`",
         );
+        let reach = self.reach().unwrap_or_default();
+        check("nat", self.unreached(), reach_sentence(&reach), OPEN_ONE);
         let mut identity: Vec<String> = Vec::new();
         identity.extend(
             self.control

@@ -1,17 +1,22 @@
-//! A network in virtual time: loss, duplication, reordering, partitions, links that carry one way only, slow hosts.
+//! A network in virtual time: loss, duplication, reordering, partitions, links that carry one way only, slow hosts, NATs.
+//!
+//! A host is known by the address that it is put at. Where it is moved behind a NAT it has another one there, which hosts behind
+//! other NATs may have too, and others see it at an address of the NAT.
 //!
 //! Deterministic: the same seed and the same hosts give the same run. Nothing here sleeps, or reads a clock but for
 //! the one `Instant` that all virtual time is counted from. Invariant: no datagram is longer than the budget.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use rand_chacha::ChaCha8Rng;
 use rand_core::{RngCore, SeedableRng};
 use weft_wire::seal::MAX_DATAGRAM;
+
+use super::nat::{Behaviour, Nat};
 
 /// The time that a datagram takes at least.
 const LATENCY: Duration = Duration::from_millis(1);
@@ -64,8 +69,33 @@ struct Place<H> {
     sent: Sent,
 }
 
-/// A datagram under way: when it arrives, its number, from where, to where, what.
-type Flight = (Instant, u64, SocketAddr, SocketAddr, Rc<[u8]>);
+/// Hosts that reach each other without translation: the public ones, or those behind one NAT.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Realm(usize);
+
+impl Realm {
+    /// Behind no NAT.
+    pub const PUBLIC: Self = Self(0);
+}
+
+/// A NAT, the realm that it is in with its outside, and whether it carries anything.
+#[derive(Debug)]
+struct Router {
+    outer: Realm,
+    nat: Nat,
+}
+
+/// A datagram under way: when it arrives, its number, what is written on it, what is in it.
+type Flight = (Instant, u64, Label, Rc<[u8]>);
+
+/// Who sent a datagram, and the realm and the two addresses that it is in and has after the sender's NATs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Label {
+    sender: SocketAddr,
+    realm: Realm,
+    from: SocketAddr,
+    to: SocketAddr,
+}
 
 /// A datagram that arrived.
 #[derive(Debug, Clone)]
@@ -101,7 +131,14 @@ pub struct Net<H> {
     pub deaf: BTreeSet<(SocketAddr, SocketAddr)>,
     /// Hosts that take in what comes so much later.
     pub slow: BTreeMap<SocketAddr, Duration>,
+    /// Hosts of which such datagrams are lost.
+    pub withheld: BTreeMap<SocketAddr, fn(&[u8]) -> bool>,
     places: BTreeMap<SocketAddr, Place<H>>,
+    /// The NAT in front of each realm but the public one.
+    routers: Vec<Router>,
+    /// Where hosts behind NATs are, and who is there.
+    homes: BTreeMap<SocketAddr, (Realm, SocketAddr)>,
+    residents: BTreeMap<(Realm, SocketAddr), SocketAddr>,
     flights: BinaryHeap<Reverse<Flight>>,
     wakes: BinaryHeap<Reverse<(Instant, SocketAddr)>>,
     count: u64,
@@ -125,7 +162,11 @@ impl<H: Host> Net<H> {
             sides: BTreeMap::new(),
             deaf: BTreeSet::new(),
             slow: BTreeMap::new(),
+            withheld: BTreeMap::new(),
             places: BTreeMap::new(),
+            routers: Vec::new(),
+            homes: BTreeMap::new(),
+            residents: BTreeMap::new(),
             flights: BinaryHeap::new(),
             wakes: BinaryHeap::new(),
             count: 0,
@@ -134,6 +175,26 @@ impl<H: Host> Net<H> {
             gathered: VecDeque::new(),
             gather: 0,
         }
+    }
+
+    /// Puts a NAT somewhere with its outside; returns what is behind it.
+    pub fn add_nat(&mut self, outer: Realm, outside: IpAddr, behaviour: Behaviour) -> Realm {
+        self.routers.push(Router { outer, nat: Nat::new(outside, behaviour) });
+        Realm(self.routers.len())
+    }
+
+    /// Returns the NAT in front of a realm.
+    ///
+    /// # Panics
+    /// For the public one, which has none.
+    pub fn nat(&mut self, realm: Realm) -> &mut Nat {
+        &mut self.routers[realm.0 - 1].nat
+    }
+
+    /// Has the host at `at` be behind a NAT, with another address there.
+    pub fn move_behind(&mut self, at: SocketAddr, realm: Realm, inside: SocketAddr) {
+        self.homes.insert(at, (realm, inside));
+        self.residents.insert((realm, inside), at);
     }
 
     /// Puts a host at an address, in place of the one that is there.
@@ -230,8 +291,8 @@ impl<H: Host> Net<H> {
         assert!(self.idle < BUSY, "time stands still: {wake:?} {:?}", self.wakes.peek());
         self.now = self.now.max(at);
         if flight == Some(at) {
-            if let Some(Reverse((_, _, from, to, datagram))) = self.flights.pop() {
-                self.arrive(from, to, datagram);
+            if let Some(Reverse((_, _, label, datagram))) = self.flights.pop() {
+                self.arrive(label, datagram);
             }
         } else if let Some(Reverse((at, host))) = self.wakes.pop()
             && let Some(place) = self.places.get_mut(&host)
@@ -243,8 +304,10 @@ impl<H: Host> Net<H> {
         true
     }
 
-    fn arrive(&mut self, from: SocketAddr, to: SocketAddr, datagram: Rc<[u8]>) {
-        let apart = self.sides.get(&from) != self.sides.get(&to) || self.deaf.contains(&(from, to));
+    fn arrive(&mut self, label: Label, datagram: Rc<[u8]>) {
+        let Some((from, to)) = self.lead_in(label) else { return };
+        let sender = label.sender;
+        let apart = self.sides.get(&sender) != self.sides.get(&to) || self.deaf.contains(&(sender, to));
         if apart || !self.places.contains_key(&to) {
             return;
         }
@@ -256,6 +319,45 @@ impl<H: Host> Net<H> {
             }
             self.gathered.push_back(Delivered { at: self.now, from, to, datagram });
         }
+    }
+
+    /// Who is at an address of a realm.
+    fn resident(&self, realm: Realm, address: SocketAddr) -> Option<SocketAddr> {
+        let public = realm == Realm::PUBLIC && !self.homes.contains_key(&address);
+        self.residents.get(&(realm, address)).copied().or(public.then_some(address))
+    }
+
+    /// The NAT with an outside address in a realm.
+    fn router_at(&self, realm: Realm, outside: IpAddr) -> Option<Realm> {
+        let is_it = |router: &Router| (router.outer, router.nat.outside) == (realm, outside);
+        self.routers.iter().position(is_it).map(|place| Realm(place + 1))
+    }
+
+    /// Through the NATs of the receiver: returns where it comes from, as seen there, and who receives it.
+    fn lead_in(&mut self, label: Label) -> Option<(SocketAddr, SocketAddr)> {
+        let Label { mut realm, from, mut to, .. } = label;
+        while let Some(inner) = self.router_at(realm, to.ip()) {
+            to = self.routers[inner.0 - 1].nat.inbound(from, to.port(), self.now)?;
+            realm = inner;
+        }
+        Some((from, self.resident(realm, to)?))
+    }
+
+    /// Through the NATs of the sender, up to where the receiver, or its NAT, is.
+    fn lead_out(&mut self, sender: SocketAddr, to: SocketAddr) -> Option<Label> {
+        let (mut realm, mut from) = self.homes.get(&sender).copied().unwrap_or((Realm::PUBLIC, sender));
+        while realm != Realm::PUBLIC
+            && !self.residents.contains_key(&(realm, to))
+            && self.router_at(realm, to.ip()).is_none()
+        {
+            let Router { outer, nat } = &mut self.routers[realm.0 - 1];
+            if to.ip() == nat.outside && !nat.behaviour.hairpin {
+                return None;
+            }
+            from = nat.outbound(from, to, self.now);
+            realm = *outer;
+        }
+        Some(Label { sender, realm, from, to })
     }
 
     fn drain(&mut self, at: SocketAddr) {
@@ -280,16 +382,19 @@ impl<H: Host> Net<H> {
     }
 
     fn transmit(&mut self, from: SocketAddr, to: SocketAddr, datagram: Rc<[u8]>) {
-        if self.rng.next_u64() % 100 < self.loss_percent {
+        if self.rng.next_u64() % 100 < self.loss_percent
+            || self.withheld.get(&from).is_some_and(|is_lost| is_lost(&datagram))
+        {
             return;
         }
         let twice = self.rng.next_u64() % 100 < self.duplicate_percent;
         let far = self.distance.map_or(Duration::ZERO, |distance| distance(from, to));
         let late = self.slow.get(&to).copied().unwrap_or_default() + far;
+        let Some(label) = self.lead_out(from, to) else { return };
         for _ in 0..=usize::from(twice) {
             let jitter = Duration::from_nanos(self.rng.next_u64() % (self.jitter.as_nanos() as u64).max(1));
             self.count += 1;
-            let flight = (self.now + LATENCY + jitter + late, self.count, from, to, datagram.clone());
+            let flight = (self.now + LATENCY + jitter + late, self.count, label, datagram.clone());
             self.flights.push(Reverse(flight));
         }
     }

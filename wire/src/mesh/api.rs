@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::forward::NotForwarded;
 use crate::record::{NodeKey, NodeRecord, Verify};
 use crate::seal::{KeyRing, OpenError};
 use crate::site::{Admission, SiteKey};
@@ -467,6 +468,9 @@ pub struct Counters {
     pub syncs: u64,
     /// Records that anti-entropy sent or asked for.
     pub sync_differences: u64,
+    /// Datagrams passed on to members that this node keeps.
+    pub forwarded: u64,
+    pub(super) not_forwarded: [u64; NotForwarded::ALL.len()],
     pub(super) rejected: [u64; Rejected::ALL.len()],
 }
 
@@ -474,6 +478,11 @@ impl Counters {
     /// Returns how many datagrams were dropped for this reason.
     pub fn rejected(&self, reason: Rejected) -> u64 {
         self.rejected[reason as usize]
+    }
+
+    /// Returns every reason why a datagram was not passed on, with its count.
+    pub fn not_forwarded(&self) -> impl Iterator<Item = (NotForwarded, u64)> + '_ {
+        NotForwarded::ALL.into_iter().zip(self.not_forwarded)
     }
 
     /// Returns every reason with its count.

@@ -21,6 +21,10 @@ impl Window {
         }
     }
 
+    pub(super) fn top(&self) -> u64 {
+        self.top
+    }
+
     pub(super) fn take(&mut self, seq: u64) {
         if seq > self.top {
             let ahead = seq - self.top;
@@ -39,7 +43,8 @@ impl Window {
 pub(super) struct Contact {
     pub(super) session: u64,
     pub(super) window: Window,
-    pub(super) from: SocketAddr,
+    /// Where its latest datagram that came straight was sent from.
+    pub(super) heard: Option<Heard>,
     pub(super) last_seen: Instant,
     /// Which of the record's gossip addresses answered last.
     pub(super) preferred: Option<u8>,
@@ -48,6 +53,13 @@ pub(super) struct Contact {
     pub(super) challenge: Option<Challenge>,
     /// No other session is taken without a challenge, not even a later one.
     pub(super) strict: bool,
+}
+
+/// Where a sender was heard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Heard {
+    pub(super) at: SocketAddr,
+    pub(super) when: Instant,
 }
 
 /// A question that only the living sender of a session answers: its session is older than the one known,
@@ -60,11 +72,11 @@ pub(super) struct Challenge {
 }
 
 impl Contact {
-    pub(super) fn new(session: u64, from: SocketAddr, now: Instant) -> Self {
+    pub(super) fn new(session: u64, now: Instant) -> Self {
         Self {
             session,
             window: Window::default(),
-            from,
+            heard: None,
             last_seen: now,
             preferred: None,
             rtt: None,
@@ -72,6 +84,18 @@ impl Contact {
             challenge: None,
             strict: false,
         }
+    }
+
+    /// Takes a fresh sequence number, and where it came from straight. An address moves only with the latest of them: one that
+    /// was held back on its way moves nothing.
+    pub(super) fn take(&mut self, seq: u64, straight: Option<SocketAddr>, now: Instant) {
+        if let Some(at) = straight
+            && (seq >= self.window.top() || self.heard.is_none_or(|heard| heard.at == at))
+        {
+            self.heard = Some(Heard { at, when: now });
+        }
+        self.window.take(seq);
+        self.last_seen = now;
     }
 
     /// Takes a round-trip time into the smoothed one (RFC 6298 s2: one eighth).

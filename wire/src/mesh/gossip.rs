@@ -128,31 +128,31 @@ impl Mesh {
         }
     }
 
-    /// Where to send to a member: the address that answered last, else its first of a family that this
-    /// node has too, else its first.
-    pub(super) fn address(&self, id: Id) -> Option<SocketAddr> {
-        let member = self.table.at(id);
-        let addresses = &member.signed.record().facts.gossip;
-        let contact = member.contact.as_deref();
-        let answered = contact.and_then(|contact| addresses.get(usize::from(contact.preferred?)));
-        let common = || addresses.iter().find(|address| self.has_family(address));
-        answered.or_else(common).or(addresses.first()).copied().or(contact.map(|contact| contact.from))
-    }
-
-    fn has_family(&self, address: &SocketAddr) -> bool {
-        let own = self.facts.iter().flat_map(|facts| &facts.gossip);
-        own.into_iter().any(|own| own.is_ipv4() == address.is_ipv4())
-    }
-
-    pub(super) fn send_to_member(&mut self, id: Id, body: Body, first: Vec<proto::Update>) {
-        if let Some(to) = self.address(id) {
-            let name = self.table.at(id).name().to_string();
-            self.send(to, &name, body, first);
-        }
-    }
-
     /// Seals and queues one datagram: the body, `first`, then as much news as fits.
     pub(super) fn send(&mut self, to: SocketAddr, name: &str, body: Body, first: Vec<proto::Update>) {
+        let content = self.pack(name, body, first, MAX_CONTENT);
+        self.emit(to, name, &content.expect("every body fits a datagram"));
+    }
+
+    /// Seals and queues what was packed.
+    pub(super) fn emit(&mut self, to: SocketAddr, name: &str, content: &[u8]) {
+        let mut nonce = [0; 24];
+        self.rng.fill_bytes(&mut nonce);
+        let datagram = self.config.ring.seal(&self.config.cluster, nonce, content);
+        self.note_sent(to, name);
+        self.counters.sent += 1;
+        self.counters.sent_bytes += datagram.len() as u64;
+        self.outputs.push_back(Output::Send { to, datagram });
+    }
+
+    /// Packs a datagram of at most `room` bytes; nothing where the body alone is longer.
+    pub(super) fn pack(
+        &mut self,
+        name: &str,
+        body: Body,
+        first: Vec<proto::Update>,
+        room: usize,
+    ) -> Option<Vec<u8>> {
         let mut updates = first;
         updates.extend(self.objection(name));
         let (version, incarnation) = self
@@ -171,23 +171,21 @@ impl Mesh {
             body: Some(body),
         };
         let mut used = datagram.encoded_len();
+        if used > room {
+            return None;
+        }
         for update in updates {
             let length = framed_len(&update);
-            if used + length <= MAX_CONTENT {
+            if used + length <= room {
                 used += length;
                 datagram.updates.push(update);
             }
         }
-        self.piggyback(&mut datagram, used);
-        let mut nonce = [0; 24];
-        self.rng.fill_bytes(&mut nonce);
-        let datagram = self.config.ring.seal(&self.config.cluster, nonce, &datagram.encode_to_vec());
-        self.counters.sent += 1;
-        self.counters.sent_bytes += datagram.len() as u64;
-        self.outputs.push_back(Output::Send { to, datagram });
+        self.piggyback(&mut datagram, used, room);
+        Some(datagram.encode_to_vec())
     }
 
-    fn piggyback(&mut self, datagram: &mut proto::Datagram, mut used: usize) {
+    fn piggyback(&mut self, datagram: &mut proto::Datagram, mut used: usize, room: usize) {
         let limit = REPEAT * log10_ceil(self.table.len());
         let (mut told, mut gone, mut misfits) = (Vec::new(), Vec::new(), 0);
         for (_, _, topic) in &self.queue.order {
@@ -196,14 +194,14 @@ impl Mesh {
                 continue;
             };
             let length = framed_len(&update);
-            if used + length <= MAX_CONTENT {
+            if used + length <= room {
                 used += length;
                 datagram.updates.push(update);
                 told.push(*topic);
             } else {
                 misfits += 1;
             }
-            if misfits > MISFITS || used + 16 > MAX_CONTENT {
+            if misfits > MISFITS || used + 16 > room {
                 break;
             }
         }

@@ -4,7 +4,7 @@
 //! with the slots after every call; liveness only grows in the order (incarnation, alive < suspect < dead),
 //! so merging is commutative and idempotent.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -16,7 +16,7 @@ use super::api::{MemberState, MemberView, Verdict};
 use super::contact::Contact;
 use super::proto::Liveness;
 use super::sync::{Item, Sums};
-use crate::record::SignedRecord;
+use crate::record::{Reach, SignedRecord};
 use crate::types::{NodeName, PublicKey};
 
 /// The most members that a table holds.
@@ -110,6 +110,8 @@ pub(super) struct Table {
     index: BTreeMap<u64, Id>,
     living: Vec<Id>,
     dead: Vec<Id>,
+    /// The name hashes of the living that say that they are open.
+    open: BTreeSet<u64>,
     /// How far the present round of probes has come in `living`.
     cursor: usize,
     pub(super) sums: Sums,
@@ -288,6 +290,13 @@ impl Table {
         picked
     }
 
+    /// Up to `count` living members that say that they are open, from anywhere.
+    pub(super) fn sample_open(&self, rng: &mut ChaCha8Rng, count: usize) -> Vec<Id> {
+        let start = rng.next_u64();
+        let around = self.open.range(start..).chain(self.open.range(..start));
+        around.take(count).filter_map(|hash| self.find(*hash)).collect()
+    }
+
     pub(super) fn random_dead(&self, rng: &mut ChaCha8Rng) -> Option<Id> {
         if self.dead.is_empty() { None } else { Some(self.dead[below(rng, self.dead.len())]) }
     }
@@ -312,6 +321,11 @@ impl Table {
 
     fn enlist(&mut self, id: Id) {
         let Some(class) = self.class(id) else { return };
+        let member = self.at(id);
+        if matches!(class, Class::Living) && member.signed.record().facts.reachability.reach == Reach::Open {
+            let hash = member.hash;
+            self.open.insert(hash);
+        }
         let list = self.list(class);
         list.push(id);
         let place = list.len() - 1;
@@ -320,6 +334,8 @@ impl Table {
 
     fn delist(&mut self, id: Id) {
         let Some(class) = self.class(id) else { return };
+        let hash = self.at(id).hash;
+        self.open.remove(&hash);
         let place = self.at(id).place as usize;
         let list = self.list(class);
         list.swap_remove(place);

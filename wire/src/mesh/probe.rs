@@ -15,6 +15,7 @@ use super::membership::{Id, Suspicion, below};
 use super::proto::{self, Body, Liveness};
 use super::timer::Timer;
 use super::{Mesh, ReplyTo};
+use crate::record::{socket_from_bytes, socket_to_bytes};
 use crate::types::NodeName;
 
 /// Through so many members a silent one is probed.
@@ -39,10 +40,17 @@ pub(super) struct Pending {
 }
 
 #[derive(Debug)]
-enum Purpose {
+pub(super) enum Purpose {
     Probe,
-    Relay { reply: ReplyTo, token: u64 },
-    User { token: u64 },
+    /// To keep a way open.
+    Keep,
+    Relay {
+        reply: ReplyTo,
+        token: u64,
+    },
+    User {
+        token: u64,
+    },
     Seed(SocketAddr),
     Rejoin,
 }
@@ -95,13 +103,8 @@ impl Mesh {
             self.send_to_member(relay, Body::PingRequest(request), Vec::new());
         }
         let have = self.table.at(id).item().version;
-        let member = self.table.at(id);
-        let mut addresses = member.signed.record().facts.gossip.clone();
-        // A translated address is in no record.
-        addresses
-            .extend(member.contact.iter().map(|contact| contact.from).find(|from| !addresses.contains(from)));
-        for to in addresses {
-            self.send(to, &name, Body::Ping(proto::Ping { token, have }), Vec::new());
+        for way in self.ways(id) {
+            self.send_by(way, id, Body::Ping(proto::Ping { token, have, again_ms: 0 }), Vec::new());
         }
     }
 
@@ -219,7 +222,7 @@ impl Mesh {
         }
         let Some(token) = self.expect_ack(None, Purpose::Seed(seed)) else { return };
         let first = self.table.me.map(|me| self.full_update(me)).into_iter().collect();
-        self.send(seed, "", Body::Ping(proto::Ping { token, have: 0 }), first);
+        self.send(seed, "", Body::Ping(proto::Ping { token, have: 0, again_ms: 0 }), first);
     }
 
     pub(super) fn ping_for_user(&mut self, id: Id, token: u64) -> bool {
@@ -227,14 +230,14 @@ impl Mesh {
     }
 
     fn ping_member(&mut self, id: Id, purpose: Purpose) -> Option<u64> {
-        self.address(id)?;
+        self.way(id)?;
         let (hash, have) = (self.table.at(id).hash, self.table.at(id).item().version);
         let token = self.expect_ack(Some(hash), purpose)?;
-        self.send_to_member(id, Body::Ping(proto::Ping { token, have }), Vec::new());
+        self.send_to_member(id, Body::Ping(proto::Ping { token, have, again_ms: 0 }), Vec::new());
         Some(token)
     }
 
-    fn expect_ack(&mut self, target: Option<u64>, purpose: Purpose) -> Option<u64> {
+    pub(super) fn expect_ack(&mut self, target: Option<u64>, purpose: Purpose) -> Option<u64> {
         if self.pending.len() >= MAX_PENDING {
             return None;
         }
@@ -257,8 +260,12 @@ impl Mesh {
 
     pub(super) fn on_ping(&mut self, reply: &ReplyTo, ping: &proto::Ping) {
         let first = self.own_record_beyond(ping.have);
-        let ack = proto::Ack { token: ping.token, have: self.version_of(reply.hash) };
+        let ack =
+            proto::Ack { token: ping.token, have: self.version_of(reply.hash), seen: self.seen_at(reply) };
         self.reply(reply, Body::Ack(ack), first);
+        if ping.again_ms > 0 {
+            self.promise_again(reply, ping);
+        }
     }
 
     pub(super) fn on_ping_request(
@@ -289,6 +296,10 @@ impl Mesh {
     }
 
     pub(super) fn on_ack(&mut self, reply: &ReplyTo, ack: &proto::Ack) {
+        let seen = socket_from_bytes(&ack.seen);
+        if self.keeper_answered(reply, ack.token, seen) {
+            return;
+        }
         let first = self.own_record_beyond(ack.have);
         if !first.is_empty() {
             self.reply(reply, Body::Push(proto::Push { sync: false }), first);
@@ -296,6 +307,9 @@ impl Mesh {
         let Some(pending) = self.pending.get(&ack.token) else { return };
         let rtt = self.now.saturating_duration_since(pending.sent);
         let direct = pending.target.is_none_or(|target| target == reply.hash);
+        if let Some(seen) = seen.filter(|_| direct) {
+            self.take_seen(reply, seen);
+        }
         if let Some(probe) = &mut self.probe
             && probe.token == ack.token
         {
@@ -316,7 +330,7 @@ impl Mesh {
         match pending.purpose {
             Purpose::Relay { reply: asker, token } => {
                 let have = self.version_of(asker.hash);
-                self.reply(&asker, Body::Ack(proto::Ack { token, have }), Vec::new());
+                self.reply(&asker, Body::Ack(proto::Ack { token, have, seen: Vec::new() }), Vec::new());
             }
             Purpose::User { token } => {
                 if let Some(member) = self.table.find_member(reply.hash) {
@@ -331,14 +345,26 @@ impl Mesh {
                     self.seed_owners.insert(seed, reply.hash);
                 }
             }
-            Purpose::Probe | Purpose::Rejoin => {}
+            Purpose::Probe | Purpose::Keep | Purpose::Rejoin => {}
         }
     }
 
+    /// What an Ack says of where the Ping came from: to the own site nothing, as nothing is between.
+    fn seen_at(&self, reply: &ReplyTo) -> Vec<u8> {
+        let neighbour = self
+            .table
+            .find(reply.hash)
+            .is_some_and(|id| self.table.at(id).signed.record().site == self.config.site);
+        if neighbour || reply.forwarded { Vec::new() } else { socket_to_bytes(&reply.from) }
+    }
+
     fn learn_path(&mut self, reply: &ReplyTo, rtt: Option<Duration>) {
+        if reply.forwarded {
+            return;
+        }
         let Some(id) = self.table.find(reply.hash) else { return };
         let gossip = &self.table.at(id).signed.record().facts.gossip;
-        let place = gossip.iter().position(|address| *address == reply.to);
+        let place = gossip.iter().position(|address| *address == reply.from);
         if let Some(contact) = &mut self.table.at_mut(id).contact {
             contact.preferred = place.map(|place| place as u8).or(contact.preferred);
             if let Some(rtt) = rtt {

@@ -76,6 +76,12 @@ pub struct Record {
     pub tunnel_mapping: u32,
     #[prost(uint32, tag = "32")]
     pub relay_room: u32,
+    #[prost(fixed64, repeated, tag = "27")]
+    pub keepers: Vec<u64>,
+    #[prost(uint32, tag = "28")]
+    pub reach: u32,
+    #[prost(bytes = "vec", repeated, tag = "29")]
+    pub outside: Vec<Vec<u8>>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -145,6 +151,8 @@ pub struct Ping {
     pub token: u64,
     #[prost(uint64, tag = "2")]
     pub have: u64,
+    #[prost(uint32, tag = "3")]
+    pub again_ms: u32,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -153,6 +161,8 @@ pub struct Ack {
     pub token: u64,
     #[prost(uint64, tag = "2")]
     pub have: u64,
+    #[prost(bytes = "vec", tag = "3")]
+    pub seen: Vec<u8>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -271,6 +281,12 @@ pub struct RelayRefuse {
     pub reason: u32,
 }
 
+#[derive(Clone, PartialEq, Message)]
+pub struct Forward {
+    #[prost(bytes = "vec", tag = "1")]
+    pub datagram: Vec<u8>,
+}
+
 #[derive(Clone, PartialEq, Oneof)]
 pub enum Body {
     #[prost(message, tag = "8")]
@@ -303,6 +319,8 @@ pub enum Body {
     RelayGrant(RelayGrant),
     #[prost(message, tag = "29")]
     RelayRefuse(RelayRefuse),
+    #[prost(message, tag = "20")]
+    Forward(Forward),
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -321,6 +339,6 @@ pub struct Datagram {
     pub incarnation: u64,
     #[prost(message, repeated, tag = "7")]
     pub updates: Vec<Update>,
-    #[prost(oneof = "Body", tags = "8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 25, 26, 27, 28, 29")]
+    #[prost(oneof = "Body", tags = "8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 20, 25, 26, 27, 28, 29")]
     pub body: Option<Body>,
 }

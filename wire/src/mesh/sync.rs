@@ -17,6 +17,8 @@ use super::{Mesh, Output, Rejected};
 const FEW_ITEMS: u32 = 24;
 /// The most items of one datagram: 40 bytes each at most.
 const PAGE: usize = 24;
+/// What is sent through a keeper has less room: so many bytes of updates, and so many items.
+const FORWARDED: (usize, usize) = (super::ROOM - 160, 18);
 /// Into how many differing buckets an answer descends.
 const DESCEND: usize = 6;
 /// The most datagrams of records that answer one datagram.
@@ -202,18 +204,19 @@ impl Mesh {
 
     /// Sends the items of a range, in pages that together cover it.
     fn send_items(&mut self, reply: &super::ReplyTo, range: RangeInclusive<u64>) {
+        let page = if reply.forwarded { FORWARDED.1 } else { PAGE };
         let items: Vec<proto::SyncItem> = self
             .table
             .range(range.clone())
-            .take(PAGE * BURST)
+            .take(page * BURST)
             .map(|(_, member)| {
                 let Item { hash, version, tag, incarnation, dead } = member.item();
                 proto::SyncItem { name_hash: hash, version, tag, incarnation, dead }
             })
             .collect();
-        let all = items.len() < PAGE * BURST;
+        let all = items.len() < page * BURST;
         let mut first = *range.start();
-        let mut pages = items.chunks(PAGE).peekable();
+        let mut pages = items.chunks(page).peekable();
         if pages.peek().is_none() {
             let empty = proto::SyncItems { first, last: *range.end(), items: Vec::new() };
             self.reply(reply, Body::SyncItems(empty), Vec::new());
@@ -313,10 +316,11 @@ impl Mesh {
 
     /// Sends updates, several in a datagram, in a bounded number of datagrams.
     fn push_updates(&mut self, reply: &super::ReplyTo, updates: Vec<proto::Update>) {
+        let room = if reply.forwarded { FORWARDED.0 } else { super::ROOM };
         let (mut batch, mut used, mut sent) = (Vec::new(), 0, 0);
         for update in updates {
             let length = super::gossip::framed_len(&update);
-            if used + length > super::ROOM && !batch.is_empty() {
+            if used + length > room && !batch.is_empty() {
                 self.reply(reply, Body::Push(proto::Push { sync: true }), std::mem::take(&mut batch));
                 used = 0;
                 sent += 1;

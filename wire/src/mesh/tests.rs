@@ -142,8 +142,13 @@ fn arb_body() -> impl Strategy<Value = Body> {
         },
     );
     prop_oneof![
-        any::<(u64, u64)>().prop_map(|(token, have)| Body::Ping(proto::Ping { token, have })),
-        any::<(u64, u64)>().prop_map(|(token, have)| Body::Ack(proto::Ack { token, have })),
+        any::<(u64, u64, u32)>().prop_map(|(token, have, again_ms)| Body::Ping(proto::Ping {
+            token,
+            have,
+            again_ms
+        })),
+        (any::<u64>(), any::<u64>(), prop_oneof![vec(any::<u8>(), 0..20), vec(any::<u8>(), 6)])
+            .prop_map(|(token, have, seen)| Body::Ack(proto::Ack { token, have, seen })),
         any::<u64>().prop_map(|token| Body::Nack(proto::Nack { token })),
         (any::<u64>(), ".{0,9}|m[0-3]")
             .prop_map(|(token, target)| Body::PingRequest(proto::PingRequest { token, target })),
@@ -162,6 +167,14 @@ fn arb_body() -> impl Strategy<Value = Body> {
             Body::SyncItems(proto::SyncItems { first, last, items })
         }),
         vec(any::<u64>(), 0..99).prop_map(|name_hashes| Body::SyncWant(proto::SyncWant { name_hashes })),
+        vec(any::<u8>(), 0..99).prop_map(|datagram| Body::Forward(proto::Forward { datagram })),
+        ("m[0-3]|peer|me", "me|m[0-3]|", 0..3u64, any::<u64>(), vec(arb_update(), 0..2)).prop_map(
+            |(from, to, session, seq, updates)| {
+                let body = Some(Body::Ping(proto::Ping { token: seq, have: 0, again_ms: 0 }));
+                let inner = proto::Datagram { from, to, session, seq, updates, body, ..Default::default() };
+                Body::Forward(proto::Forward { datagram: inner.encode_to_vec() })
+            }
+        ),
     ]
 }
 

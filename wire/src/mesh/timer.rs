@@ -24,6 +24,10 @@ pub(super) enum Timer {
     Certify,
     /// What sites say has changed.
     Judge,
+    /// Look at how this node is reached.
+    Reach,
+    /// Answer the member with this name hash once more.
+    Again(u64),
 }
 
 impl Timer {
@@ -39,6 +43,8 @@ impl Timer {
             Self::Expire(_) => "give up a request",
             Self::Certify => "certify nodes of the own site",
             Self::Judge => "judge members of other sites again",
+            Self::Reach => "look at how this node is reached",
+            Self::Again(_) => "answer once more, as asked",
         }
     }
 }

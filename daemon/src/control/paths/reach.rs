@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use weft_wire::mesh::{Mapping, Reach};
+use weft_wire::mesh::{TunnelMapping, TunnelReach};
 use weft_wire::types::NodeName;
 
 /// A word counts for so long; peers repeat theirs.
@@ -38,8 +38,8 @@ impl Observations {
     }
 
     /// Returns what the words amount to, for a node whose tunnels are at these places of its own.
-    pub fn reach(&self, own: &[SocketAddr]) -> Reach {
-        let mut reach = Reach::default();
+    pub fn reach(&self, own: &[SocketAddr]) -> TunnelReach {
+        let mut reach = TunnelReach::default();
         let mut kinds = BTreeSet::new();
         for v4 in [true, false] {
             let mut words: Vec<_> =
@@ -59,10 +59,10 @@ impl Observations {
             });
         }
         reach.mapping = match kinds.last() {
-            None | Some(Kind::Unknown) => Mapping::Unknown,
-            Some(Kind::None) => Mapping::None,
-            Some(Kind::Independent) => Mapping::Independent,
-            Some(Kind::Dependent) => Mapping::Dependent,
+            None | Some(Kind::Unknown) => TunnelMapping::Unknown,
+            Some(Kind::None) => TunnelMapping::None,
+            Some(Kind::Independent) => TunnelMapping::Independent,
+            Some(Kind::Dependent) => TunnelMapping::Dependent,
         };
         reach
     }
@@ -85,7 +85,7 @@ mod tests {
         text.parse().expect("an address")
     }
 
-    fn reach(words: &[(&str, &str)]) -> Reach {
+    fn reach(words: &[(&str, &str)]) -> TunnelReach {
         let (mut observations, now) = (Observations::default(), Instant::now());
         for (place, (from, endpoint)) in words.iter().enumerate() {
             let now = now + Duration::from_secs(place as u64);
@@ -96,17 +96,20 @@ mod tests {
 
     #[test]
     fn two_observers_tell_whether_the_mapping_depends_on_the_destination() {
-        assert_eq!(reach(&[]), Reach::default());
+        assert_eq!(reach(&[]), TunnelReach::default());
         let open = reach(&[("a", "198.51.100.2:51820")]);
-        assert_eq!((open.mapping, open.reflexive), (Mapping::None, vec![]));
+        assert_eq!((open.mapping, open.reflexive), (TunnelMapping::None, vec![]));
         let one = reach(&[("a", "192.0.2.201:40000")]);
-        assert_eq!((one.mapping, &one.reflexive[..]), (Mapping::Unknown, &[at("192.0.2.201:40000")][..]));
+        assert_eq!(
+            (one.mapping, &one.reflexive[..]),
+            (TunnelMapping::Unknown, &[at("192.0.2.201:40000")][..])
+        );
         let same = reach(&[("a", "192.0.2.201:40000"), ("b", "192.0.2.201:40000")]);
-        assert_eq!(same.mapping, Mapping::Independent);
+        assert_eq!(same.mapping, TunnelMapping::Independent);
         let other = reach(&[("a", "192.0.2.201:40000"), ("b", "192.0.2.201:40001")]);
         assert_eq!(
             (other.mapping, &other.reflexive[..]),
-            (Mapping::Dependent, &[at("192.0.2.201:40001")][..])
+            (TunnelMapping::Dependent, &[at("192.0.2.201:40001")][..])
         );
     }
 
@@ -124,10 +127,10 @@ mod tests {
         observations.expire(&BTreeSet::from([&node]), now + VALID / 2);
         assert_eq!(observations.reach(&[]).reflexive.len(), 1);
         observations.expire(&BTreeSet::from([&node]), now + VALID);
-        assert_eq!(observations.reach(&[]), Reach::default());
+        assert_eq!(observations.reach(&[]), TunnelReach::default());
         observations.take(&node, at("192.0.2.201:40000"), now);
         observations.expire(&BTreeSet::new(), now);
-        assert_eq!(observations.reach(&[]), Reach::default());
+        assert_eq!(observations.reach(&[]), TunnelReach::default());
     }
 
     #[test]

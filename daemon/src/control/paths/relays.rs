@@ -46,7 +46,7 @@ impl Grant {
             .map(|address| SocketAddr::new(*address, port))
             .take(1)
             .collect();
-        let willing = relay.reach.relay_room > 0 && !relay.is_translated() && !places.is_empty();
+        let willing = relay.reach.relay_room > 0 && relay.is_open() && !places.is_empty();
         willing.then(|| Self { relay: relay.node.clone(), places, at: now, carried: false })
     }
 }
@@ -178,7 +178,7 @@ impl Relays {
                 .addresses
                 .iter()
                 .any(|address| own.addresses.iter().any(|own| own.is_ipv4() == address.is_ipv4()));
-            let willing = relay.alive && relay.reach.relay_room > 0 && !relay.is_translated() && family;
+            let willing = relay.alive && relay.reach.relay_room > 0 && relay.is_open() && family;
             let third = relay.node != own.node && relay.node != party.node && !has.contains(&&relay.node);
             willing && third && !self.is_shunned(&relay.node, now)
         });

@@ -39,22 +39,23 @@ fn party(node: &str, site: &str, address: &str) -> Party {
         site: site.parse().expect("a name"),
         alive: true,
         addresses: vec![address.parse().expect("an address")],
+        behind: false,
         tunnel: Some((TunnelKey([node.as_bytes()[node.len() - 1]; 32]), PORT)),
-        reach: Reach::default(),
+        reach: TunnelReach::default(),
         rtt: Some(Duration::from_millis(5)),
     }
 }
 
 fn relay(node: &str, address: &str) -> Party {
-    let reach = Reach { mapping: Mapping::None, relay_room: 100, reflexive: Vec::new() };
+    let reach = TunnelReach { mapping: TunnelMapping::None, relay_room: 100, reflexive: Vec::new() };
     Party { reach, ..party(node, "hub", address) }
 }
 
-fn behind(party: Party, reflexive: &str, mapping: Mapping) -> Party {
-    Party { reach: Reach { reflexive: vec![at(reflexive)], mapping, relay_room: 0 }, ..party }
+fn behind(party: Party, reflexive: &str, mapping: TunnelMapping) -> Party {
+    Party { reach: TunnelReach { reflexive: vec![at(reflexive)], mapping, relay_room: 0 }, ..party }
 }
 
-fn world(mapping: Mapping) -> World {
+fn world(mapping: TunnelMapping) -> World {
     let own = behind(party("a", "east", "198.51.100.1"), "192.0.2.201:4001", mapping);
     let b = behind(party("b", "west", "198.51.100.1"), "192.0.2.202:4002", mapping);
     let relays = [relay("r1", "192.0.2.1"), relay("r2", "192.0.2.2"), relay("r3", "192.0.2.3")];
@@ -74,7 +75,7 @@ fn observed(world: &World, now: Instant) -> Paths {
     let looks = [seen("r1", "192.0.2.1:51820"), seen("r2", "192.0.2.2:51820")];
     paths.look(&looks, false, world, now);
     let port = |second| match world.own.reach.mapping {
-        Mapping::Dependent if second => "192.0.2.201:4009",
+        TunnelMapping::Dependent if second => "192.0.2.201:4009",
         _ => "192.0.2.201:4001",
     };
     for (node, second) in [("r1", false), ("r2", true)] {
@@ -110,7 +111,7 @@ fn direct_place(text: &str) -> Candidate {
 
 #[test]
 fn a_pair_without_traffic_is_told_nothing_and_says_nothing() {
-    let (world, now) = (world(Mapping::Independent), Instant::now());
+    let (world, now) = (world(TunnelMapping::Independent), Instant::now());
     let mut paths = observed(&world, now);
     let idle = Seen { ready: false, ..seen("b", "192.0.2.202:4002") };
     let acts = paths.look(&[idle], false, &world, now);
@@ -120,7 +121,7 @@ fn a_pair_without_traffic_is_told_nothing_and_says_nothing() {
 
 #[test]
 fn who_waits_calls_the_peer_and_tries_where_its_packets_come_from() {
-    let (world, now) = (world(Mapping::Independent), Instant::now());
+    let (world, now) = (world(TunnelMapping::Independent), Instant::now());
     let mut paths = observed(&world, now);
     let looks = [waiting(), seen("r1", "192.0.2.1:51820"), seen("r2", "192.0.2.2:51820")];
     let acts = paths.look(&looks, false, &world, now);
@@ -135,7 +136,7 @@ fn who_waits_calls_the_peer_and_tries_where_its_packets_come_from() {
 
 #[test]
 fn who_is_called_sends_at_once_and_answers_once() {
-    let (world, now) = (world(Mapping::Independent), Instant::now());
+    let (world, now) = (world(TunnelMapping::Independent), Instant::now());
     let mut paths = observed(&world, now);
     let call = PathWord::Call { endpoints: vec![at("192.0.2.202:4777")], answers: false };
     let acts = paths.handle_word(&name("b"), call.clone(), &world, now);
@@ -149,7 +150,7 @@ fn who_is_called_sends_at_once_and_answers_once() {
 
 #[test]
 fn a_call_leads_to_no_place_that_is_no_host() {
-    let (world, now) = (world(Mapping::Independent), Instant::now());
+    let (world, now) = (world(TunnelMapping::Independent), Instant::now());
     let mut paths = observed(&world, now);
     let endpoints = ["127.0.0.1:53", "224.0.0.1:53", "255.255.255.255:53", "0.0.0.0:53"].map(at).to_vec();
     let acts = paths.handle_word(&name("b"), PathWord::Call { endpoints, answers: true }, &world, now);
@@ -158,7 +159,7 @@ fn a_call_leads_to_no_place_that_is_no_host() {
 
 #[test]
 fn two_translators_that_depend_on_the_destination_need_a_relay_at_once() {
-    let (world, now) = (world(Mapping::Dependent), Instant::now());
+    let (world, now) = (world(TunnelMapping::Dependent), Instant::now());
     let mut paths = observed(&world, now);
     let acts = paths.look(&[waiting()], false, &world, now);
     assert_eq!(asked(&acts).len(), 1, "{acts:?}");
@@ -166,7 +167,7 @@ fn two_translators_that_depend_on_the_destination_need_a_relay_at_once() {
 
 #[test]
 fn a_pair_that_cannot_be_punched_gets_a_relay_and_then_one_to_fall_back_to() {
-    let (world, now) = (world(Mapping::Independent), Instant::now());
+    let (world, now) = (world(TunnelMapping::Independent), Instant::now());
     let mut paths = observed(&world, now);
     let observers = [seen("r1", "192.0.2.1:51820"), seen("r2", "192.0.2.2:51820")];
     let with = |look: Seen| observers.iter().cloned().chain([look]).collect::<Vec<_>>();
@@ -201,7 +202,7 @@ fn a_pair_that_cannot_be_punched_gets_a_relay_and_then_one_to_fall_back_to() {
 
 #[test]
 fn a_relay_that_grants_and_carries_nothing_is_given_up_and_another_asked() {
-    let (world, now) = (world(Mapping::Dependent), Instant::now());
+    let (world, now) = (world(TunnelMapping::Dependent), Instant::now());
     let mut paths = observed(&world, now);
     let relay = asked(&paths.look(&[waiting()], false, &world, now));
     paths.handle_word(&relay[0], PathWord::RelayGrant(name("b"), 51_900), &world, now);
@@ -215,7 +216,7 @@ fn a_relay_that_grants_and_carries_nothing_is_given_up_and_another_asked() {
 
 #[test]
 fn a_relay_that_refuses_or_is_silent_is_followed_by_another() {
-    let (world, now) = (world(Mapping::Dependent), Instant::now());
+    let (world, now) = (world(TunnelMapping::Dependent), Instant::now());
     let mut paths = observed(&world, now);
     let first = asked(&paths.look(&[waiting()], false, &world, now));
     let refuse = PathWord::RelayRefuse(name("b"), weft_wire::mesh::RelayRefusal::Full);
@@ -229,7 +230,7 @@ fn a_relay_that_refuses_or_is_silent_is_followed_by_another() {
 
 #[test]
 fn a_grant_of_who_relays_for_nobody_is_not_believed() {
-    let (mut world, now) = (world(Mapping::Dependent), Instant::now());
+    let (mut world, now) = (world(TunnelMapping::Dependent), Instant::now());
     world.others[1].reach.relay_room = 0;
     let mut paths = observed(&world, now);
     let acts = paths.handle_word(&name("r1"), PathWord::RelayGrant(name("b"), 51_900), &world, now);
@@ -238,7 +239,7 @@ fn a_grant_of_who_relays_for_nobody_is_not_believed() {
 
 #[test]
 fn pairs_are_spread_over_relays_that_are_equally_near_and_a_far_one_is_left_out() {
-    let (mut world, now) = (world(Mapping::Dependent), Instant::now());
+    let (mut world, now) = (world(TunnelMapping::Dependent), Instant::now());
     world.others[3].rtt = Some(Duration::from_millis(200));
     let template = world.others[0].clone();
     let mut counts: BTreeMap<NodeName, usize> = BTreeMap::new();
@@ -254,7 +255,7 @@ fn pairs_are_spread_over_relays_that_are_equally_near_and_a_far_one_is_left_out(
 
 #[test]
 fn a_pair_on_a_relay_tries_to_do_without_and_soon_after_something_changed() {
-    let (mut world, now) = (world(Mapping::Dependent), Instant::now());
+    let (mut world, now) = (world(TunnelMapping::Dependent), Instant::now());
     let mut paths = observed(&world, now);
     let relay = asked(&paths.look(&[waiting()], false, &world, now));
     paths.handle_word(&relay[0], PathWord::RelayGrant(name("b"), 51_900), &world, now);
@@ -268,13 +269,13 @@ fn a_pair_on_a_relay_tries_to_do_without_and_soon_after_something_changed() {
     now += UPGRADE;
     assert_eq!(calls(&look(now, &mut paths, &world)), 1);
     assert_eq!(calls(&look(now + SOON, &mut paths, &world)), 0);
-    world.others[0].reach.mapping = Mapping::Independent;
+    world.others[0].reach.mapping = TunnelMapping::Independent;
     assert_eq!(calls(&look(now + SOON * 2, &mut paths, &world)), 1);
 }
 
 #[test]
 fn a_peer_is_told_where_it_is_seen_once_until_that_changes() {
-    let (world, now) = (world(Mapping::Independent), Instant::now());
+    let (world, now) = (world(TunnelMapping::Independent), Instant::now());
     let mut paths = Paths::default();
     let told = |acts: Vec<Act>| acts.into_iter().any(|act| matches!(act, Act::Say(_, PathWord::Observed(_))));
     assert!(!told(paths.look(&[seen("b", "192.0.2.202:4002")], false, &world, now)), "its record says so");
@@ -285,8 +286,8 @@ fn a_peer_is_told_where_it_is_seen_once_until_that_changes() {
 
 #[test]
 fn a_node_asks_two_open_nodes_until_it_knows_that_nothing_stands_before_it() {
-    let (mut world, now) = (world(Mapping::Unknown), Instant::now());
-    world.own.reach = Reach::default();
+    let (mut world, now) = (world(TunnelMapping::Unknown), Instant::now());
+    world.own.reach = TunnelReach::default();
     let mut paths = Paths::default();
     let looks = ["r1", "r2", "r3"].map(|node| Seen { ready: false, ..seen(node, "192.0.2.1:51820") });
     let wants = |acts: &[Act]| acts.iter().filter(|act| matches!(act, Act::Want(..))).count();
@@ -303,7 +304,7 @@ fn a_node_asks_two_open_nodes_until_it_knows_that_nothing_stands_before_it() {
 
 #[test]
 fn the_kernel_is_given_one_path_after_the_other_and_a_granted_relay_at_once() {
-    let (world, now) = (world(Mapping::Independent), Instant::now());
+    let (world, now) = (world(TunnelMapping::Independent), Instant::now());
     let mut paths = observed(&world, now);
     paths.look(&[waiting()], true, &world, now);
     assert_eq!(paths.ways()[&name("b")], at("192.0.2.202:4002"));

@@ -1,0 +1,312 @@
+//! The open members that a node behind NAT keeps a way open to, so that it is reached through them.
+//!
+//! A keeper is a member that says that it is open, and that answered a Ping of this node at an address of its record. The first
+//! to answer of a few is taken: that is the shortest round trip. Invariants: at most [`MAX_KEEPERS`] are named; a
+//! look at them costs the same in a mesh of any size; a Ping goes out only after a pause without any datagram to the keeper.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use super::cadence::Cadence;
+use super::{Mesh, TICK};
+use crate::mesh::ReplyTo;
+use crate::mesh::api::MemberState;
+use crate::mesh::membership::Id;
+use crate::mesh::probe::Purpose;
+use crate::mesh::proto::{self, Body};
+use crate::mesh::timer::Timer;
+use crate::mesh::way::{KEPT, Way};
+use crate::record::{MAX_KEEPERS, Reach};
+use crate::types::NodeName;
+
+/// Who does not answer so many Pings, one a tick, is no keeper.
+const MISSES: u32 = 3;
+/// So many members are asked at once, of so many that are looked at.
+const RACE: (usize, usize) = (3, 16);
+/// A member that failed is not asked again for so long.
+const SHUNNED: Duration = Duration::from_secs(60);
+/// The most members that are remembered for having failed.
+const MAX_SHUNNED: usize = 16;
+/// An Ack that was to come later is late after so long.
+const LATE: Duration = Duration::from_secs(3);
+/// The most Acks that this node has promised to repeat.
+const MAX_AGAIN: usize = 4096;
+
+#[derive(Debug)]
+pub(super) struct Keeper {
+    pub(super) name: NodeName,
+    pub(super) hash: u64,
+    /// It answered.
+    proven: bool,
+    /// A Ping waits for its answer.
+    asked: Option<Instant>,
+    missed: u32,
+    /// When the last datagram went to it, and how long none had gone before that.
+    sent: Instant,
+    rested: Duration,
+    /// Where it saw this node last.
+    seen: Option<SocketAddr>,
+    cadence: Cadence,
+    trial: Option<Trial>,
+    /// Datagrams to it and from it.
+    traffic: u64,
+}
+
+/// Whether a mapping lives through a pause: the keeper answers once more after it.
+#[derive(Debug)]
+struct Trial {
+    token: u64,
+    pause: Duration,
+    /// When the first Ack came, and the traffic until then.
+    rests: Option<(Instant, u64)>,
+}
+
+impl Keeper {
+    fn new(name: NodeName, hash: u64, now: Instant) -> Self {
+        Self {
+            name,
+            hash,
+            proven: false,
+            asked: None,
+            missed: 0,
+            sent: now,
+            rested: Duration::ZERO,
+            seen: None,
+            cadence: Cadence::default(),
+            trial: None,
+            traffic: 0,
+        }
+    }
+
+    pub(super) fn is_proven(&self) -> bool {
+        self.proven
+    }
+
+    pub(super) fn named(&self) -> Option<u64> {
+        self.proven.then_some(self.hash)
+    }
+
+    pub(super) fn pause(&self) -> Duration {
+        self.cadence.pause()
+    }
+
+    pub(super) fn note_sent(&mut self, now: Instant) {
+        let rested = now.saturating_duration_since(self.sent);
+        if rested > TICK {
+            self.rested = rested;
+        }
+        self.sent = now;
+        self.traffic += 1;
+    }
+
+    pub(super) fn note_heard(&mut self) {
+        self.traffic += 1;
+    }
+
+    /// What it says of where it sees this node: another port after a pause is a mapping that was lost in it.
+    fn take_seen(&mut self, seen: SocketAddr) {
+        match self.seen.replace(seen) {
+            Some(before) if before.ip() != seen.ip() => self.cadence = Cadence::default(),
+            Some(before) if before != seen && self.rested >= TICK * 5 => self.cadence.lost(self.rested),
+            _ => {}
+        }
+    }
+
+    /// Ends a trial whose time is over. It says something only if nothing else kept the mapping alive.
+    fn end_trial(&mut self, now: Instant) -> bool {
+        let Some(Trial { pause, rests: Some((from, traffic)), .. }) = &self.trial else {
+            // The first Ack did not come: the answer to the next Ping says more.
+            return self.trial.take_if(|_| self.asked.is_none()).is_some();
+        };
+        let (pause, quiet) = (*pause, *traffic == self.traffic);
+        if quiet && now < *from + pause + LATE {
+            return false;
+        }
+        if quiet {
+            self.cadence.unanswered(pause);
+        }
+        self.trial = None;
+        quiet
+    }
+}
+
+impl Mesh {
+    pub(super) fn tend_keepers(&mut self) {
+        self.drop_keepers();
+        let seen = self.reach.votes.addresses(self.now);
+        let moved = seen.first() != self.reach.seen.first();
+        self.reach.seen = seen;
+        let mut tries = self.reach.keepers.iter().all(|keeper| keeper.proven && keeper.trial.is_none())
+            && self.reach.keepers.len() == MAX_KEEPERS;
+        for place in 0..self.reach.keepers.len() {
+            if let Some(trial) = self.keeper_is_due(place, moved) {
+                let trial = trial.filter(|_| std::mem::take(&mut tries));
+                self.ping_keeper(place, trial);
+            }
+        }
+        self.look_for_keepers();
+    }
+
+    /// Lets go of those that are gone, do not answer, or say that they are not open.
+    fn drop_keepers(&mut self) {
+        let now = self.now;
+        let patience = |keeper: &mut Keeper| {
+            if keeper.asked.is_some_and(|asked| asked + TICK <= now) {
+                keeper.missed += 1;
+            }
+        };
+        self.reach.keepers.iter_mut().for_each(patience);
+        self.reach.shunned.retain(|(_, since)| *since + SHUNNED > now);
+        let table = &self.table;
+        let shunned = &mut self.reach.shunned;
+        self.reach.keepers.retain(|keeper| {
+            let member = table.find_member(keeper.hash);
+            let there = member.is_some_and(|member| {
+                member.gone_since.is_none()
+                    && member.signed.record().facts.reachability.reach != Reach::Behind
+            });
+            let answers = keeper.missed < MISSES;
+            if there && !answers && shunned.len() < MAX_SHUNNED {
+                shunned.push((keeper.hash, now));
+            }
+            there && answers
+        });
+    }
+
+    /// Whether a Ping is due, and which pause may be tried after it.
+    fn keeper_is_due(&mut self, place: usize, moved: bool) -> Option<Option<Duration>> {
+        let now = self.now;
+        let keeper = &mut self.reach.keepers[place];
+        let doubted = keeper.end_trial(now);
+        let suspect =
+            self.table.find(keeper.hash).is_some_and(|id| self.table.at(id).state() != MemberState::Alive);
+        if keeper.asked.is_some() {
+            return Some(None);
+        }
+        if doubted || moved || suspect {
+            return Some(None);
+        }
+        if keeper.trial.is_some() || now < keeper.sent + keeper.pause() {
+            return None;
+        }
+        Some(keeper.cadence.trial())
+    }
+
+    fn ping_keeper(&mut self, place: usize, trial: Option<Duration>) {
+        let keeper = &self.reach.keepers[place];
+        let (hash, name) = (keeper.hash, keeper.name.clone());
+        let Some(id) = self.table.find(hash) else { return };
+        let Some(to) = self.straight(id) else { return };
+        let Some(token) = self.expect_ack(Some(hash), Purpose::Keep) else { return };
+        let have = self.table.at(id).item().version;
+        let again_ms = trial.map_or(0, |pause| pause.as_millis() as u32);
+        let now = self.now;
+        let keeper = &mut self.reach.keepers[place];
+        keeper.asked = Some(now);
+        keeper.trial = trial.map(|pause| Trial { token, pause, rests: None });
+        self.send(to, name.as_str(), Body::Ping(proto::Ping { token, have, again_ms }), Vec::new());
+    }
+
+    fn look_for_keepers(&mut self) {
+        let proven = self.reach.keepers.iter().filter(|keeper| keeper.proven).count();
+        if proven >= MAX_KEEPERS || proven < self.reach.keepers.len() {
+            return;
+        }
+        for id in self.candidates() {
+            let member = self.table.at(id);
+            let keeper = Keeper::new(member.name().clone(), member.hash, self.now);
+            self.reach.keepers.push(keeper);
+            self.ping_keeper(self.reach.keepers.len() - 1, None);
+        }
+    }
+
+    /// A few open members that are none yet: where there are some, those of another site and address than the keeper that is there.
+    fn candidates(&mut self) -> Vec<Id> {
+        let known = self.reach.keepers.first().and_then(|keeper| self.table.find_member(keeper.hash));
+        let place = |id: Id| {
+            let member = self.table.at(id);
+            let heard = member.contact.as_ref().and_then(|contact| contact.heard).map(|heard| heard.at.ip());
+            (member.signed.record().site.clone(), heard)
+        };
+        let taken = known.and_then(|member| self.table.find(member.hash)).map(place);
+        let likeness = |id: &Id| {
+            let (site, ip) = place(*id);
+            taken.as_ref().map_or(0, |taken| usize::from(taken.0 == site) * 2 + usize::from(taken.1 == ip))
+        };
+        let mut open = self.table.sample_open(&mut self.rng, RACE.1);
+        open.retain(|id| {
+            let member = self.table.at(*id);
+            let known = self.reach.keepers.iter().any(|keeper| keeper.hash == member.hash)
+                || self.reach.shunned.iter().any(|(hash, _)| *hash == member.hash);
+            !known && member.state() == MemberState::Alive
+        });
+        let least = open.iter().map(likeness).min();
+        open.retain(|id| Some(likeness(id)) == least);
+        open.truncate(RACE.0);
+        open
+    }
+
+    /// Takes an answer of a keeper, or of a member that may become one. Returns whether it was the repeated Ack of a trial.
+    pub(in crate::mesh) fn keeper_answered(
+        &mut self,
+        reply: &ReplyTo,
+        token: u64,
+        seen: Option<SocketAddr>,
+    ) -> bool {
+        let now = self.now;
+        if reply.forwarded {
+            return false;
+        }
+        let others =
+            self.reach.keepers.iter().filter(|keeper| keeper.proven && keeper.hash != reply.hash).count();
+        let Some(keeper) = self.reach.keepers.iter_mut().find(|keeper| keeper.hash == reply.hash) else {
+            return false;
+        };
+        if let Some(trial) = keeper.trial.as_mut().filter(|trial| trial.token == token) {
+            match trial.rests {
+                None => trial.rests = Some((now, keeper.traffic)),
+                Some((_, traffic)) => {
+                    // The Ack itself is all that was heard or said.
+                    if keeper.traffic == traffic + 1 {
+                        keeper.cadence.held(trial.pause);
+                    }
+                    keeper.trial = None;
+                    return true;
+                }
+            }
+        }
+        (keeper.asked, keeper.missed) = (None, 0);
+        if let Some(seen) = seen {
+            keeper.take_seen(seen);
+        }
+        keeper.proven |= others < MAX_KEEPERS;
+        if keeper.proven && others + 1 >= MAX_KEEPERS {
+            self.reach.keepers.retain(|keeper| keeper.proven);
+        }
+        false
+    }
+
+    /// Whether a member named this node as its keeper.
+    pub(in crate::mesh) fn keeps(&self, id: Id) -> bool {
+        self.table.at(id).signed.record().facts.reachability.keepers.contains(&self.hash)
+    }
+
+    /// Promises a member that this node keeps to answer once more.
+    pub(in crate::mesh) fn promise_again(&mut self, reply: &ReplyTo, ping: &proto::Ping) {
+        let kept = self.table.find(reply.hash).is_some_and(|id| self.keeps(id));
+        let after = Duration::from_millis(ping.again_ms.into());
+        if kept && !reply.forwarded && after <= KEPT && self.reach.again.len() < MAX_AGAIN {
+            self.reach.again.insert(reply.hash, ping.token);
+            self.timers.set(self.now + after, Timer::Again(reply.hash));
+        }
+    }
+
+    pub(in crate::mesh) fn on_again_timer(&mut self, hash: u64) {
+        let Some(token) = self.reach.again.remove(&hash) else { return };
+        let Some(id) = self.table.find(hash) else { return };
+        if let Some(Way::At(to)) = self.way(id) {
+            let (name, have) = (self.table.at(id).name().to_string(), self.table.at(id).item().version);
+            self.send(to, &name, Body::Ack(proto::Ack { token, have, seen: Vec::new() }), Vec::new());
+        }
+    }
+}
