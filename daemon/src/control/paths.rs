@@ -160,6 +160,7 @@ struct Pair {
 struct Flow {
     sent: u64,
     received: u64,
+    endpoint: SocketAddr,
     /// Since when bytes went unanswered, and from which count on.
     silent: Option<(Instant, u64)>,
     told: Option<(SocketAddr, Instant)>,
@@ -266,6 +267,10 @@ impl Paths {
             }
             PathWord::Call { endpoints, answers } if party.site != own.site => {
                 let pair = self.pairs.entry(from.clone()).or_default();
+                // Who calls all the time does not make this node send all the time.
+                if pair.called.is_some_and(|called| now.duration_since(called) < CALL / 2) {
+                    return acts;
+                }
                 (pair.called, pair.last) = (Some(now), Some(now));
                 pair.named = Some((endpoints, now));
                 if !answers && pair.calls.is_none_or(|calls| now.duration_since(calls) >= CALL / 2) {
@@ -294,9 +299,13 @@ impl Paths {
 
     /// Returns for how long bytes to a peer went unanswered.
     fn note_flow(&mut self, look: &Seen, now: Instant) -> Option<Duration> {
-        let first = Flow { sent: look.sent, received: look.received, silent: None, told: None };
+        let Seen { sent, received, endpoint, .. } = *look;
+        let first = Flow { sent, received, endpoint, silent: None, told: None };
         let flow = self.flows.entry(look.node.clone()).or_insert(first);
-        if look.received != flow.received || look.sent < flow.sent {
+        // What was not answered elsewhere says nothing of the path that the tunnel went over to. The kernel does not choose.
+        let moved = look.endpoint != flow.endpoint && !self.in_kernel;
+        flow.endpoint = look.endpoint;
+        if look.received != flow.received || look.sent < flow.sent || moved {
             flow.silent = None;
         } else if look.sent > flow.sent {
             flow.silent.get_or_insert((now, flow.sent));
@@ -336,7 +345,14 @@ impl Paths {
     ) {
         let silent = silent.is_some_and(|silent| silent >= SILENT);
         let relayed = self.relay_at(&look.node, look.endpoint).cloned();
-        if silent && let Some(relay) = &relayed {
+        let promised = |grant: &Grant| Some(&grant.relay) == relayed.as_ref();
+        let grant =
+            self.pairs.get(&look.node).and_then(|pair| pair.grants.iter().find(|grant| promised(grant)));
+        let is_new = grant.is_some_and(|grant| grant.is_new(now)) && self.in_kernel;
+        if silent
+            && !is_new
+            && let Some(relay) = &relayed
+        {
             let pair = self.pairs.entry(look.node.clone()).or_default();
             pair.grants.retain(|grant| grant.relay != *relay);
             self.relays.give_up(relay, &look.node, relays::Fault::Stopped, now);

@@ -100,6 +100,11 @@ pub(super) struct Endpoints {
     tried: Option<Instant>,
     sent: Option<Instant>,
     used: Option<Instant>,
+    /// Relays that have yet to hear of this pair, and when they are told next.
+    fresh: Vec<SocketAddr>,
+    fresh_at: Option<Instant>,
+    /// When the paths to fall back to were used last.
+    kept: Option<Instant>,
 }
 
 impl Endpoints {
@@ -118,6 +123,9 @@ impl Endpoints {
             tried: None,
             sent: None,
             used: None,
+            fresh: Vec::new(),
+            fresh_at: None,
+            kept: None,
         }
     }
 
@@ -143,8 +151,16 @@ impl Endpoints {
 
     /// Takes where else the peer may be; with `trial` these paths are tried for some seconds.
     pub(super) fn set_candidates(&mut self, candidates: &[Candidate], keep: Keep, trial: bool, now: Instant) {
+        let before = std::mem::take(&mut self.candidates);
         self.candidates = candidates.iter().take(MOST).copied().collect();
         self.keep = keep;
+        // A relay knows a pair by its handshakes. One to fall back to is told while another is in use, and else when it is needed.
+        if self.rank(self.current) == Rank::Relay {
+            let relays =
+                self.candidates.iter().filter(|other| other.rank == Rank::Relay && !before.contains(other));
+            self.fresh = relays.map(|relay| relay.at).filter(|at| *at != self.current).collect();
+            self.fresh_at = Some(now);
+        }
         if trial {
             self.trial = Some(now + TRIAL);
             self.tried = None;
@@ -164,6 +180,7 @@ impl Endpoints {
     pub(super) fn heard(&mut self, from: SocketAddr, what: Heard, now: Instant) {
         self.unanswered = None;
         self.asked = None;
+        self.fresh.retain(|at| *at != from);
         if what == Heard::Data {
             self.used = Some(now);
             self.owed.get_or_insert(now);
@@ -218,6 +235,7 @@ impl Endpoints {
         self.passed_over = self.passed_over.filter(|(_, since)| now.duration_since(*since) < PASSED_OVER);
         if ready && !self.candidates.is_empty() {
             self.ask_if_silent(&mut due, now);
+            self.introduce(&mut due, now);
         }
         if ready
             && !self.candidates.is_empty()
@@ -246,11 +264,25 @@ impl Endpoints {
         if ready && lapses && (self.keep == Keep::Always || (self.keep == Keep::WhileUsed && used)) {
             self.sent = Some(now);
             due.try_at.push(self.current);
-            // The paths to fall back to are kept as well.
+        }
+        let unkept = self.kept.is_none_or(|kept| now.duration_since(kept) >= KEEP);
+        if ready && used && unkept && self.rank(self.current) == Rank::Relay {
+            self.kept = Some(now);
             let relays = self.candidates.iter().filter(|other| other.rank == Rank::Relay);
             due.try_at.extend(relays.map(|relay| relay.at).filter(|relay| *relay != self.current));
         }
         due
+    }
+
+    /// Has the relays to fall back to hear of the pair, for as long as paths are tried.
+    fn introduce(&mut self, due: &mut Due, now: Instant) {
+        if self.trial.is_none() {
+            self.fresh.clear();
+        }
+        if due.ask.is_empty() && !self.fresh.is_empty() && self.fresh_at.is_none_or(|at| at <= now) {
+            self.fresh_at = Some(now + REQUEST);
+            due.ask.clone_from(&self.fresh);
+        }
     }
 
     fn ask_if_silent(&mut self, due: &mut Due, now: Instant) {
@@ -357,7 +389,7 @@ mod tests {
         assert_eq!(due.ask, [at(DIRECT), at(RELAY), at(STANDBY)]);
         endpoints.heard(at(STANDBY), Heard::Handshake, now + SILENT);
         assert_eq!(endpoints.current(), at(STANDBY));
-        assert_eq!(endpoints.due(true, now + SILENT), Due::default());
+        assert_eq!(endpoints.due(true, now + SILENT).ask, []);
     }
 
     #[test]
@@ -396,6 +428,29 @@ mod tests {
         assert_eq!(endpoints.due(false, now + TRY), Due::default());
         assert_eq!(endpoints.due(false, now + REQUEST).try_at.len(), 4);
         assert_eq!(endpoints.due(false, now + TRIAL), Due::default());
+    }
+
+    #[test]
+    fn a_relay_to_fall_back_to_hears_of_the_pair_and_is_kept() {
+        let now = Instant::now();
+        let mut endpoints = Endpoints::new(at(RELAY));
+        endpoints.set_candidates(&candidates()[..2], Keep::WhileUsed, true, now);
+        endpoints.heard(at(RELAY), Heard::Handshake, now);
+        endpoints.sent(true, now);
+        endpoints.heard(at(RELAY), Heard::Empty, now);
+        endpoints.set_candidates(&candidates(), Keep::WhileUsed, true, now);
+        assert_eq!(endpoints.due(true, now).ask, [at(STANDBY)]);
+        assert_eq!(endpoints.due(true, now + TRY).ask, []);
+        assert_eq!(endpoints.due(true, now + REQUEST).ask, [at(STANDBY)]);
+        endpoints.heard(at(STANDBY), Heard::Handshake, now + REQUEST);
+        assert_eq!(endpoints.due(true, now + REQUEST * 2).ask, []);
+        endpoints.sent(true, now + KEEP);
+        endpoints.heard(at(STANDBY), Heard::Empty, now + KEEP);
+        assert_eq!(
+            endpoints.due(true, now + KEEP).try_at,
+            [at(RELAY)],
+            "its mappings are kept under traffic too"
+        );
     }
 
     #[test]

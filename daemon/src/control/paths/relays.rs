@@ -49,6 +49,11 @@ impl Grant {
         let willing = relay.reach.relay_room > 0 && relay.is_open() && !places.is_empty();
         willing.then(|| Self { relay: relay.node.clone(), places, at: now, carried: false })
     }
+
+    /// Whether nothing need have come by it yet.
+    pub(super) fn is_new(&self, now: Instant) -> bool {
+        now.duration_since(self.at) < CARRIES
+    }
 }
 
 /// Keeps the latest of a relay, and of few relays.

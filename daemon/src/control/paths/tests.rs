@@ -201,6 +201,22 @@ fn a_pair_that_cannot_be_punched_gets_a_relay_and_then_one_to_fall_back_to() {
 }
 
 #[test]
+fn a_relay_that_was_gone_over_to_just_now_is_not_blamed_for_the_silence_before() {
+    let (world, now) = (world(TunnelMapping::Independent), Instant::now());
+    let mut paths = observed(&world, now);
+    let look = |endpoint: &str, sent| Seen { sent, ..seen("b", endpoint) };
+    paths.look(&[look("192.0.2.202:4002", 0)], false, &world, now);
+    paths.look(&[look("192.0.2.202:4002", 5000)], false, &world, now);
+    paths.handle_word(&name("r1"), PathWord::RelayGrant(name("b"), 51_900), &world, now + SILENT);
+    paths.look(&[look("192.0.2.1:51900", 6000)], false, &world, now + SILENT);
+    assert_eq!(paths.given_up(now + SILENT), []);
+    assert_eq!(paths.relay_at(&name("b"), at("192.0.2.1:51900")), Some(&name("r1")));
+    paths.look(&[look("192.0.2.1:51900", 7000)], false, &world, now + SILENT * 2);
+    paths.look(&[look("192.0.2.1:51900", 7000)], false, &world, now + SILENT * 3);
+    assert_eq!(paths.given_up(now + SILENT * 3).len(), 1, "now it is to blame");
+}
+
+#[test]
 fn a_relay_that_grants_and_carries_nothing_is_given_up_and_another_asked() {
     let (world, now) = (world(TunnelMapping::Dependent), Instant::now());
     let mut paths = observed(&world, now);
