@@ -5,6 +5,7 @@
 
 mod raw;
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -72,6 +73,9 @@ pub struct SiteConfig {
     pub key: Option<PublicKey>,
     /// The file with the secret half, on nodes that speak for the site.
     pub key_file: Option<PathBuf>,
+    /// The nodes that carry what the site exchanges with others, with their weights, 0 to [`weft_wire::gateway::MAX_WEIGHT`]; none where each node
+    /// does for itself.
+    pub gateways: BTreeMap<NodeName, u8>,
 }
 
 /// `[cluster]`.

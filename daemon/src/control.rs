@@ -10,6 +10,7 @@
 
 mod checksum;
 mod facts;
+mod gateways;
 pub(crate) mod paths;
 mod probe;
 mod ring;

@@ -140,6 +140,8 @@ fn peer(i: u32) -> Peer {
         site: "default".parse().expect("a valid name"),
         encryption: Encryption::Never,
         tunnel: None,
+        gateway: None,
+        via: None,
     }
 }
 

@@ -69,8 +69,16 @@ fn peer(number: u8, v4: bool, v6: bool, mtu: u32) -> Peer {
                 .map(|key| ClusterKey::from_bytes([*key; 32]).id())
                 .collect(),
         }),
+        gateway: number.is_multiple_of(7).then_some(number),
+        via: (number % 7 > 4).then(|| format!("p{}", number / 7 * 7).parse().unwrap()),
         node,
     }
+}
+
+/// Whom a peer's packets go to.
+fn hop<'a>(inputs: &'a Inputs, peer: &'a Peer) -> &'a Peer {
+    let is_hop = |other: &&Peer| other.gateway.is_some() && Some(&other.node) == peer.via.as_ref();
+    inputs.peers.iter().find(is_hop).unwrap_or(peer)
 }
 
 const OWN_DETOUR: TunnelKey = TunnelKey([251; 32]);
@@ -216,10 +224,11 @@ proptest! {
     fn what_must_be_encrypted_has_no_clear_route_and_its_peer_a_tunnel(inputs in any_inputs()) {
         let plan = desired(&inputs);
         for peer in &inputs.peers {
-            let policies = [inputs.dataplane.encryption, peer.encryption];
+            let hop = hop(&inputs, peer);
+            let policies = [inputs.dataplane.encryption, peer.encryption, hop.encryption];
             let demanded = policies.into_iter().any(|policy| match policy {
                 Encryption::Never => false,
-                Encryption::CrossSite => inputs.site != peer.site,
+                Encryption::CrossSite => inputs.site != hop.site,
                 Encryption::Always => true,
             });
             for planned in plan.routes.iter().filter(|planned| planned.node == peer.node) {
@@ -227,8 +236,8 @@ proptest! {
                 prop_assert_eq!(encrypted, demanded && planned.route.is_some());
                 if encrypted {
                     let dev = &planned.route.as_ref().expect("it is encrypted").dev;
-                    let facts = peer.tunnel.as_ref().expect("an encrypted peer has a key");
-                    let leads = |entry: &&TunnelPeer| entry.node == peer.node && entry.prefixes.contains(&planned.prefix);
+                    let facts = hop.tunnel.as_ref().expect("an encrypted peer has a key");
+                    let leads = |entry: &&TunnelPeer| entry.node == hop.node && entry.prefixes.contains(&planned.prefix);
                     let entry = plan.state.tunnels[dev].peers.values().find(leads);
                     let entry = entry.expect("the device knows whose the prefix is");
                     // Both use a secret from a key that both have, or neither uses one.
@@ -251,7 +260,7 @@ proptest! {
         let mut against = 0;
         for planned in plan.routes.iter().filter(|planned| planned.route.as_ref().is_some_and(|r| encrypts(&r.dev))) {
             let dev = &planned.route.as_ref().unwrap().dev;
-            let peer = inputs.peers.iter().find(|peer| peer.node == planned.node).unwrap();
+            let peer = hop(&inputs, inputs.peers.iter().find(|peer| peer.node == planned.node).unwrap());
             let facts = peer.tunnel.as_ref().unwrap();
             let ways: Vec<_> = plan.state.tunnels.iter().filter_map(|(name, tunnels)| {
                 let mut entries = tunnels.peers.iter();

@@ -250,6 +250,8 @@ fn peer(i: u32) -> Peer {
         site: "default".parse().unwrap(),
         encryption: Encryption::Never,
         tunnel: None,
+        gateway: None,
+        via: None,
     }
 }
 

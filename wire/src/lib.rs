@@ -8,6 +8,7 @@
 pub mod api;
 pub mod cni;
 pub mod frame;
+pub mod gateway;
 pub mod handshake;
 pub mod mesh;
 pub mod packet;

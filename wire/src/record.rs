@@ -14,6 +14,7 @@ use prost::Message;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
+use crate::gateway::MAX_WEIGHT;
 use crate::mesh::proto;
 use crate::seal::{KeyId, MAX_KEYS};
 use crate::site::{Certificate, Certified};
@@ -65,6 +66,9 @@ pub struct Facts {
     pub keys: Vec<KeyId>,
     /// How to speak WireGuard with the node, if it does.
     pub tunnel: Option<TunnelFacts>,
+    /// The node carries what its site exchanges with others, with this weight; 0 while it is being drained. At most
+    /// [`MAX_WEIGHT`].
+    pub gateway: Option<u8>,
     /// The word of the node's site for the key and the subnets; the mesh puts it in.
     pub certificate: Option<Certificate>,
     /// How other sites reach the node. The mesh puts in all but what the operator says (`outside`).
@@ -559,6 +563,7 @@ fn to_proto(record: &NodeRecord) -> proto::Record {
         keepers: facts.reachability.keepers.clone(),
         reach: facts.reachability.reach as u32,
         outside: facts.reachability.outside.iter().map(socket_to_bytes).collect(),
+        gateway: facts.gateway.map_or(0, |weight| u32::from(weight.min(MAX_WEIGHT)) + 1),
     }
 }
 
@@ -589,6 +594,11 @@ fn from_proto(record: proto::Record) -> Result<NodeRecord, RecordError> {
         mtu: record.mtu.try_into().map_err(|_| Field("mtu"))?,
         capabilities: Capabilities(record.capabilities),
         keys: ids_from_bytes(&record.cluster_keys).ok_or(Field("cluster_keys"))?,
+        gateway: match record.gateway.checked_sub(1).map(u8::try_from) {
+            None => None,
+            Some(Ok(weight)) if weight <= MAX_WEIGHT => Some(weight),
+            Some(_) => return Err(Field("gateway")),
+        },
         certificate: match &record.certificate[..] {
             [] => None,
             bytes => Some(Certificate::from_bytes(bytes).ok_or(Field("certificate"))?),

@@ -1,5 +1,6 @@
 //! The file as it is written: every key optional, every value still text or number.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -10,6 +11,7 @@ use weft_ipam::carve::{Carver, ClusterCidr};
 use weft_ipam::store::etcd::EtcdOptionsError;
 use weft_ipam::store::kubernetes::Mode;
 use weft_ipam::store::{EtcdOptions, KubernetesOptions};
+use weft_wire::gateway::MAX_WEIGHT;
 use weft_wire::types::{NodeName, PublicKey, SiteName, Subnet};
 
 use crate::kernel::Implementation;
@@ -72,6 +74,7 @@ impl Default for Node {
 struct Site {
     key: Option<PublicKey>,
     key_file: Option<PathBuf>,
+    gateways: BTreeMap<NodeName, u8>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -573,6 +576,11 @@ impl Raw {
                 return Err(format!("{key} {mtu} is out of range: use {MTU_MIN} to {MTU_MAX}"));
             }
         }
+        if let Some((node, weight)) = self.site.gateways.iter().find(|(_, weight)| **weight > MAX_WEIGHT) {
+            return Err(format!(
+                "site.gateways: {node} has weight {weight}: use 0 to {MAX_WEIGHT}, 0 to drain it"
+            ));
+        }
         let v4 = self.underlay.address.iter().filter(|address| address.is_ipv4()).count();
         if v4 > 1 || self.underlay.address.len() - v4 > 1 {
             return Err("underlay.address takes at most one IPv4 and one IPv6 address".into());
@@ -593,7 +601,11 @@ impl Raw {
                 socket: self.node.socket,
                 instance: None,
             },
-            site: SiteConfig { key: self.site.key, key_file: self.site.key_file },
+            site: SiteConfig {
+                key: self.site.key,
+                key_file: self.site.key_file,
+                gateways: self.site.gateways,
+            },
             cluster: ClusterConfig { id: self.cluster.id, key_file, carver },
             store: StoreConfig { kind, lease_ttl },
             gossip: GossipConfig {

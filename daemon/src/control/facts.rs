@@ -41,6 +41,8 @@ impl Control {
             addresses: Vec::new(),
             strict_sources: false,
         };
+        let mut peers: Vec<Peer> = peers.into_values().map(|remembered| remembered.peer).collect();
+        self.through_gateways(&mut peers);
         Inputs {
             strays: std::mem::take(&mut self.strays),
             node: self.config.node.name.clone(),
@@ -49,7 +51,7 @@ impl Control {
             sessions: Sessions::new(),
             underlay: self.underlay.clone().unwrap_or_else(|_| unknown()),
             subnets: self.subnets(),
-            peers: peers.into_values().map(|remembered| remembered.peer).collect(),
+            peers,
             attachments: Vec::new(),
             ways: self.paths.ways().clone(),
         }
@@ -230,6 +232,7 @@ impl Control {
             capabilities,
             keys: self.mesh.ring().ids().collect(),
             certificate: None,
+            gateway: self.config.site.gateways.get(name).copied(),
             tunnel: self.tunnel_facts(),
             tunnel_reach: self.reach(),
             // The mesh says the rest.
@@ -267,6 +270,8 @@ fn planned(record: &NodeRecord) -> RememberedPeer {
             site: record.site.clone(),
             encryption: demanded(facts.capabilities),
             tunnel: facts.tunnel.clone(),
+            gateway: facts.gateway,
+            via: None,
         },
         gossip: facts.gossip.clone(),
     }

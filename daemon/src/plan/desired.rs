@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use weft_wire::mesh::{Carrier, TunnelFacts};
 use weft_wire::preshared::PresharedKey;
-use weft_wire::types::{MacAddress, Subnet, TunnelKey};
+use weft_wire::types::{MacAddress, NodeName, Subnet, TunnelKey};
 
 use super::model::{
     BRIDGE, DETOUR, Dataplane, Desired, Encryption, Inputs, Link, LinkKind, Peer, PlannedRoute, Route,
@@ -33,9 +33,11 @@ pub fn desired(inputs: &Inputs) -> Desired {
     plan_bridge(inputs, &mut plan);
     plan_tunnels(inputs, &mut plan);
     plan_wireguard(inputs, &mut plan);
+    let hops = Hops::new(inputs);
     for peer in sorted(&inputs.peers) {
+        let hop = hops.of(peer);
         for subnet in &peer.subnets {
-            plan_subnet(inputs, peer, *subnet, &mut plan);
+            plan_subnet(inputs, (peer, hop), *subnet, &mut plan);
         }
     }
     if plan.state.tunnels.get(DETOUR).is_some_and(|tunnels| tunnels.peers.is_empty()) {
@@ -58,6 +60,26 @@ pub fn desired(inputs: &Inputs) -> Desired {
     plan.nft = Some(table);
     plan.veths = inputs.attachments.iter().map(|veth| (veth.ifname.clone(), veth.mtu)).collect();
     plan
+}
+
+/// The peers that packets go to: each itself, or the gateway by which it is reached.
+struct Hops<'a>(BTreeMap<&'a NodeName, &'a Peer>);
+
+impl<'a> Hops<'a> {
+    fn new(inputs: &'a Inputs) -> Self {
+        Self(
+            inputs
+                .peers
+                .iter()
+                .filter(|peer| peer.gateway.is_some())
+                .map(|peer| (&peer.node, peer))
+                .collect(),
+        )
+    }
+
+    fn of(&self, peer: &'a Peer) -> &'a Peer {
+        peer.via.as_ref().and_then(|via| self.0.get(via)).copied().unwrap_or(peer)
+    }
 }
 
 fn sorted(peers: &[Peer]) -> Vec<&Peer> {
@@ -164,11 +186,11 @@ fn sealed(inputs: &Inputs) -> Vec<IpNet> {
     match inputs.dataplane.encryption {
         // Whoever they turn out to be: also before a peer is known, and after it is forgotten.
         Encryption::Always => inputs.dataplane.cluster_cidrs.clone(),
-        _ => sorted(&inputs.peers)
-            .into_iter()
-            .filter(|peer| must_encrypt(inputs, peer))
-            .flat_map(subnets)
-            .collect(),
+        _ => {
+            let hops = Hops::new(inputs);
+            let is_sealed = |peer: &&Peer| must_encrypt(inputs, (peer, hops.of(peer)));
+            sorted(&inputs.peers).into_iter().filter(is_sealed).flat_map(subnets).collect()
+        }
     }
 }
 
@@ -187,9 +209,10 @@ fn no_common_underlay(peer: &Peer) -> String {
     )
 }
 
-fn must_encrypt(inputs: &Inputs, peer: &Peer) -> bool {
-    let demands = |policy: Encryption| policy.demands(&inputs.site, &peer.site);
-    demands(inputs.dataplane.encryption) || demands(peer.encryption)
+/// Whether packets of a peer must be encrypted on the way to a hop: by what this node, the peer or the hop demands of it.
+fn must_encrypt(inputs: &Inputs, (owner, hop): (&Peer, &Peer)) -> bool {
+    let policies = [inputs.dataplane.encryption, owner.encryption, hop.encryption];
+    policies.into_iter().any(|policy| policy.demands(&inputs.site, &hop.site))
 }
 
 /// Returns the route to a subnet of a peer that clear packets must not go to, or why there is none.
@@ -349,18 +372,23 @@ fn preshared(
     }
 }
 
-fn plan_subnet(inputs: &Inputs, peer: &Peer, subnet: Subnet, plan: &mut Desired) {
+/// Plans the way to a subnet of a peer: to the hop that it is reached by.
+fn plan_subnet(inputs: &Inputs, (owner, peer): (&Peer, &Peer), subnet: Subnet, plan: &mut Desired) {
     let tell = |plan: &mut Desired, transport, route: Option<Route>, reason: String| {
         if let Some(route) = &route {
             plan.state.routes.insert((subnet.net(), metric(subnet.net())), route.clone());
         }
-        let (prefix, node) = (subnet.net(), peer.node.clone());
+        let (prefix, node) = (subnet.net(), owner.node.clone());
+        let reason = match owner.node == peer.node {
+            true => reason,
+            false => format!("by gateway {}: {reason}", peer.node),
+        };
         plan.routes.push(PlannedRoute { prefix, node, transport, route, reason });
     };
     if let Some(own) = inputs.subnets.iter().find(|own| own.overlaps(subnet)) {
         return tell(plan, Transport::Vxlan, None, format!("this node's own pods use {own}"));
     }
-    if must_encrypt(inputs, peer) {
+    if must_encrypt(inputs, (owner, peer)) {
         return match encrypted_way(inputs, peer, subnet, plan) {
             Ok((way, reason)) => tell(plan, Transport::WireGuard, Some(way), reason),
             Err(reason) => tell(plan, Transport::WireGuard, None, reason),

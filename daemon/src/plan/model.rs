@@ -204,6 +204,12 @@ pub struct Peer {
     /// How to speak WireGuard with it.
     #[serde(default)]
     pub tunnel: Option<TunnelFacts>,
+    /// The node carries what its site exchanges with others: with this weight.
+    #[serde(default)]
+    pub gateway: Option<u8>,
+    /// The node by which it is reached, if not by itself: a gateway of its site or of this one.
+    #[serde(skip)]
+    pub via: Option<NodeName>,
 }
 
 /// The site of peers that were remembered before peers had sites.

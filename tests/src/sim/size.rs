@@ -292,6 +292,8 @@ pub fn reconciler_work(nodes: usize) -> [Work; 3] {
             site: "default".parse().expect("a valid name"),
             encryption: Encryption::Never,
             tunnel: None,
+            gateway: None,
+            via: None,
         }
     };
     let net = ipnet::IpNet::new(address(0).ip(), 16).expect("16 is a prefix length");

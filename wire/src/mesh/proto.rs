@@ -82,6 +82,8 @@ pub struct Record {
     pub reach: u32,
     #[prost(bytes = "vec", repeated, tag = "29")]
     pub outside: Vec<Vec<u8>>,
+    #[prost(uint32, tag = "45")]
+    pub gateway: u32,
 }
 
 #[derive(Clone, PartialEq, Message)]

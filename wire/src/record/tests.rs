@@ -55,6 +55,7 @@ prop_compose! {
         mtu in any::<u16>(),
         capabilities in any::<u64>().prop_map(Capabilities),
         keys in vec(any::<[u8; 4]>().prop_map(KeyId), 0..=MAX_KEYS),
+        gateway in proptest::option::of(0..=MAX_WEIGHT),
         certificate in proptest::option::of((any::<u64>(), vec(any::<u8>(), SIGNATURE))),
         tunnel in proptest::option::of((any::<[u8; 32]>(), 1..=u16::MAX, vec(any::<[u8; 4]>(), 0..=MAX_KEYS))),
         carrier in proptest::option::of(any::<bool>()),
@@ -74,7 +75,7 @@ prop_compose! {
             let bytes = [&u64::to_be_bytes(serial)[..], &signature].concat();
             Certificate::from_bytes(&bytes).expect("of the right length")
         });
-        Facts { subnets, gossip, underlay, vtep_v4, vtep_v6, vni, vxlan_port, mtu, capabilities, keys, tunnel, certificate, reachability, tunnel_reach }
+        Facts { subnets, gossip, underlay, vtep_v4, vtep_v6, vni, vxlan_port, mtu, capabilities, keys, tunnel, gateway, certificate, reachability, tunnel_reach }
     }
 }
 
