@@ -372,9 +372,15 @@ fn a_quiet_node_finds_how_seldom_it_may_use_its_mapping() {
         let behaviour = Behaviour::SYMMETRIC.with_timeout(seconds(lives));
         let mut world = World::timed("quiet", 2, &[Kind::Nat(behaviour)], &quiet());
         world.converge("all know all", seconds(60));
+        let (all, behind) = (world.running(), world.behind());
+        // Once each asks each, those inside first: then all know how they are reached.
+        for (from, to) in behind.iter().chain(&all).flat_map(|from| all.iter().map(move |to| (*from, *to))) {
+            if from != to {
+                ping(&mut world.net, from, to, 1);
+            }
+        }
         world.await_keepers(2);
         world.net.run(seconds(3600));
-        let behind = world.behind();
         let node = behind[0];
         let pauses: Vec<_> =
             world.net.mesh(node).reach().keepers.iter().map(|keeper| keeper.pause.as_secs()).collect();

@@ -330,7 +330,7 @@ pub struct Status {
 /// How other sites reach a node's gossip.
 #[derive(Clone, PartialEq, prost::Message, Serialize)]
 pub struct Reach {
-    /// `open`, `behind-nat`, `filtered` or `unknown`.
+    /// `open`, `behind-nat`, `unproven` (nobody reached it unasked) or `unknown`.
     #[prost(string, tag = "1")]
     pub reach: String,
     /// Where members of other sites see it, the latest first.

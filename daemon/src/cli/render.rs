@@ -96,7 +96,7 @@ fn reach(reach: &Reach) -> String {
     }
     if !reach.keepers.is_empty() {
         text += &format!(", kept by {}, every {} s", reach.keepers.join(", "), reach.pause_ms / 1000);
-    } else if matches!(reach.reach.as_str(), "behind-nat" | "filtered") {
+    } else if reach.reach == "behind-nat" {
         text += ", kept by nobody";
     }
     if reach.forwarded > 0 {

@@ -24,7 +24,7 @@ impl Node {
             reach: match (view.reach, view.translated) {
                 (mesh::Reach::Open, _) => "open",
                 (mesh::Reach::Behind, Some(true)) => "behind-nat",
-                (mesh::Reach::Behind, _) => "filtered",
+                (mesh::Reach::Behind, _) => "unproven",
                 (mesh::Reach::Unsaid, _) => "unknown",
             }
             .into(),
@@ -42,19 +42,18 @@ impl Node {
         })
     }
 
-    /// Why other sites do not reach this node, if they do not.
+    /// Why other sites do not reach this node, if they do not. One that is not translated may well be reached, where it asked first.
     pub(super) fn unreached(&self) -> Vec<String> {
         let view = self.control.mesh.reach();
-        if view.reach != mesh::Reach::Behind || !view.keepers.is_empty() {
+        let behind = view.reach == mesh::Reach::Behind && view.translated == Some(true);
+        if !behind || !view.keepers.is_empty() {
             return Vec::new();
         }
         let seen = view
             .reflexive
             .first()
             .map_or_else(String::new, |seen| format!(" (other sites see it at {seen})"));
-        vec![format!(
-            "this node is behind NAT or a filter{seen}, and no node of the mesh can be reached from outside"
-        )]
+        vec![format!("this node is behind NAT{seen}, and no node of the mesh can be reached from outside")]
     }
 }
 
@@ -62,7 +61,8 @@ impl Node {
 pub(super) fn reach_sentence(reach: &Reach) -> String {
     match reach.reach.as_str() {
         "open" => "other sites reach this node".into(),
-        "behind-nat" | "filtered" => format!("kept reachable by {}", reach.keepers.join(", ")),
+        "behind-nat" => format!("behind NAT, kept reachable by {}", reach.keepers.join(", ")),
+        "unproven" => "seen at its own address; no other site has reached this node unasked".into(),
         _ => "no other site says how it reaches this node".into(),
     }
 }

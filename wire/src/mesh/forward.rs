@@ -176,29 +176,4 @@ impl Mesh {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_share_is_bounded_for_sender_and_receiver_and_comes_back() {
-        let mut now = Instant::now();
-        let mut shares = Shares::default();
-        let passed = (0..1000).filter(|receiver| shares.take(1, 100 + receiver, now)).count();
-        assert_eq!(passed, BURST as usize);
-        assert!(shares.take(2, 100, now), "another sender has its own");
-        now += Duration::from_secs(1);
-        let passed = (0..1000).filter(|_| shares.take(1, 99, now)).count();
-        assert_eq!(passed as u128, Duration::from_secs(1).as_millis() / EACH.as_millis());
-        let passed = (0..1000).filter(|sender| shares.take(1000 + sender, 99, now)).count();
-        assert!(passed < BURST as usize, "many senders share what one receiver may have: {passed}");
-    }
-
-    #[test]
-    fn shares_are_bounded() {
-        let now = Instant::now();
-        let mut shares = Shares::default();
-        let passed = (0..MAX_SHARES as u64 * 2).filter(|number| shares.take(*number, *number, now)).count();
-        assert_eq!(passed, MAX_SHARES / 2);
-        assert!(shares.take(1, 1, now + EACH * 2), "who is done makes room");
-    }
-}
+mod tests;

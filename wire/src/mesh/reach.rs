@@ -28,6 +28,8 @@ const PROOF: Duration = Duration::from_secs(30);
 const LET_IN: Duration = Duration::from_secs(300);
 /// Between two changes of what the record says of it.
 const CHANGES: Duration = Duration::from_secs(5);
+/// The most senders that came unasked and are not known yet.
+const MAX_STRANGERS: usize = 64;
 /// The most addresses that this node is known to have sent to.
 const MAX_SENT: usize = 1024;
 
@@ -64,6 +66,8 @@ pub(super) struct State {
     blind_until: Option<Instant>,
     /// Whether a datagram came unasked, over IPv4 and over IPv6.
     unasked: [bool; 2],
+    /// Who came unasked, and is not known yet: of which site it is, its record will say.
+    strangers: BTreeMap<u64, usize>,
     unproven_since: Option<Instant>,
     reach: Reach,
     /// Where it was seen at the last look.
@@ -71,8 +75,8 @@ pub(super) struct State {
     keepers: Vec<Keeper>,
     /// Members that did not do as keepers, and since when.
     shunned: Vec<(u64, Instant)>,
-    /// Those whose Ack is to be repeated, with its token.
-    again: BTreeMap<u64, u64>,
+    /// Those whose Ack is to be repeated, with its token, and when.
+    again: BTreeMap<u64, (u64, Instant)>,
     announced: Reachability,
     changed: Option<Instant>,
     armed: bool,
@@ -217,11 +221,20 @@ impl Mesh {
         if let Some(keeper) = self.reach.keepers.iter_mut().find(|keeper| keeper.hash == reply.hash) {
             keeper.note_heard();
         }
-        if self.reach.reach != Reach::Open
-            && self.is_elsewhere(reply.hash)
-            && self.reach.is_unasked(reply.from.ip(), self.now)
-        {
-            self.reach.unasked[usize::from(!reply.from.is_ipv4())] = true;
+        if self.reach.reach == Reach::Open {
+            return;
+        }
+        let family = usize::from(!reply.from.is_ipv4());
+        let unasked = self.reach.is_unasked(reply.from.ip(), self.now).then_some(family);
+        if self.table.find(reply.hash).is_none() {
+            if self.reach.strangers.len() < MAX_STRANGERS {
+                self.reach.strangers.extend(unasked.map(|family| (reply.hash, family)));
+            }
+            return;
+        }
+        let unasked = self.reach.strangers.remove(&reply.hash).or(unasked);
+        if let Some(family) = unasked.filter(|_| self.is_elsewhere(reply.hash)) {
+            self.reach.unasked[family] = true;
         }
     }
 

@@ -60,9 +60,9 @@ impl Cadence {
 
     /// The mapping was gone when it had not been used for so long.
     pub(in crate::mesh) fn lost(&mut self, pause: Duration) {
-        self.doubtful = None;
         self.fails = pause.min(self.fails);
         if self.holds >= self.fails {
+            self.doubtful = None;
             self.holds = (self.fails / 2).clamp(SHORTEST, START);
         }
     }
@@ -107,6 +107,17 @@ mod tests {
         assert_eq!(cadence.trial(), Some(pause));
         cadence.held(pause);
         assert!(cadence.trial().is_some_and(|next| next > pause));
+    }
+
+    #[test]
+    fn a_mapping_that_was_found_lost_after_a_trial_does_not_hide_its_outcome() {
+        let mut cadence = Cadence::default();
+        let pause = cadence.trial().expect("there is something to gain");
+        for _ in 0..2 {
+            cadence.unanswered(pause);
+            cadence.lost(pause + Duration::from_secs(4));
+        }
+        assert!(cadence.trial().is_some_and(|next| next < pause));
     }
 
     #[test]

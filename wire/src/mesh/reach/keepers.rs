@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use super::cadence::Cadence;
-use super::{Mesh, TICK};
+use super::{Mapping, Mesh, TICK};
 use crate::mesh::ReplyTo;
 use crate::mesh::api::MemberState;
 use crate::mesh::membership::Id;
@@ -23,8 +23,8 @@ use crate::types::NodeName;
 const MISSES: u32 = 3;
 /// So many members are asked at once, of so many that are looked at.
 const RACE: (usize, usize) = (3, 16);
-/// A member that failed is not asked again for so long.
-const SHUNNED: Duration = Duration::from_secs(60);
+/// A member that failed is not asked again for so long: it may be the only one.
+const SHUNNED: Duration = Duration::from_secs(10);
 /// The most members that are remembered for having failed.
 const MAX_SHUNNED: usize = 16;
 /// An Ack that was to come later is late after so long.
@@ -133,9 +133,7 @@ impl Keeper {
 impl Mesh {
     pub(super) fn tend_keepers(&mut self) {
         self.drop_keepers();
-        let seen = self.reach.votes.addresses(self.now);
-        let moved = seen.first() != self.reach.seen.first();
-        self.reach.seen = seen;
+        let moved = self.has_moved();
         let mut tries = self.reach.keepers.iter().all(|keeper| keeper.proven && keeper.trial.is_none())
             && self.reach.keepers.len() == MAX_KEEPERS;
         for place in 0..self.reach.keepers.len() {
@@ -145,6 +143,18 @@ impl Mesh {
             }
         }
         self.look_for_keepers();
+    }
+
+    /// Whether others see this node where nobody did at the last look: keepers must learn of it at once. Where each sees another port,
+    /// a new one says nothing.
+    fn has_moved(&mut self) -> bool {
+        let depends = self.reach.votes.mapping(self.now) == Mapping::Dependent;
+        let seen = self.reach.votes.addresses(self.now);
+        let before = std::mem::replace(&mut self.reach.seen, seen);
+        let is_new = |seen: &SocketAddr| {
+            !before.iter().any(|before| if depends { before.ip() == seen.ip() } else { before == seen })
+        };
+        self.reach.seen.iter().any(is_new)
     }
 
     /// Lets go of those that are gone, do not answer, or say that they are not open.
@@ -296,13 +306,18 @@ impl Mesh {
         let kept = self.table.find(reply.hash).is_some_and(|id| self.keeps(id));
         let after = Duration::from_millis(ping.again_ms.into());
         if kept && !reply.forwarded && after <= KEPT && self.reach.again.len() < MAX_AGAIN {
-            self.reach.again.insert(reply.hash, ping.token);
+            self.reach.again.insert(reply.hash, (ping.token, self.now + after));
             self.timers.set(self.now + after, Timer::Again(reply.hash));
         }
     }
 
     pub(in crate::mesh) fn on_again_timer(&mut self, hash: u64) {
-        let Some(token) = self.reach.again.remove(&hash) else { return };
+        // The timer of an earlier promise is not that of the present one.
+        let Some((token, at)) = self.reach.again.get(&hash).copied() else { return };
+        if at > self.now {
+            return;
+        }
+        self.reach.again.remove(&hash);
         let Some(id) = self.table.find(hash) else { return };
         if let Some(Way::At(to)) = self.way(id) {
             let (name, have) = (self.table.at(id).name().to_string(), self.table.at(id).item().version);
