@@ -23,9 +23,9 @@ use relays::{Grant, Relays};
 /// Between two looks while a path is wanted.
 const SOON: Duration = Duration::from_millis(200);
 /// The same while there are peers of other sites.
-const LATER: Duration = Duration::from_millis(300);
+const LATER: Duration = Duration::from_millis(600);
 /// Data that went unanswered for so long needs another path.
-const SILENT: Duration = Duration::from_millis(600);
+const SILENT: Duration = Duration::from_millis(800);
 /// Fewer unanswered bytes may be a keepalive, which nobody answers.
 const MORE_THAN_A_KEEPALIVE: u64 = 200;
 /// So long both ends try without a relay.
