@@ -20,6 +20,7 @@ use weft_wire::types::{NodeName, PublicKey, SiteName, Subnet};
 
 use crate::kernel::Implementation;
 use crate::plan::model::Encryption;
+use crate::relay::RelayLimits;
 
 /// A valid configuration.
 #[derive(Debug, Clone)]
@@ -40,6 +41,8 @@ pub struct Config {
     pub overlay: OverlayConfig,
     /// What is encrypted.
     pub encryption: EncryptionConfig,
+    /// What the node relays for others; `None` for nothing.
+    pub relay: Option<RelayLimits>,
     /// What leaves the cluster.
     pub masquerade: MasqueradeConfig,
     /// The pods of the node.

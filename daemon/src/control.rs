@@ -13,6 +13,7 @@ mod facts;
 mod gateways;
 mod path_mtu;
 mod path_probes;
+pub(crate) mod paths;
 mod probe;
 mod quality;
 mod ring;
@@ -20,6 +21,7 @@ mod rotation;
 mod schedule;
 mod seeds;
 mod sites;
+mod tunnels;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -40,9 +42,13 @@ use weft_wire::types::{NodeName, PublicKey, SiteName, Subnet, TunnelKey, to_hex}
 
 use crate::config::{Config, StoreKind};
 use crate::plan::model::{Inputs, Underlay};
+use crate::relay::pair::Member;
 use crate::state::Memory;
+use crate::tunnel::{Candidate, Keep};
 
 pub use path_probes::PathProbes;
+use paths::Paths;
+pub use paths::Seen;
 pub use probe::PORT as PROBE_PORT;
 use probe::Probe;
 pub use quality::{Quality, SiteQuality};
@@ -95,6 +101,23 @@ pub enum Output {
     KeepRing(KeyRing),
     /// How joining another site's mesh went: a sentence either way.
     Joined(Result<String, String>),
+    /// Look at the tunnels, and tell by [`Control::handle_tunnels`].
+    LookAtTunnels,
+    /// The peer of this key may be reached at these places.
+    Paths {
+        /// The key.
+        key: TunnelKey,
+        /// The places.
+        places: Vec<Candidate>,
+        /// How long mappings on the way are kept.
+        keep: Keep,
+        /// Whether to try them now.
+        trial: bool,
+    },
+    /// Have a session with the peer of this key.
+    WantSession(TunnelKey),
+    /// Relay between these two, if there is room; answer by [`Control::handle_relay`].
+    Relay([Member; 2]),
     /// Bring the kernel to this; the shell adds the pods. Answer by [`Control::handle_pass`].
     Reconcile(Box<Inputs>),
     /// A ping was answered.
@@ -225,6 +248,11 @@ pub struct Control {
     /// When this run began.
     pub started: Instant,
     boot: String,
+    /// By which paths peers are reached, and when the tunnels are looked at for that.
+    pub(crate) paths: Paths,
+    tunnels_due: Option<Instant>,
+    /// How many percent of this node's relay are free.
+    relay_room: u8,
     /// The keys of the tunnels.
     rotation: Rotation,
     authority: Option<Arc<LeaseTable>>,
@@ -281,6 +309,9 @@ impl Control {
             path_probes,
             started: now,
             boot,
+            paths: Paths::default(),
+            tunnels_due: rotation.has_keys().then_some(now),
+            relay_room: 0,
             rotation,
             authority: None,
             endorsed: None,
@@ -451,6 +482,7 @@ impl Control {
                 || self.draw_seeds(now)
                 || self.run_probe(now)
                 || self.probe_paths(now)
+                || self.look_at_tunnels(now)
                 || self.start_pass(now)
                 || self.remember_if_due(now)
             {
@@ -466,6 +498,7 @@ impl Control {
                 self.memory_due,
                 self.probe_wake(),
                 Some(self.path_probes_wake()),
+                self.tunnels_wake(),
             ];
             let until = wakes.into_iter().flatten().min().expect("the mesh always has a next time");
             return Output::Wait { until };
@@ -584,6 +617,7 @@ impl Control {
             MeshEvent::WrongKey { from } if self.is_of_site_that_is_out(from) => {
                 debug!(%from, "gossip comes from a site that is out");
             }
+            MeshEvent::PathWord { from, word } => self.handle_path_word(&from, word, now),
             MeshEvent::WrongKey { from } => {
                 warn!(%from, "gossip comes that no key of the ring opens");
                 self.problems.wrong_key = Some((from, now));

@@ -16,6 +16,7 @@ pub mod metrics;
 pub mod node;
 pub mod plan;
 pub mod reconcile;
+pub mod relay;
 pub mod server;
 pub mod state;
 pub mod tunnel;

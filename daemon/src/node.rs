@@ -7,6 +7,7 @@ mod calls;
 mod cluster;
 mod handover;
 mod keys;
+mod paths;
 mod paths_view;
 pub mod pods;
 mod reach;
@@ -33,6 +34,7 @@ use crate::kernel::TunnelLook;
 use crate::kubernetes::News;
 use crate::leases::Leases;
 use crate::plan::model::{HostVeth, Inputs};
+use crate::relay::Relay;
 use crate::server::{Call, Door};
 use crate::state::StateDir;
 
@@ -128,6 +130,8 @@ pub struct Node {
     handing: Option<handover::Handing>,
     /// The Kubernetes cluster that the node is in, where its leases are there.
     cluster: Option<cluster::Cluster>,
+    /// What it relays for others, where it does.
+    relay: Option<Relay>,
     /// A daemon that was taken over from and has nothing left to do, until it is told so.
     predecessor: Option<Talk>,
 }
@@ -271,6 +275,10 @@ impl Node {
                 }
                 Output::Joined(said) => self.finish_joining(said),
                 Output::KeepRing(ring) => self.keep_ring(ring, now),
+                Output::LookAtTunnels => self.look_at_tunnels(now),
+                Output::Paths { key, places, keep, trial } => self.set_paths(&key, &places, keep, trial),
+                Output::WantSession(key) => self.want_session(&key),
+                Output::Relay(members) => self.relay(&members, now),
                 Output::Reconcile(inputs) => self.reconcile(inputs),
                 Output::Pong { token, rtt } => self.finish_ping(token, rtt),
                 Output::Fatal(sentence) => return Err(Fatal(sentence)),

@@ -8,6 +8,7 @@
 
 mod counters;
 mod elder;
+mod endpoints;
 mod flood;
 #[cfg(fuzzing)]
 pub mod fuzz;
@@ -19,7 +20,7 @@ mod peer;
 mod shared;
 mod table;
 mod tun;
-mod udp;
+pub(crate) mod udp;
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
@@ -40,6 +41,7 @@ use weft_wire::types::{NodeName, TunnelKey};
 use counters::Counters;
 pub use counters::Reason;
 use elder::Elder;
+pub use endpoints::{Candidate, Keep, Rank};
 pub use monitor::{TunnelMonitor, TunnelStatus};
 use noise::Identity;
 use peer::Peer;

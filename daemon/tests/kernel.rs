@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that unwraps names its line")]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::process::{Command, Stdio};
@@ -172,6 +172,7 @@ fn inputs(kernel: &mut Linux, peers: u32) -> Inputs {
         subnets: vec!["10.32.1.0/24".parse().unwrap(), "fd00:32:0:f001::/64".parse().unwrap()],
         peers: (2..2 + peers).map(peer).collect(),
         attachments: Vec::new(),
+        ways: BTreeMap::new(),
         strays: BTreeSet::new(),
         sessions: BTreeSet::new(),
     }

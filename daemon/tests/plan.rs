@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that unwraps names its line")]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
 use proptest::prelude::*;
@@ -155,6 +155,7 @@ prop_compose! {
                 .zip(mtus)
                 .map(|((number, (v4, v6)), mtu)| peer(*number, v4, v6, mtu))
                 .collect(),
+            ways: BTreeMap::new(),
             attachments: pods.iter().map(|number| HostVeth { ifname: veth(number), mtu: 1450 }).collect(),
             strays: strays.difference(&pods).map(veth).collect(),
         }

@@ -11,6 +11,8 @@ mod interop;
 mod keys;
 #[path = "tunnel/paths.rs"]
 mod paths;
+#[path = "tunnel/relay.rs"]
+mod relay;
 
 use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};

@@ -281,6 +281,7 @@ fn inputs(kernel: &mut Linux) -> Inputs {
         subnets: vec!["10.32.1.0/24".parse().unwrap(), "fd00:32:0:f001::/64".parse().unwrap()],
         peers: Vec::new(),
         attachments: Vec::new(),
+        ways: BTreeMap::new(),
         strays: BTreeSet::new(),
         sessions: BTreeSet::new(),
     }

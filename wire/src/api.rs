@@ -351,6 +351,15 @@ pub struct Status {
     /// What the underlay is, where it is a tunnel itself; else empty.
     #[prost(string, tag = "31")]
     pub underlay_tunnel: String,
+    /// What stands before its tunnels, as peers see it.
+    #[prost(string, tag = "25")]
+    pub mapping: String,
+    /// Where peers see its tunnels, where that is elsewhere.
+    #[prost(string, repeated, tag = "26")]
+    pub reflexive: Vec<String>,
+    /// What it relays for others; nothing where it relays for nobody.
+    #[prost(message, optional, tag = "27")]
+    pub relaying: Option<Relaying>,
     /// How other sites reach its gossip; nothing while none says.
     #[prost(message, optional, tag = "22")]
     pub reach: Option<Reach>,
@@ -380,6 +389,49 @@ pub struct Reach {
     /// And those that were not, by reason.
     #[prost(message, repeated, tag = "7")]
     pub dropped: Vec<Count>,
+}
+
+/// What a node relays for others.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct Relaying {
+    /// Percent of its ports that are free.
+    #[prost(uint32, tag = "1")]
+    pub room: u32,
+    /// The pairs.
+    #[prost(message, repeated, tag = "2")]
+    pub pairs: Vec<RelayedPair>,
+    /// Messages of all pairs, also of those that are gone.
+    #[prost(uint64, tag = "3")]
+    pub forwarded: u64,
+    /// Their bytes.
+    #[prost(uint64, tag = "4")]
+    pub bytes: u64,
+    /// Messages that were not forwarded.
+    #[prost(uint64, tag = "5")]
+    pub refused: u64,
+}
+
+/// A pair that a node relays for.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct RelayedPair {
+    /// The two.
+    #[prost(string, repeated, tag = "1")]
+    pub nodes: Vec<String>,
+    /// At which port.
+    #[prost(uint32, tag = "2")]
+    pub port: u32,
+    /// Where they are, as far as they were heard.
+    #[prost(string, repeated, tag = "3")]
+    pub legs: Vec<String>,
+    /// Messages forwarded.
+    #[prost(uint64, tag = "4")]
+    pub forwarded: u64,
+    /// Their bytes.
+    #[prost(uint64, tag = "5")]
+    pub bytes: u64,
+    /// Messages that were not.
+    #[prost(uint64, tag = "6")]
+    pub refused: u64,
 }
 
 /// The WireGuard tunnels that a daemon carries.
@@ -520,6 +572,12 @@ pub struct Peer {
     /// Whether round trip and loss are of packets inside the tunnel, and not of gossip beside it.
     #[prost(bool, tag = "32")]
     pub in_tunnel: bool,
+    /// The relay that packets to it go by; empty where they go by none.
+    #[prost(string, tag = "25")]
+    pub via: String,
+    /// What stands before its tunnels: `unknown`, `none`, `endpoint-independent` or `endpoint-dependent`.
+    #[prost(string, tag = "26")]
+    pub mapping: String,
 }
 
 /// A peer's WireGuard tunnel.

@@ -9,6 +9,7 @@ pub mod api;
 pub mod cni;
 pub mod frame;
 pub mod gateway;
+pub mod handshake;
 pub mod invite;
 pub mod mesh;
 pub mod packet;

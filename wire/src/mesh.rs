@@ -16,6 +16,7 @@ mod grants;
 mod join;
 mod membership;
 mod merge;
+mod paths;
 mod probe;
 pub(crate) mod proto;
 mod reach;
@@ -36,7 +37,8 @@ use rand_chacha::ChaCha8Rng;
 use rand_core::{RngCore, SeedableRng};
 
 pub use crate::record::{
-    Capabilities, Carrier, Detour, Facts, LeasedSubnet, NodeKey, NodeRecord, Reach, Reachability, TunnelFacts,
+    Capabilities, Carrier, Detour, Facts, LeasedSubnet, NodeKey, NodeRecord, Reach, Reachability,
+    TunnelFacts, TunnelMapping, TunnelReach,
 };
 pub use api::{
     Authority, Counters, LeaseTable, MemberState, MemberView, MeshConfig, MeshEvent, Output, Owner, Rejected,
@@ -44,6 +46,7 @@ pub use api::{
 };
 pub use forward::NotForwarded;
 pub use join::{JoinError, LONGEST_INVITATION, Terms};
+pub use paths::{MAX_CALLED, PathWord, RelayRefusal};
 pub use reach::{KeeperView, Mapping, ReachView};
 pub use trust::WordError;
 
@@ -515,6 +518,7 @@ impl Mesh {
             }
             Some(Body::SyncBuckets(buckets)) => self.check_buckets(buckets).map(|()| None),
             Some(Body::SyncItems(items)) => Self::check_items(items).map(|()| None),
+            Some(body) if paths::from_body(body) == Some(None) => Err(Rejected::Malformed),
             Some(Body::Ack(ack)) if !ack.seen.is_empty() => {
                 socket_from_bytes(&ack.seen).map(|_| None).ok_or(Rejected::Malformed)
             }
@@ -558,6 +562,11 @@ impl Mesh {
             Some(Body::Certify(certify)) => self.on_certify(&certify),
             Some(Body::Grant(grant)) => self.on_grant(&grant),
             Some(Body::Push(_) | Body::Forward(_)) | None => {}
+            Some(body) => {
+                if let Some(Some(word)) = paths::from_body(&body) {
+                    self.on_path_word(reply, word);
+                }
+            }
         }
         // Who joins, or meets somebody from the other side of a partition, compares at once.
         let back = was_gone && !gone(self);

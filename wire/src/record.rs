@@ -73,6 +73,50 @@ pub struct Facts {
     pub certificate: Option<Certificate>,
     /// How other sites reach the node. The mesh puts in all but what the operator says (`outside`).
     pub reachability: Reachability,
+    /// How the node's tunnels are reached from other sites.
+    pub tunnel_reach: TunnelReach,
+}
+
+/// How a node's tunnels are reached from other sites. Nobody's word is behind it but the node's.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TunnelReach {
+    /// Where its packets come from, at most one a family; empty where nothing translates them.
+    pub reflexive: Vec<SocketAddr>,
+    /// What stands before it.
+    pub mapping: TunnelMapping,
+    /// How much room its relay has, in percent; 0 where it relays for nobody.
+    pub relay_room: u8,
+}
+
+/// What stands before a node's tunnels (RFC 4787 s4.1).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub enum TunnelMapping {
+    /// Nobody has said.
+    #[default]
+    Unknown,
+    /// Nothing that translates.
+    None,
+    /// The same address and port for every destination.
+    Independent,
+    /// Others for other destinations: what one peer sees is of no use to another.
+    Dependent,
+}
+
+impl TunnelMapping {
+    /// Whether the addresses of the record are of no use to other sites.
+    pub fn translates(self) -> bool {
+        matches!(self, Self::Independent | Self::Dependent)
+    }
+
+    /// Returns the mapping as people are told of it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Unknown => "unknown",
+            Self::None => "none",
+            Self::Independent => "endpoint-independent",
+            Self::Dependent => "endpoint-dependent",
+        }
+    }
 }
 
 /// How to speak WireGuard with a node.
@@ -314,11 +358,16 @@ impl SignedRecord {
         facts.gossip.truncate(MAX_GOSSIP);
         facts.underlay.truncate(MAX_UNDERLAY);
         facts.keys.truncate(MAX_KEYS);
+        facts.tunnel_reach.reflexive.truncate(MAX_UNDERLAY);
         facts.reachability.truncate();
         let endorsements = key.endorsements.clone();
         let mut record = NodeRecord { node, site, key: key.public(), version, facts, endorsements, left };
         let mut bytes = to_proto(&record).encode_to_vec();
         while bytes.len() + SIGNATURE > MAX_RECORD && record.endorsements.pop().is_some() {
+            bytes = to_proto(&record).encode_to_vec();
+        }
+        // The names, subnets and addresses of few nodes are that long: they are reached through relays then.
+        while bytes.len() + SIGNATURE > MAX_RECORD && record.facts.tunnel_reach.reflexive.pop().is_some() {
             bytes = to_proto(&record).encode_to_vec();
         }
         while bytes.len() + SIGNATURE > MAX_RECORD && record.facts.reachability.shorten() {
@@ -508,6 +557,14 @@ fn to_proto(record: &NodeRecord) -> proto::Record {
             .collect(),
         left: record.left,
         certificate: facts.certificate.map(Certificate::to_bytes).unwrap_or_default(),
+        tunnel_reflexive: facts.tunnel_reach.reflexive.iter().map(socket_to_bytes).collect(),
+        tunnel_mapping: match facts.tunnel_reach.mapping {
+            TunnelMapping::Unknown => 0,
+            TunnelMapping::None => 1,
+            TunnelMapping::Independent => 2,
+            TunnelMapping::Dependent => 3,
+        },
+        relay_room: facts.tunnel_reach.relay_room.into(),
         keepers: facts.reachability.keepers.clone(),
         reach: facts.reachability.reach as u32,
         outside: facts.reachability.outside.iter().map(socket_to_bytes).collect(),
@@ -522,12 +579,14 @@ fn from_proto(record: proto::Record) -> Result<NodeRecord, RecordError> {
     limit(record.gossip.len(), MAX_GOSSIP, "gossip")?;
     limit(record.underlay.len(), MAX_UNDERLAY, "underlay")?;
     limit(record.endorsements.len(), MAX_ENDORSEMENTS, "endorsements")?;
+    limit(record.tunnel_reflexive.len(), MAX_UNDERLAY, "tunnel_reflexive")?;
     let key = |bytes: Vec<u8>| bytes.try_into().map(PublicKey).map_err(|_| Field("key"));
     let subnets = record.subnets.iter().map(|leased| {
         let subnet = subnet_from_bytes(&leased.subnet).ok_or(Field("subnets"))?;
         Ok(LeasedSubnet { subnet, epoch: Epoch(leased.epoch) })
     });
     let tunnel = tunnel_from_proto(&record)?;
+    let tunnel_reach = tunnel_reach_from_proto(&record)?;
     let reachability = Reachability::parse(&record)?;
     let facts = Facts {
         subnets: subnets.collect::<Result<_, _>>()?,
@@ -550,6 +609,7 @@ fn from_proto(record: proto::Record) -> Result<NodeRecord, RecordError> {
             bytes => Some(Certificate::from_bytes(bytes).ok_or(Field("certificate"))?),
         },
         tunnel,
+        tunnel_reach,
         reachability,
     };
     let endorsements = record.endorsements.into_iter().map(|endorsement| {
@@ -593,6 +653,21 @@ fn tunnel_from_proto(record: &proto::Record) -> Result<Option<TunnelFacts>, Reco
     let port = port_of(*tunnel_port, "tunnel_port")?;
     let preshared = ids_from_bytes(tunnel_preshared).ok_or(Field("tunnel_preshared"))?;
     Ok(Some(TunnelFacts { key, port, preshared, carrier, detour }))
+}
+
+fn tunnel_reach_from_proto(record: &proto::Record) -> Result<TunnelReach, RecordError> {
+    let field = RecordError::Field;
+    let mapping = match record.tunnel_mapping {
+        1 => TunnelMapping::None,
+        2 => TunnelMapping::Independent,
+        3 => TunnelMapping::Dependent,
+        // A kind that this version does not know says as much as none.
+        _ => TunnelMapping::Unknown,
+    };
+    let reflexive = parse_all(&record.tunnel_reflexive, socket_from_bytes);
+    let reflexive = reflexive.ok_or(field("tunnel_reflexive"))?;
+    let room = u8::try_from(record.relay_room).ok().filter(|room| *room <= 100);
+    Ok(TunnelReach { reflexive, mapping, relay_room: room.ok_or(field("relay_room"))? })
 }
 
 fn ids_from_bytes(bytes: &[u8]) -> Option<Vec<KeyId>> {

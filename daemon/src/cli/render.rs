@@ -56,6 +56,19 @@ pub(super) fn status(status: &Status) -> String {
         format!("checksum   {}", status.tx_checksum),
         format!("encryption {}", encryption(status)),
     ];
+    if status.tunnels.is_some() {
+        let seen = status.reflexive.join(", ");
+        lines.push(format!("mapping    {}, peers see the tunnels at {}", status.mapping, or_dash(&seen)));
+    }
+    if let Some(relaying) = &status.relaying {
+        lines.push(format!(
+            "relay      {} pairs, {} % free, {} packets forwarded, {} refused",
+            relaying.pairs.len(),
+            relaying.room,
+            relaying.forwarded,
+            relaying.refused
+        ));
+    }
     lines.extend(status.reach.as_ref().map(|seen| format!("reach      {}", reach(seen))));
     lines.extend(reconcile.failed.iter().map(|failed| format!("failed     {failed}")));
     lines.extend(status.warnings.iter().map(|warning| format!("warning    {warning}")));
@@ -177,7 +190,10 @@ pub(super) fn peers(peers: &Peers, wide: bool) -> String {
                 peer.node.clone(),
                 peer.site.clone(),
                 peer.state.clone(),
-                or_dash(&peer.transport),
+                match peer.via.as_str() {
+                    "" => or_dash(&peer.transport),
+                    via => format!("{} via {via}", peer.transport),
+                },
                 peer.addresses.join(","),
                 or_dash(&peer.subnets.join(",")),
                 peer.rtt_ms.map_or_else(|| "-".into(), |rtt| format!("{rtt:.2} ms")),

@@ -16,6 +16,7 @@ use weft_wire::types::{NodeName, PublicKey, SiteName, Subnet};
 
 use crate::kernel::Implementation;
 use crate::plan::model::Encryption;
+use crate::relay::RelayLimits;
 
 use super::{
     ClusterConfig, Config, EncryptionConfig, GossipConfig, LogConfig, MasqueradeConfig, NodeConfig,
@@ -25,6 +26,8 @@ use super::{
 /// One VXLAN header, UDP, IPv6 and Ethernet around the least MTU that IPv6 allows (RFC 8200 s5).
 const MTU_MIN: u32 = 1280;
 const MTU_MAX: u32 = 65_535;
+/// Each port of the relay takes a socket a family.
+const MOST_RELAY_PORTS: usize = 1024;
 /// Entries in etcd outlive the last sign of their node by this at least (docs/decisions/0010-etcd-store.md).
 const ABANDON_LEAST: Duration = Duration::from_secs(7 * 24 * 3600);
 
@@ -39,6 +42,7 @@ pub(super) struct Raw {
     underlay: Underlay,
     overlay: Overlay,
     encryption: Encrypt,
+    relay: Relay,
     masquerade: Masquerade,
     pods: Pods,
     metrics: Metrics,
@@ -257,6 +261,42 @@ impl Default for Encrypt {
             rotate_after: Span(Duration::from_secs(24 * 3600)),
             preshared: true,
         }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Relay {
+    enabled: bool,
+    ports: String,
+    pair_mbit: u64,
+    total_mbit: u64,
+}
+
+impl Default for Relay {
+    fn default() -> Self {
+        Self { enabled: true, ports: "51900-51963".into(), pair_mbit: 200, total_mbit: 1000 }
+    }
+}
+
+impl Relay {
+    fn resolve(self) -> Result<Option<RelayLimits>, String> {
+        let Self { enabled, ports, pair_mbit, total_mbit } = self;
+        let bound = |text: &str| text.trim().parse::<u16>().ok().filter(|port| *port > 0);
+        let range = ports.split_once('-').and_then(|(first, last)| Some(bound(first)?..=bound(last)?));
+        let range = range.filter(|range| !range.is_empty() && range.len() <= MOST_RELAY_PORTS);
+        let ports = range.ok_or_else(|| {
+            format!("relay.ports is \"{ports}\"; give a first and a last UDP port, at most {MOST_RELAY_PORTS} in all, for example \"51900-51963\"")
+        })?;
+        if pair_mbit == 0 || total_mbit == 0 {
+            return Err("relay.pair_mbit and relay.total_mbit must be above 0; set relay.enabled = false to relay for nobody".into());
+        }
+        let bytes = |mbit: u64| mbit.saturating_mul(125_000);
+        Ok(enabled.then_some(RelayLimits {
+            ports,
+            pair_bytes: bytes(pair_mbit),
+            total_bytes: bytes(total_mbit),
+        }))
     }
 }
 
@@ -528,6 +568,21 @@ impl Raw {
                 return Err(format!("{key} must not be 0"));
             }
         }
+        let relay = self.relay.resolve()?.filter(|_| {
+            // Nodes without tunnels know none that they could relay.
+            self.encryption.tunnels || self.encryption.policy != Encryption::Never
+        });
+        let ports = [self.gossip.listen_port, self.overlay.port, self.encryption.port, detour_port];
+        if let Some((relay, port)) = relay
+            .as_ref()
+            .and_then(|relay| Some((relay, ports.iter().find(|port| relay.ports.contains(port))?)))
+        {
+            return Err(format!(
+                "relay.ports {}-{} contains port {port}, which weft uses for something else; choose another range",
+                relay.ports.start(),
+                relay.ports.end()
+            ));
+        }
         for (key, mtu) in [("underlay.mtu", self.underlay.mtu), ("overlay.mtu", self.overlay.mtu)] {
             if let Some(mtu) = mtu.filter(|mtu| !(MTU_MIN..=MTU_MAX).contains(mtu)) {
                 return Err(format!("{key} {mtu} is out of range: use {MTU_MIN} to {MTU_MAX}"));
@@ -597,6 +652,7 @@ impl Raw {
                 rotate_after: self.encryption.rotate_after.0,
                 preshared: self.encryption.preshared,
             },
+            relay,
             masquerade: MasqueradeConfig { enabled: self.masquerade.enabled, except: self.masquerade.except },
             pods: PodsConfig { reserved: self.pods.reserved, hairpin: self.pods.hairpin },
             metrics,

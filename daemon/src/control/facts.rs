@@ -54,6 +54,7 @@ impl Control {
             subnets: self.subnets(),
             peers,
             attachments: Vec::new(),
+            ways: self.paths.ways().clone(),
         }
     }
 
@@ -236,6 +237,7 @@ impl Control {
             certificate: None,
             gateway: self.config.site.gateways.get(name).copied(),
             tunnel: self.tunnel_facts(),
+            tunnel_reach: self.reach(),
             // The mesh says the rest.
             reachability: Reachability {
                 outside: self.config.gossip.advertise.clone(),

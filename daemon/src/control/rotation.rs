@@ -94,6 +94,11 @@ impl Rotation {
         self.since.is_some()
     }
 
+    /// Whether the node has tunnels.
+    pub(super) fn has_keys(&self) -> bool {
+        self.keys.is_some()
+    }
+
     /// Whether this node's own detour is in place, or lingers.
     fn own_open(&self, now: Instant) -> bool {
         self.prefers() || self.preferred.is_some_and(|at| now < at + LINGER)

@@ -25,6 +25,7 @@ use crate::kubernetes::Kubernetes;
 use crate::leases::Leases;
 use crate::metrics;
 use crate::plan::model::WIREGUARD;
+use crate::relay::Relay;
 use crate::server::{self, Door};
 use crate::state::{self, StateDir, TunnelPlace};
 use crate::tunnel::{TunnelConfig, TunnelSecret};
@@ -221,6 +222,7 @@ pub async fn start(config: Config, origin: Origin) -> Result<Node, Fatal> {
     info!(node = %config.node.name, site = %config.node.site, incarnation = memory.incarnation, "weftd started");
     let seed = state::random().map_err(fatal)?;
     let rekey = now + config.encryption.rotate_after;
+    let relay = config.relay.clone().map(|limits| Relay::new(limits, now)).transpose().map_err(fatal)?;
     let start = Start { config, memory, boot, key, ring, tunnel, trust, seed };
     let control = Control::new(start, now);
     let mut node = Node {
@@ -250,6 +252,7 @@ pub async fn start(config: Config, origin: Origin) -> Result<Node, Fatal> {
         metrics,
         handing: None,
         cluster,
+        relay,
         predecessor,
     };
     node.pods_changed(now);

@@ -99,6 +99,9 @@ impl Node {
             encryption: self.control.config.encryption.policy.to_string(),
             paths: self.site_paths(now),
             underlay_tunnel: self.underlay_tunnel(),
+            mapping: self.control.own_reach().mapping.as_str().into(),
+            reflexive: self.control.own_reach().reflexive.iter().map(ToString::to_string).collect(),
+            relaying: self.relaying(),
             tunnels: self.tunnels().map(|tunnels| Tunnels {
                 implementation: tunnels.to_string(),
                 key: self.control.tunnel_key().map(String::from).unwrap_or_default(),
@@ -126,7 +129,7 @@ impl Node {
         })
     }
 
-    fn tunnels(&self) -> Option<&TunnelLook> {
+    pub(super) fn tunnels(&self) -> Option<&TunnelLook> {
         self.control.pass.report.as_ref()?.tunnels.as_ref()
     }
 
@@ -234,7 +237,13 @@ impl Node {
             .map(|member| {
                 let facts = &member.record.facts;
                 let route = self.route_to(member.node.as_str());
-                let transport = route.map(|route| route.transport.to_string()).unwrap_or_default();
+                let tunnel = tunnel(member.node, facts.tunnel.as_ref());
+                let via = self.relay_to(member.node, tunnel.as_ref());
+                // Who is relayed for is so in place of being reached by its own tunnel.
+                let transport = match &via {
+                    Some(_) => "relay".into(),
+                    None => route.map(|route| route.transport.to_string()).unwrap_or_default(),
+                };
                 let quality = self.control.quality_of(member.node, now);
                 Peer {
                     node: member.node.to_string(),
@@ -254,7 +263,9 @@ impl Node {
                     },
                     key: member.record.key.to_string(),
                     version: member.record.version,
-                    tunnel: tunnel(member.node, facts.tunnel.as_ref()),
+                    tunnel,
+                    via: via.unwrap_or_default(),
+                    mapping: facts.tunnel_reach.mapping.as_str().into(),
                     path_mtu: self.control.path_probes.measured(member.node),
                     jitter_ms: quality
                         .and_then(|quality| quality.jitter)
@@ -547,6 +558,22 @@ impl Node {
                     tunnels.len()
                 ),
                 "check that UDP port encryption.port is open between the nodes",
+            );
+        }
+        if self.tunnels().is_some() {
+            let gone = self.relay_problems(now);
+            let fine = self.relaying().map_or("relays for nobody".into(), |relaying| {
+                format!(
+                    "relays for {} pairs, {} % of its ports are free",
+                    relaying.pairs.len(),
+                    relaying.room
+                )
+            });
+            check(
+                "relays",
+                gone,
+                fine,
+                "see that UDP relay.ports of that node are open to all sites, or set relay.enabled = false on it",
             );
         }
         let routes = || self.control.pass.report.iter().flat_map(|report| &report.routes);

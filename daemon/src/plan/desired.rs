@@ -233,7 +233,8 @@ fn encrypted_way(
             "pod traffic with {node} must be encrypted, and it announces no tunnel key; set encryption.policy there as here"
         ));
     };
-    let Some((v4, address)) = common_underlay(inputs, peer, |_| true) else {
+    let found = inputs.ways.get(node).map(|way| (way.is_ipv4(), way.ip()));
+    let Some((v4, address)) = found.or_else(|| common_underlay(inputs, peer, |_| true)) else {
         return Err(no_common_underlay(peer));
     };
     let own = inputs.dataplane.detour.as_ref();
@@ -242,7 +243,8 @@ fn encrypted_way(
     let main = Entrance { key: facts.key, port: facts.port };
     let detour = detour_of(facts);
     let mut lead = |dev: &'static str, entrance: Entrance| -> Result<_, String> {
-        let endpoint = SocketAddr::new(address, entrance.port);
+        let way = inputs.ways.get(node).filter(|_| entrance.port == main.port);
+        let endpoint = way.copied().unwrap_or(SocketAddr::new(address, entrance.port));
         let entry = tunnel_to(inputs, peer, dev, (entrance.key, endpoint), plan)?;
         entry.prefixes.push(subnet.net());
         let how =

@@ -75,6 +75,8 @@ pub struct Inputs {
     pub strays: BTreeSet<String>,
     /// Whom there are sessions with; the kernel is asked for them while there is a detour.
     pub sessions: Sessions,
+    /// Where the tunnels of peers are entered whose records do not say so.
+    pub ways: BTreeMap<NodeName, SocketAddr>,
 }
 
 /// What the operator chose.

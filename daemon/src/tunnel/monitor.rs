@@ -4,13 +4,15 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use weft_wire::types::{NodeName, TunnelKey};
 
 use super::counters::Reason;
+use super::endpoints::{Candidate, Keep};
 use super::peer::Peer;
 use super::shared::Shared;
+use super::udp::Batch;
 
 /// How a peer's tunnel is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,6 +60,28 @@ impl TunnelMonitor {
             }
         };
         self.0.table().peers.values().map(status).collect()
+    }
+
+    /// Tells where else a peer may be reached; with `trial` that is tried at once. A peer that is gone needs nothing.
+    pub fn set_paths(&self, key: &TunnelKey, candidates: &[Candidate], keep: Keep, trial: bool) {
+        if let Some(peer) = self.0.table().peers.get(key) {
+            peer.session().endpoints().set_candidates(candidates, keep, trial, Instant::now());
+        }
+    }
+
+    /// Asks a peer for a session though nothing waits for one.
+    pub fn want(&self, key: &TunnelKey) {
+        let Some(peer) = self.0.table().peers.get(key).cloned() else { return };
+        let mut batch = Batch::default();
+        let endpoint = {
+            let mut session = peer.session();
+            if session.ready() || !session.may_ask() {
+                return;
+            }
+            session.want(&mut batch);
+            session.endpoint()
+        };
+        self.0.send(endpoint, &batch);
     }
 
     /// Returns the peers that there is a session with, or that are being asked for one, by name.

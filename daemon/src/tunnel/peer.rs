@@ -11,6 +11,7 @@ use weft_wire::preshared::PresharedKey;
 use weft_wire::types::{NodeName, TunnelKey};
 
 use super::counters::{Counters, Reason, Traffic};
+use super::endpoints::{Endpoints, Heard};
 use super::noise::{Boringtun, Due, LEAST_ROOM, Noise, OVERHEAD, Sealed, Shaken};
 use super::udp::Batch;
 use super::{Identity, TunnelPeer, TunnelSecret};
@@ -46,10 +47,8 @@ pub(super) struct Session<N = Boringtun> {
     peer: TunnelKey,
     preshared: Option<PresharedKey>,
     index: u32,
-    /// Where the record says that the peer is.
-    announced: SocketAddr,
-    /// Where its packets came from last.
-    endpoint: SocketAddr,
+    /// Where its packets go.
+    endpoints: Endpoints,
     /// There is a session to seal with.
     ready: bool,
     waiting: usize,
@@ -63,7 +62,7 @@ pub(super) struct Session<N = Boringtun> {
 impl<N> std::fmt::Debug for Session<N> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Session")
-            .field("endpoint", &self.endpoint)
+            .field("endpoint", &self.endpoints.current())
             .field("ready", &self.ready)
             .finish_non_exhaustive()
     }
@@ -172,8 +171,7 @@ impl<N: Noise> Session<N> {
             peer: key,
             preshared,
             index,
-            announced: endpoint,
-            endpoint,
+            endpoints: Endpoints::new(endpoint),
             ready: false,
             waiting: 0,
             asked: None,
@@ -183,15 +181,17 @@ impl<N: Noise> Session<N> {
     }
 
     pub(super) fn endpoint(&self) -> SocketAddr {
-        self.endpoint
+        self.endpoints.current()
+    }
+
+    /// Returns the paths.
+    pub(super) fn endpoints(&mut self) -> &mut Endpoints {
+        &mut self.endpoints
     }
 
     /// Takes what the record says: only a change of it outweighs what packets taught.
     pub(super) fn follow(&mut self, announced: SocketAddr) {
-        if self.announced != announced {
-            self.announced = announced;
-            self.endpoint = announced;
-        }
+        self.endpoints.follow(announced);
     }
 
     pub(super) fn ready(&self) -> bool {
@@ -200,7 +200,25 @@ impl<N: Noise> Session<N> {
 
     /// Takes where a daemon before this one heard the peer last.
     pub(super) fn heard_at(&mut self, endpoint: SocketAddr) {
-        self.endpoint = endpoint;
+        self.endpoints.move_to(endpoint);
+    }
+
+    /// Does what the paths need: sends a packet, or a request where there is no session, to each place that is to hear one.
+    pub(super) fn probe_paths(&mut self, now: Instant, send: impl Fn(SocketAddr, &Batch)) {
+        let due = self.endpoints.due(self.ready, now);
+        let mut batch = Batch::default();
+        let (ask, tries): (_, &[SocketAddr]) =
+            if self.ready { (due.ask, &due.try_at) } else { ([due.ask, due.try_at].concat(), &[]) };
+        if !ask.is_empty() {
+            self.initiate(&mut batch);
+            // The same request everywhere: the peer answers the first that comes.
+            ask.iter().for_each(|to| send(*to, &batch));
+        }
+        for to in tries {
+            batch.clear();
+            self.confirm(&mut batch);
+            send(*to, &batch);
+        }
     }
 
     /// Lets the peer know that there is a session: an empty packet under it, if there is one.
@@ -253,6 +271,9 @@ impl<N: Noise> Session<N> {
             Sealed::Kept(length) => length,
         });
         self.ready = is_data;
+        if is_data && self.endpoints.is_managed() {
+            self.endpoints.sent(true, Instant::now());
+        }
         if !is_data && self.asked.is_none() {
             self.asked = Some((Instant::now(), 0));
         }
@@ -275,10 +296,20 @@ impl<N: Noise> Session<N> {
             Ok(None) => Opened::Nothing,
             Err(reason) => return Opened::Dropped(reason),
         };
-        self.endpoint = from;
+        let what = if matches!(opened, Opened::Packet(..)) { Heard::Data } else { Heard::Empty };
+        self.heard(from, what);
         // Data confirms a session that the peer asked for.
         self.begin(answers);
         opened
+    }
+
+    /// Takes that something authentic came from there.
+    fn heard(&mut self, from: SocketAddr, what: Heard) {
+        if self.endpoints.is_managed() {
+            self.endpoints.heard(from, what, Instant::now());
+        } else {
+            self.endpoints.move_to(from);
+        }
     }
 
     /// Takes what is no data.
@@ -289,7 +320,7 @@ impl<N: Noise> Session<N> {
             Err(reason) => return Opened::Dropped(reason),
         };
         let (Shaken::Confirmed(length) | Shaken::Answered(length)) = shaken else { return Opened::Nothing };
-        self.endpoint = from;
+        self.heard(from, Heard::Handshake);
         answers.push(length, |room| {
             room.copy_from_slice(&answer[..length]);
             length

@@ -27,6 +27,8 @@ use super::udp::{Batch, Udp};
 const TICK: Duration = Duration::from_millis(250);
 /// The same while a daemon before this one is waited for, or more sessions are to be asked for.
 const SHORT_TICK: Duration = Duration::from_millis(20);
+/// The same while a path is tried, or waited for.
+const PATH_TICK: Duration = Duration::from_millis(50);
 /// So many sessions are asked for at once by a daemon that starts.
 const ASK_AT_ONCE: usize = 32;
 /// For so long it is remembered that a key asked for a session: news of a node are everywhere by then.
@@ -188,6 +190,16 @@ impl Shared {
         self.send(endpoint, batch);
     }
 
+    /// Sees to the paths of a peer that has several; returns whether it is to be looked after again soon.
+    fn look_at_paths(&self, peer: &Peer, now: Instant) -> bool {
+        let mut session = peer.session();
+        if !session.endpoints().is_managed() {
+            return false;
+        }
+        session.probe_paths(now, |to, batch| self.send(to, batch));
+        session.endpoints().is_urgent()
+    }
+
     /// Asks some of the peers that were active when the last daemon ended for a session.
     pub(super) fn ask_eagerly(&self, batch: &mut Batch) {
         let table = self.table();
@@ -260,11 +272,18 @@ impl Shared {
     pub(super) fn tick(&self) {
         let mut batch = Batch::default();
         let mut second = Instant::now();
+        let mut urgent = false;
         while !self.stopped() {
             self.ask_eagerly(&mut batch);
             self.relieve_elder(&mut batch);
             let hurried = self.elder().is_some() || !self.eager().is_empty();
-            thread::park_timeout(if hurried { SHORT_TICK } else { TICK });
+            thread::park_timeout(match (hurried, urgent) {
+                (true, _) => SHORT_TICK,
+                (false, true) => PATH_TICK,
+                (false, false) => TICK,
+            });
+            urgent = false;
+            let now = Instant::now();
             if second.elapsed() >= Duration::from_secs(1) {
                 self.identities().iter().for_each(|identity| identity.begin_second());
                 second = Instant::now();
@@ -274,6 +293,7 @@ impl Shared {
             for peer in self.table().peers.values() {
                 // Anyone can send such data: it makes this node ask where it would ask anyway, at most so often.
                 self.look_after(peer, |endpoint| strangers.contains(&endpoint), &mut batch);
+                urgent |= !self.lingers() && self.look_at_paths(peer, now);
                 let Some(previous) = peer.previous() else { continue };
                 // A peer that does not answer under the new keys may not have heard of them.
                 let waits = peer.session().waiting() > 0;

@@ -24,8 +24,8 @@ const BUFFER: usize = 8 << 20;
 
 /// Datagrams to one destination, end to end in one buffer.
 #[derive(Debug, Default)]
-pub(super) struct Batch {
-    pub(super) bytes: Vec<u8>,
+pub(crate) struct Batch {
+    pub(crate) bytes: Vec<u8>,
     runs: Vec<Run>,
 }
 
@@ -40,13 +40,13 @@ struct Run {
 }
 
 impl Batch {
-    pub(super) fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.bytes.clear();
         self.runs.clear();
     }
 
     /// Whether to send before more is added: a run of the usual kind is complete.
-    pub(super) fn is_full(&self) -> bool {
+    pub(crate) fn is_full(&self) -> bool {
         self.bytes.len() >= MOST_BYTES / 2 || self.runs.iter().map(|run| run.count).sum::<usize>() >= MOST
     }
 
@@ -67,13 +67,13 @@ impl Batch {
         (run.end - run.start < MOST_BYTES / 2).then(|| self.runs.len() - 1)
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.runs.is_empty()
     }
 
     /// Returns the datagrams one by one.
     #[cfg(fuzzing)]
-    pub(super) fn datagrams(&self) -> Vec<Vec<u8>> {
+    pub(crate) fn datagrams(&self) -> Vec<Vec<u8>> {
         let of = |run: &Run| {
             self.bytes[run.start..run.end].chunks(run.size).map(<[u8]>::to_vec).collect::<Vec<_>>()
         };
@@ -81,7 +81,7 @@ impl Batch {
     }
 
     /// Makes room for a datagram of at most `most` bytes and lets `fill` write it; `fill` returns its length, 0 for none.
-    pub(super) fn push(&mut self, most: usize, fill: impl FnOnce(&mut [u8]) -> usize) {
+    pub(crate) fn push(&mut self, most: usize, fill: impl FnOnce(&mut [u8]) -> usize) {
         let start = self.bytes.len();
         self.bytes.resize(start + most, 0);
         let length = fill(&mut self.bytes[start..]);
@@ -107,7 +107,7 @@ impl Batch {
 
 /// A bound socket.
 #[derive(Debug)]
-pub(super) struct Udp {
+pub(crate) struct Udp {
     socket: UdpSocket,
     /// The kernel takes runs.
     segments: AtomicBool,
@@ -115,15 +115,15 @@ pub(super) struct Udp {
 
 /// What one call brought: so many bytes of datagrams of one size, the last maybe shorter.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Arrived {
-    pub(super) from: SocketAddr,
-    pub(super) length: usize,
-    pub(super) size: usize,
+pub(crate) struct Arrived {
+    pub(crate) from: SocketAddr,
+    pub(crate) length: usize,
+    pub(crate) size: usize,
 }
 
 impl Udp {
     /// Opens a socket at every address of a family.
-    pub(super) fn open(v4: bool, port: u16) -> io::Result<Self> {
+    pub(crate) fn open(v4: bool, port: u16) -> io::Result<Self> {
         let family = if v4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let fd = socket(family, SockType::Datagram, flags, None)?;
@@ -141,12 +141,12 @@ impl Udp {
     }
 
     /// Takes a socket that another daemon opened with [`Udp::open`].
-    pub(super) fn adopt(socket: OwnedFd) -> Self {
+    pub(crate) fn adopt(socket: OwnedFd) -> Self {
         Self { socket: socket.into(), segments: AtomicBool::new(true) }
     }
 
     /// Sends a batch; returns how many datagrams the kernel did not take.
-    pub(super) fn send(&self, to: SocketAddr, batch: &Batch) -> usize {
+    pub(crate) fn send(&self, to: SocketAddr, batch: &Batch) -> usize {
         batch.runs.iter().map(|run| self.send_run(to, batch, *run)).sum()
     }
 
@@ -188,7 +188,7 @@ impl Udp {
     }
 
     /// Takes what came, without waiting.
-    pub(super) fn receive(&self, buffer: &mut [u8], control: &mut [u8]) -> Result<Arrived, Errno> {
+    pub(crate) fn receive(&self, buffer: &mut [u8], control: &mut [u8]) -> Result<Arrived, Errno> {
         let mut slices = [IoSliceMut::new(buffer)];
         let message = recvmsg::<SockaddrStorage>(
             self.socket.as_raw_fd(),
@@ -208,7 +208,7 @@ impl Udp {
     }
 
     /// Room for the control messages of one call.
-    pub(super) fn control() -> Vec<u8> {
+    pub(crate) fn control() -> Vec<u8> {
         nix::cmsg_space!(i32, [u64; 4])
     }
 }
@@ -225,7 +225,7 @@ fn address(storage: &SockaddrStorage) -> Option<SocketAddr> {
 }
 
 /// Waits until a descriptor is ready, or for a second.
-pub(super) fn wait(fds: &[(BorrowedFd<'_>, PollFlags)]) {
+pub(crate) fn wait(fds: &[(BorrowedFd<'_>, PollFlags)]) {
     let mut fds: Vec<_> = fds.iter().map(|(fd, events)| PollFd::new(*fd, *events)).collect();
     let _ = poll(&mut fds, 1000_u16);
 }

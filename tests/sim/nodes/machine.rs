@@ -523,6 +523,8 @@ impl Machine {
                 }
                 Output::Send { to, datagram } => self.outbox.push_back((to, datagram)),
                 Output::Probe { .. } | Output::Listen(_) | Output::Pong { .. } | Output::Joined(_) => {}
+                // Nothing stands between these machines.
+                Output::LookAtTunnels | Output::Paths { .. } | Output::WantSession(_) | Output::Relay(_) => {}
                 Output::TunnelKey(key) => {
                     self.disk.tunnel = key;
                     self.disk.next_tunnel = None;

@@ -4,7 +4,7 @@
 
 pub mod sites;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -329,6 +329,7 @@ pub fn reconciler_work(nodes: usize) -> [Work; 3] {
         subnets: vec![subnet(0)],
         peers: (1..nodes).map(peer).collect(),
         attachments: Vec::new(),
+        ways: BTreeMap::new(),
         strays: BTreeSet::new(),
         sessions: BTreeSet::new(),
     };

@@ -370,6 +370,13 @@ pub enum MeshEvent {
         /// Whose is not.
         other: SiteName,
     },
+    /// A member said something about the paths between tunnels.
+    PathWord {
+        /// Who, as whoever has a cluster key may claim.
+        from: NodeName,
+        /// What.
+        word: super::PathWord,
+    },
     /// Datagrams come that no key of the ring opens. Reported at most every ten seconds.
     WrongKey {
         /// Who sent the latest one.

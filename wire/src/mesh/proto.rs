@@ -70,6 +70,12 @@ pub struct Record {
     pub detour_port: u32,
     #[prost(bool, tag = "26")]
     pub detour_preferred: bool,
+    #[prost(bytes = "vec", repeated, tag = "30")]
+    pub tunnel_reflexive: Vec<Vec<u8>>,
+    #[prost(uint32, tag = "31")]
+    pub tunnel_mapping: u32,
+    #[prost(uint32, tag = "32")]
+    pub relay_room: u32,
     #[prost(fixed64, repeated, tag = "27")]
     pub keepers: Vec<u64>,
     #[prost(uint32, tag = "28")]
@@ -250,6 +256,42 @@ pub struct Certify {
 }
 
 #[derive(Clone, PartialEq, Message)]
+pub struct Observed {
+    #[prost(bytes = "vec", tag = "1")]
+    pub endpoint: Vec<u8>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Call {
+    #[prost(bytes = "vec", repeated, tag = "1")]
+    pub endpoints: Vec<Vec<u8>>,
+    #[prost(bool, tag = "2")]
+    pub answers: bool,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct RelayAsk {
+    #[prost(string, tag = "1")]
+    pub peer: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct RelayGrant {
+    #[prost(string, tag = "1")]
+    pub peer: String,
+    #[prost(uint32, tag = "2")]
+    pub port: u32,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct RelayRefuse {
+    #[prost(string, tag = "1")]
+    pub peer: String,
+    #[prost(uint32, tag = "2")]
+    pub reason: u32,
+}
+
+#[derive(Clone, PartialEq, Message)]
 pub struct Forward {
     #[prost(bytes = "vec", tag = "1")]
     pub datagram: Vec<u8>,
@@ -305,6 +347,16 @@ pub enum Body {
     SyncWant(SyncWant),
     #[prost(message, tag = "17")]
     Certify(Certify),
+    #[prost(message, tag = "25")]
+    Observed(Observed),
+    #[prost(message, tag = "26")]
+    Call(Call),
+    #[prost(message, tag = "27")]
+    RelayAsk(RelayAsk),
+    #[prost(message, tag = "28")]
+    RelayGrant(RelayGrant),
+    #[prost(message, tag = "29")]
+    RelayRefuse(RelayRefuse),
     #[prost(message, tag = "20")]
     Forward(Forward),
     #[prost(message, tag = "35")]
@@ -327,6 +379,6 @@ pub struct Datagram {
     pub incarnation: u64,
     #[prost(message, repeated, tag = "7")]
     pub updates: Vec<Update>,
-    #[prost(oneof = "Body", tags = "8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 20, 35")]
+    #[prost(oneof = "Body", tags = "8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 20, 25, 26, 27, 28, 29, 35")]
     pub body: Option<Body>,
 }

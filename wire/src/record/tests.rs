@@ -28,6 +28,13 @@ fn arb_mac() -> impl Strategy<Value = Option<MacAddress>> {
 }
 
 prop_compose! {
+    fn arb_tunnel_reach()(reflexive in vec(arb_socket(), 0..=MAX_UNDERLAY), mapping in 0..4_usize, relay_room in 0..=100_u8) -> TunnelReach {
+        let mapping = [TunnelMapping::Unknown, TunnelMapping::None, TunnelMapping::Independent, TunnelMapping::Dependent][mapping];
+        TunnelReach { reflexive, mapping, relay_room }
+    }
+}
+
+prop_compose! {
     fn arb_reachability()(
         reach in prop_oneof![Just(Reach::Unsaid), Just(Reach::Open), Just(Reach::Behind)],
         keepers in vec(any::<u64>(), 0..=MAX_KEEPERS),
@@ -53,6 +60,7 @@ prop_compose! {
         tunnel in proptest::option::of((any::<[u8; 32]>(), 1..=u16::MAX, vec(any::<[u8; 4]>(), 0..=MAX_KEYS))),
         carrier in proptest::option::of(any::<bool>()),
         detour in proptest::option::of((any::<[u8; 32]>(), 1..=u16::MAX, any::<bool>())),
+        tunnel_reach in arb_tunnel_reach(),
         reachability in arb_reachability(),
     ) -> Facts {
         let detour = detour.map(|(key, port, preferred)| Detour { key: TunnelKey(key), port, preferred });
@@ -67,7 +75,7 @@ prop_compose! {
             let bytes = [&u64::to_be_bytes(serial)[..], &signature].concat();
             Certificate::from_bytes(&bytes).expect("of the right length")
         });
-        Facts { subnets, gossip, underlay, vtep_v4, vtep_v6, vni, vxlan_port, mtu, capabilities, keys, tunnel, gateway, certificate, reachability }
+        Facts { subnets, gossip, underlay, vtep_v4, vtep_v6, vni, vxlan_port, mtu, capabilities, keys, tunnel, gateway, certificate, reachability, tunnel_reach }
     }
 }
 

@@ -239,6 +239,15 @@ impl KernelMonitor {
         Some(Self(Arc::new(Looking { device: device.into(), socket, names: Mutex::new(names) })))
     }
 
+    /// Has the kernel ask a peer for a session, if it is one here.
+    pub(crate) fn want(&self, key: &TunnelKey) {
+        if lock(&self.0.names).contains_key(key)
+            && let Err(error) = lock(&self.0.socket).ask(&self.0.device, &[*key])
+        {
+            tracing::debug!(err = %error, "no session asked for");
+        }
+    }
+
     /// Returns how each peer's tunnel is, as the kernel tells it now. It counts bytes on the underlay and no packets, and does
     /// not tell how many wait: a peer that was written to and never answered counts as one that has some waiting.
     pub(super) fn status(&self) -> Vec<TunnelStatus> {

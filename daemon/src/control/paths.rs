@@ -1,0 +1,629 @@
+//! By which path each peer of another site is reached: directly, through a mapping that both open at once, or by a relay. Pure.
+//!
+//! Traffic decides who needs a path: a pair without any costs nothing but the record. The tunnels choose among the paths that
+//! they are told of, packet by packet (`tunnel/endpoints.rs`); here it is decided which there are. What peers say is a hint: a
+//! path is used once authentic packets came by it. Invariants: everything that is remembered is bounded by the number of members;
+//! a peer is said at most one call and one request a second.
+
+mod reach;
+mod relays;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use weft_wire::mesh::{PathWord, TunnelMapping, TunnelReach};
+use weft_wire::types::{NodeName, SiteName, TunnelKey};
+
+use crate::tunnel::{Candidate, Keep, Rank};
+pub use reach::Observations;
+pub use relays::GivenUp;
+use relays::{Grant, Relays};
+
+/// Between two looks while a path is wanted.
+const SOON: Duration = Duration::from_millis(200);
+/// The same while there are peers of other sites.
+const LATER: Duration = Duration::from_millis(600);
+/// Data that went unanswered for so long needs another path.
+const SILENT: Duration = Duration::from_millis(800);
+/// Fewer unanswered bytes may be a keepalive, which nobody answers.
+const MORE_THAN_A_KEEPALIVE: u64 = 200;
+/// So long both ends try without a relay.
+const PUNCH: Duration = Duration::from_millis(600);
+/// Between two calls of a peer.
+const CALL: Duration = Duration::from_secs(1);
+/// A peer's call says for so long that it needs a path.
+const CALLED: Duration = Duration::from_secs(4);
+/// Between two attempts to do without a relay: at first, and at most.
+const UPGRADE: Duration = Duration::from_secs(5);
+const UPGRADE_MOST: Duration = Duration::from_secs(80);
+/// What a call named is a way to the peer for so long.
+const NAMED: Duration = Duration::from_secs(120);
+/// A pair that needed a path is looked after for so long after its last packet.
+const REMEMBERED: Duration = Duration::from_secs(300);
+/// Between two times that a peer is told where its packets come from, while nothing changes.
+const TOLD: Duration = Duration::from_secs(240);
+
+/// A member, as far as paths are concerned.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Party {
+    /// Its name.
+    pub node: NodeName,
+    /// Its site.
+    pub site: SiteName,
+    /// Whether it answers gossip.
+    pub alive: bool,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Unsolicited gossip does not reach it.
+    pub behind: bool,
+    /// The key and port of its tunnels.
+    pub tunnel: Option<(TunnelKey, u16)>,
+    /// What it says of how it is reached.
+    pub reach: TunnelReach,
+    /// The round trip of gossip with it.
+    pub rtt: Option<Duration>,
+}
+
+impl Party {
+    /// Whether its addresses are of no use to other sites.
+    pub fn is_translated(&self) -> bool {
+        self.reach.mapping.translates() || !self.reach.reflexive.is_empty()
+    }
+
+    /// Whether it can be asked for help: packets that it did not ask for seem to reach it.
+    pub fn is_open(&self) -> bool {
+        !self.behind && !self.is_translated()
+    }
+
+    fn tunnels(&self) -> Vec<SocketAddr> {
+        let Some((_, port)) = self.tunnel else { return Vec::new() };
+        self.addresses.iter().map(|address| SocketAddr::new(*address, port)).collect()
+    }
+}
+
+/// Who is in the mesh.
+pub trait Parties {
+    /// Returns this node.
+    fn own(&self) -> Party;
+    /// Returns a member that lives and has tunnels.
+    fn party(&self, node: &NodeName) -> Option<Party>;
+    /// Returns all of them, in no order.
+    fn all(&self) -> Vec<Party>;
+}
+
+/// How a peer's tunnel is, whoever carries it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    /// The peer.
+    pub node: NodeName,
+    /// Where its packets go.
+    pub endpoint: SocketAddr,
+    /// There is a session.
+    pub ready: bool,
+    /// Packets wait for one.
+    pub waits: bool,
+    /// Bytes that were sent and received.
+    pub sent: u64,
+    /// The same, received.
+    pub received: u64,
+}
+
+/// What is to be done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Act {
+    /// Say this to a member.
+    Say(NodeName, PathWord),
+    /// The peer may be reached at these places; with `trial` they are tried at once.
+    Candidates {
+        /// The peer.
+        node: NodeName,
+        /// Its key.
+        key: TunnelKey,
+        /// The places.
+        places: Vec<Candidate>,
+        /// How long mappings are kept.
+        keep: Keep,
+        /// Whether to try them.
+        trial: bool,
+    },
+    /// Have a session with the peer, that it can say where this node's packets come from.
+    Want(NodeName, TunnelKey),
+    /// What the record says of how this node is reached has changed.
+    Announce,
+    /// What the plan takes for a peer's endpoint has changed.
+    Ways,
+}
+
+/// A peer that needed a path.
+#[derive(Debug, Default)]
+struct Pair {
+    /// Since when it needs one; nothing while packets are answered.
+    needs: Option<Instant>,
+    /// When the peer called last.
+    called: Option<Instant>,
+    /// When it was called last.
+    calls: Option<Instant>,
+    /// What the peer named in its last call.
+    named: Option<(Vec<SocketAddr>, Instant)>,
+    grants: Vec<Grant>,
+    /// When it is tried next to do without a relay, and how long after that.
+    upgrade: Option<(Instant, Duration)>,
+    /// What both ends said of themselves when that was decided.
+    known: Option<(TunnelReach, TunnelReach)>,
+    last: Option<Instant>,
+    told: BTreeSet<Candidate>,
+}
+
+/// What was seen of a peer's tunnel.
+#[derive(Debug)]
+struct Flow {
+    sent: u64,
+    received: u64,
+    endpoint: SocketAddr,
+    /// Since when bytes went unanswered, and from which count on.
+    silent: Option<(Instant, u64)>,
+    told: Option<(SocketAddr, Instant)>,
+}
+
+/// By which path each peer is reached.
+#[derive(Debug, Default)]
+pub struct Paths {
+    pairs: BTreeMap<NodeName, Pair>,
+    flows: BTreeMap<NodeName, Flow>,
+    observations: Observations,
+    relays: Relays,
+    /// Those whose word tells this node what stands before it, and since when they are asked.
+    observers: BTreeMap<NodeName, Instant>,
+    /// Those that did not answer when they were to be observers.
+    mute: BTreeMap<NodeName, Instant>,
+    ways: BTreeMap<NodeName, SocketAddr>,
+    /// Whether the kernel carries the tunnels: then one path at a time is set.
+    in_kernel: bool,
+    next: Option<Instant>,
+}
+
+impl Paths {
+    /// Returns what this node announces of how it is reached, but for its relay.
+    pub fn reach(&self, own: &Party) -> TunnelReach {
+        self.observations.reach(&own.tunnels())
+    }
+
+    /// Returns the endpoints that the plan takes instead of those of the records.
+    pub fn ways(&self) -> &BTreeMap<NodeName, SocketAddr> {
+        &self.ways
+    }
+
+    /// Returns which relay an endpoint of a peer is at.
+    pub fn relay_at(&self, node: &NodeName, endpoint: SocketAddr) -> Option<&NodeName> {
+        let grants = self.pairs.get(node).map(|pair| &pair.grants[..]).unwrap_or_default();
+        grants.iter().find(|grant| grant.places.contains(&endpoint)).map(|grant| &grant.relay)
+    }
+
+    /// Returns the relays that promised and did not carry.
+    pub fn given_up(&self, now: Instant) -> Vec<GivenUp> {
+        self.relays.given_up(now)
+    }
+
+    /// Returns when to look next.
+    pub fn wake(&self) -> Option<Instant> {
+        self.next
+    }
+
+    /// Looks at how the tunnels are, and decides.
+    pub fn look(&mut self, seen: &[Seen], in_kernel: bool, parties: &impl Parties, now: Instant) -> Vec<Act> {
+        self.in_kernel = in_kernel;
+        let own = parties.own();
+        let before = self.reach(&own);
+        let mut acts = Vec::new();
+        let mut others = false;
+        for look in seen {
+            let Some(party) = parties.party(&look.node).filter(|party| party.site != own.site) else {
+                continue;
+            };
+            others = true;
+            let silent = self.note_flow(look, now);
+            if look.ready {
+                self.tell_observed(look, &party, now, &mut acts);
+            }
+            self.look_at_pair(look, silent, (&own, &party), parties, now, &mut acts);
+        }
+        let names: BTreeSet<&NodeName> = seen.iter().map(|look| &look.node).collect();
+        self.flows.retain(|node, _| names.contains(node));
+        self.pairs.retain(|node, pair| {
+            names.contains(node) && pair.last.is_some_and(|last| now.duration_since(last) < REMEMBERED)
+        });
+        self.observations.expire(&names, now);
+        if others {
+            self.choose_observers(seen, &own, parties, now, &mut acts);
+        }
+        if self.reach(&own) != before {
+            acts.push(Act::Announce);
+        }
+        self.set_ways(seen, &own, parties, now, &mut acts);
+        let urgent = self.pairs.values().any(|pair| pair.needs.is_some() || !pair.grants.is_empty());
+        self.next = others.then(|| now + if urgent { SOON } else { LATER });
+        acts
+    }
+
+    /// Takes what a member said.
+    pub fn handle_word(
+        &mut self,
+        from: &NodeName,
+        word: PathWord,
+        parties: &impl Parties,
+        now: Instant,
+    ) -> Vec<Act> {
+        let own = parties.own();
+        let mut acts = Vec::new();
+        let Some(party) = parties.party(from) else { return acts };
+        match word {
+            PathWord::Observed(endpoint) if party.site != own.site && self.flows.contains_key(from) => {
+                let before = self.reach(&own);
+                self.observations.take(from, endpoint, now);
+                if self.reach(&own) != before {
+                    acts.push(Act::Announce);
+                }
+            }
+            PathWord::Call { endpoints, answers } if party.site != own.site => {
+                let pair = self.pairs.entry(from.clone()).or_default();
+                // Who calls all the time does not make this node send all the time.
+                if pair.called.is_some_and(|called| now.duration_since(called) < CALL / 2) {
+                    return acts;
+                }
+                (pair.called, pair.last) = (Some(now), Some(now));
+                pair.named = Some((endpoints, now));
+                if !answers && pair.calls.is_none_or(|calls| now.duration_since(calls) >= CALL / 2) {
+                    pair.calls = Some(now);
+                    acts.push(Act::Say(from.clone(), self.call(&own, true)));
+                }
+                self.offer(&own, &party, true, now, &mut acts);
+            }
+            PathWord::RelayGrant(peer, port) => {
+                let Some(other) = parties.party(&peer).filter(|other| other.site != own.site) else {
+                    return acts;
+                };
+                if let Some(grant) = Grant::new(&own, &party, port, now) {
+                    self.relays.granted(from, &peer);
+                    let pair = self.pairs.entry(peer).or_default();
+                    pair.last = Some(now);
+                    relays::take_grant(&mut pair.grants, grant);
+                    self.offer(&own, &other, true, now, &mut acts);
+                }
+            }
+            PathWord::RelayRefuse(peer, why) => self.relays.refused(from, &peer, why, now),
+            PathWord::Observed(_) | PathWord::Call { .. } | PathWord::RelayAsk(_) => {}
+        }
+        acts
+    }
+
+    /// Returns for how long bytes to a peer went unanswered.
+    fn note_flow(&mut self, look: &Seen, now: Instant) -> Option<Duration> {
+        let Seen { sent, received, endpoint, .. } = *look;
+        let first = Flow { sent, received, endpoint, silent: None, told: None };
+        let flow = self.flows.entry(look.node.clone()).or_insert(first);
+        // What was not answered elsewhere says nothing of the path that the tunnel went over to. The kernel does not choose.
+        let moved = look.endpoint != flow.endpoint && !self.in_kernel;
+        flow.endpoint = look.endpoint;
+        if look.received != flow.received || look.sent < flow.sent || moved {
+            flow.silent = None;
+        } else if look.sent > flow.sent {
+            flow.silent.get_or_insert((now, flow.sent));
+        }
+        (flow.sent, flow.received) = (look.sent, look.received);
+        let (since, from) = flow.silent?;
+        (look.sent - from > MORE_THAN_A_KEEPALIVE).then(|| now.duration_since(since))
+    }
+
+    /// Tells a peer where its packets come from, where that is news.
+    fn tell_observed(&mut self, look: &Seen, party: &Party, now: Instant, acts: &mut Vec<Act>) {
+        if self.relay_at(&look.node, look.endpoint).is_some() {
+            return;
+        }
+        let Some(flow) = self.flows.get_mut(&look.node) else { return };
+        let news = match flow.told {
+            None => party.reach.mapping == TunnelMapping::Unknown || !is_known_at(party, look.endpoint),
+            Some((endpoint, at)) => {
+                endpoint != look.endpoint
+                    || (now.duration_since(at) >= TOLD && !party.tunnels().contains(&look.endpoint))
+            }
+        };
+        if news {
+            flow.told = Some((look.endpoint, now));
+            acts.push(Act::Say(look.node.clone(), PathWord::Observed(look.endpoint)));
+        }
+    }
+
+    fn look_at_pair(
+        &mut self,
+        look: &Seen,
+        silent: Option<Duration>,
+        (own, party): (&Party, &Party),
+        parties: &impl Parties,
+        now: Instant,
+        acts: &mut Vec<Act>,
+    ) {
+        let silent = silent.is_some_and(|silent| silent >= SILENT);
+        let relayed = self.relay_at(&look.node, look.endpoint).cloned();
+        let promised = |grant: &Grant| Some(&grant.relay) == relayed.as_ref();
+        let grant =
+            self.pairs.get(&look.node).and_then(|pair| pair.grants.iter().find(|grant| promised(grant)));
+        let is_new = grant.is_some_and(|grant| grant.is_new(now)) && self.in_kernel;
+        if silent
+            && !is_new
+            && let Some(relay) = &relayed
+        {
+            let pair = self.pairs.entry(look.node.clone()).or_default();
+            pair.grants.retain(|grant| grant.relay != *relay);
+            self.relays.give_up(relay, &look.node, relays::Fault::Stopped, now);
+        }
+        let called = self.pairs.get(&look.node).and_then(|pair| pair.called);
+        let called = called.is_some_and(|called| now.duration_since(called) < CALLED) && !look.ready;
+        if !(silent || look.waits || called) {
+            if let Some(pair) = self.pairs.get_mut(&look.node) {
+                pair.needs = None;
+                let flow = self.flows.get(&look.node);
+                if flow.is_some_and(|flow| flow.silent.is_some()) || relayed.is_some() {
+                    pair.last = Some(now);
+                }
+                if let Some(grant) =
+                    pair.grants.iter_mut().find(|grant| Some(&grant.relay) == relayed.as_ref())
+                {
+                    grant.carried = true;
+                }
+            }
+            if relayed.is_some() {
+                self.look_after_relayed((own, party), parties, now, acts);
+            }
+            return;
+        }
+        let pair = self.pairs.entry(look.node.clone()).or_default();
+        pair.last = Some(now);
+        let since = *pair.needs.get_or_insert(now);
+        if pair.calls.is_none_or(|calls| now.duration_since(calls) >= CALL) {
+            pair.calls = Some(now);
+            acts.push(Act::Say(look.node.clone(), self.call(own, false)));
+            self.offer(own, party, true, now, acts);
+        }
+        if is_hopeless(own, party) || silent || now.duration_since(since) >= PUNCH {
+            self.relays.mind_promises(&look.node, &mut self.pairs, now);
+            self.ask_relay((own, party), 1, since, parties, now, acts);
+        }
+    }
+
+    /// Sees that a pair on a relay has another to fall back to, and does without one where it can.
+    fn look_after_relayed(
+        &mut self,
+        (own, party): (&Party, &Party),
+        parties: &impl Parties,
+        now: Instant,
+        acts: &mut Vec<Act>,
+    ) {
+        self.ask_relay((own, party), 2, now, parties, now, acts);
+        let known = (self.reach(own), party.reach.clone());
+        let pair = self.pairs.entry(party.node.clone()).or_default();
+        if pair.known.as_ref().is_some_and(|before| *before != known) {
+            pair.upgrade = Some((now, UPGRADE));
+        }
+        pair.known = Some(known);
+        let (due, pause) = *pair.upgrade.get_or_insert((now + UPGRADE, UPGRADE));
+        if due <= now {
+            pair.upgrade = Some((now + pause, (pause * 2).min(UPGRADE_MOST)));
+            pair.calls = Some(now);
+            acts.push(Act::Say(party.node.clone(), self.call(own, false)));
+            self.offer(own, party, true, now, acts);
+        }
+    }
+
+    /// Asks for a relay, where the pair has fewer than that many.
+    fn ask_relay(
+        &mut self,
+        (own, party): (&Party, &Party),
+        wanted: usize,
+        since: Instant,
+        parties: &impl Parties,
+        now: Instant,
+        acts: &mut Vec<Act>,
+    ) {
+        // One of the two asks for both; the other when that one is late.
+        if own.node > party.node && now.duration_since(since) < PUNCH * 2 && wanted == 1
+            || wanted == 2 && own.node > party.node
+        {
+            return;
+        }
+        let grants = self.pairs.get(&party.node).map(|pair| &pair.grants[..]).unwrap_or_default();
+        if grants.len() >= wanted {
+            return;
+        }
+        let has: Vec<&NodeName> = grants.iter().map(|grant| &grant.relay).collect();
+        if let Some(relay) = self.relays.choose((own, party), &has, || parties.all(), now) {
+            acts.push(Act::Say(relay, PathWord::RelayAsk(party.node.clone())));
+        }
+    }
+
+    fn call(&self, own: &Party, answers: bool) -> PathWord {
+        PathWord::Call { endpoints: self.reach(own).reflexive, answers }
+    }
+
+    /// Tells the tunnels where a peer may be reached.
+    fn offer(&mut self, own: &Party, party: &Party, trial: bool, now: Instant, acts: &mut Vec<Act>) {
+        let Some((key, _)) = party.tunnel else { return };
+        let mine = self.reach(own);
+        let pair = self.pairs.entry(party.node.clone()).or_default();
+        pair.named = pair.named.take().filter(|(_, at)| now.duration_since(*at) < NAMED);
+        let named = pair.named.iter().flat_map(|(named, _)| named).copied();
+        let direct = direct(own, &mine, party, named);
+        let mut places: Vec<_> = direct.into_iter().map(|at| Candidate { rank: Rank::Direct, at }).collect();
+        for grant in &pair.grants {
+            places.extend(grant.places.iter().map(|at| Candidate { rank: Rank::Relay, at: *at }));
+        }
+        let keep = if !mine.reflexive.is_empty() || !pair.grants.is_empty() || party.is_translated() {
+            Keep::WhileUsed
+        } else {
+            Keep::No
+        };
+        pair.told = places.iter().copied().collect();
+        acts.push(Act::Candidates { node: party.node.clone(), key, places, keep, trial });
+    }
+
+    /// Has sessions with two open nodes of other sites as long as it is not known that nothing stands before this node.
+    fn choose_observers(
+        &mut self,
+        seen: &[Seen],
+        own: &Party,
+        parties: &impl Parties,
+        now: Instant,
+        acts: &mut Vec<Act>,
+    ) {
+        self.mute.retain(|_, since| now.duration_since(*since) < REMEMBERED);
+        let needed = if self.reach(own).mapping == TunnelMapping::None { 0 } else { 2 };
+        let ready: BTreeSet<&NodeName> =
+            seen.iter().filter(|look| look.ready).map(|look| &look.node).collect();
+        let mute = &mut self.mute;
+        self.observers.retain(|node, since| {
+            let open = parties.party(node).is_some_and(|party| party.is_open());
+            let late = !ready.contains(node) && now.duration_since(*since) >= CALLED;
+            if late {
+                mute.insert(node.clone(), now);
+            }
+            open && !late
+        });
+        while self.observers.len() > needed {
+            self.observers.pop_last();
+        }
+        let relayed = |look: &&Seen| self.relay_at(&look.node, look.endpoint).is_none();
+        let mut others: Vec<Party> = seen
+            .iter()
+            .filter(relayed)
+            .filter(|look| !self.observers.contains_key(&look.node) && !self.mute.contains_key(&look.node))
+            .filter(|_| self.observers.len() < needed)
+            .filter_map(|look| parties.party(&look.node))
+            .filter(|party| party.site != own.site && party.is_open())
+            .collect();
+        // Those that are known to be open, then those that there is a session with, then anyone, not the same for all nodes.
+        others.sort_by_key(|party| {
+            let known = party.reach.mapping == TunnelMapping::None;
+            (!known, !ready.contains(&party.node), relays::mix(&own.node, &party.node))
+        });
+        for party in others.into_iter().take(needed.saturating_sub(self.observers.len())) {
+            self.observers.insert(party.node, now);
+        }
+        for node in self.observers.keys() {
+            let Some(party) = parties.party(node) else { continue };
+            let Some((key, _)) = party.tunnel else { continue };
+            if !ready.contains(node) {
+                acts.push(Act::Want(node.clone(), key));
+            }
+            let places = party.tunnels().into_iter().map(|at| Candidate { rank: Rank::Direct, at }).collect();
+            if !self.pairs.contains_key(node) {
+                let keep = Keep::Always;
+                acts.push(Act::Candidates { node: node.clone(), key, places, keep, trial: false });
+            }
+        }
+    }
+
+    /// Chooses what the plan takes for the endpoints of peers whose records do not say where they are.
+    fn set_ways(
+        &mut self,
+        seen: &[Seen],
+        own: &Party,
+        parties: &impl Parties,
+        now: Instant,
+        acts: &mut Vec<Act>,
+    ) {
+        let mine = self.reach(own);
+        let mut ways = BTreeMap::new();
+        for look in seen {
+            let Some(party) = parties.party(&look.node).filter(|party| party.site != own.site) else {
+                continue;
+            };
+            let pair = self.pairs.get(&look.node);
+            let direct = direct(own, &mine, &party, std::iter::empty());
+            let way = match pair.filter(|_| self.in_kernel) {
+                Some(pair) => kernel_way(look, pair, &direct, self.ways.get(&look.node).copied(), now),
+                None => direct.first().copied().filter(|_| party.is_translated()),
+            };
+            ways.extend(way.map(|way| (look.node.clone(), way)));
+        }
+        if ways != self.ways {
+            self.ways = ways;
+            acts.push(Act::Ways);
+        }
+    }
+}
+
+/// Whether an endpoint is where a party's record says that it is.
+fn is_known_at(party: &Party, endpoint: SocketAddr) -> bool {
+    if party.is_translated() {
+        party.reach.reflexive.contains(&endpoint)
+    } else {
+        party.tunnels().contains(&endpoint)
+    }
+}
+
+/// Whether no packet of one can come through what stands before the other: both expect another port than the one that the other's
+/// packets come from.
+fn is_hopeless(own: &Party, party: &Party) -> bool {
+    own.reach.mapping == TunnelMapping::Dependent && party.reach.mapping == TunnelMapping::Dependent
+}
+
+/// Returns the places where a peer may be reached without help, the best first.
+fn direct(
+    own: &Party,
+    mine: &TunnelReach,
+    party: &Party,
+    named: impl Iterator<Item = SocketAddr>,
+) -> Vec<SocketAddr> {
+    let families: BTreeSet<bool> = own.addresses.iter().map(IpAddr::is_ipv4).collect();
+    let mut places = Vec::new();
+    let translated =
+        |at: &SocketAddr| party.reach.reflexive.iter().any(|other| other.is_ipv4() == at.is_ipv4());
+    // A private address of another site is a way to it only within the same network: then both seem to be at one address.
+    let neighbours =
+        party.reach.reflexive.iter().any(|theirs| mine.reflexive.iter().any(|ours| ours.ip() == theirs.ip()));
+    let mut addresses: Vec<_> =
+        party.tunnels().into_iter().filter(|at| neighbours || !translated(at)).collect();
+    // Where IPv4 is translated at either end, IPv6 has the better prospects.
+    let behind = |v4: bool| mine.reflexive.iter().any(|at| at.is_ipv4() == v4);
+    addresses.sort_by_key(|at| (behind(at.is_ipv4()), !at.is_ipv4()));
+    places.extend(addresses);
+    places.extend(party.reach.reflexive.iter().copied());
+    places.extend(named);
+    let mut known = BTreeSet::new();
+    places.retain(|at| families.contains(&at.is_ipv4()) && known.insert(*at) && is_usable(at));
+    places
+}
+
+/// Whether packets may be sent there because a peer says so: to a port of one host that is not this one.
+fn is_usable(at: &SocketAddr) -> bool {
+    let broadcast = matches!(at.ip(), IpAddr::V4(ip) if ip.is_broadcast());
+    at.port() > 0
+        && !at.ip().is_loopback()
+        && !at.ip().is_unspecified()
+        && !at.ip().is_multicast()
+        && !broadcast
+}
+
+/// Chooses the one path that the kernel is given: the next one as long as the present one is not answered.
+fn kernel_way(
+    look: &Seen,
+    pair: &Pair,
+    direct: &[SocketAddr],
+    present: Option<SocketAddr>,
+    now: Instant,
+) -> Option<SocketAddr> {
+    let relays = pair.grants.iter().flat_map(|grant| grant.places.iter().copied());
+    let all: Vec<SocketAddr> = direct.iter().copied().chain(relays).collect();
+    let present = present.filter(|present| all.contains(present));
+    let Some(since) = pair.needs else {
+        return Some(present.unwrap_or(look.endpoint)).filter(|at| all.contains(at)).or(all.first().copied());
+    };
+    // A relay that was granted while the pair needs a path is the path.
+    let granted = pair.grants.last().filter(|grant| grant.at >= since).and_then(|grant| grant.places.first());
+    let turn = now.duration_since(since).as_millis() / PUNCH.as_millis();
+    let next = all.get(usize::try_from(turn).unwrap_or(0) % all.len().max(1)).copied();
+    granted.copied().or(next)
+}
+
+#[cfg(test)]
+mod tests;
