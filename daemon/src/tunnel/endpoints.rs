@@ -244,21 +244,7 @@ impl Endpoints {
             self.sent(false, now);
             due.try_at.push(self.current);
         }
-        let pause = if ready { TRY } else { REQUEST };
-        let turn = self.tried.is_none_or(|tried| now.duration_since(tried) >= pause);
-        if self.trial.is_some() && turn {
-            self.tried = Some(now);
-            let ours = self.rank(self.current);
-            let heard = self.heard.is_some() && ready;
-            let others = self
-                .candidates
-                .iter()
-                .filter(|candidate| (!heard || candidate.rank < ours) && candidate.at != self.current);
-            due.try_at.extend(others.map(|candidate| candidate.at));
-            if !ready {
-                due.try_at.push(self.current);
-            }
-        }
+        self.try_others(&mut due, ready, now);
         let lapses = self.sent.is_none_or(|sent| now.duration_since(sent) >= KEEP);
         let used = self.used.is_some_and(|used| now.duration_since(used) < USED);
         if ready && lapses && (self.keep == Keep::Always || (self.keep == Keep::WhileUsed && used)) {
@@ -272,6 +258,32 @@ impl Endpoints {
             due.try_at.extend(relays.map(|relay| relay.at).filter(|relay| *relay != self.current));
         }
         due
+    }
+
+    /// Tries other paths for as long as somebody wants it.
+    fn try_others(&mut self, due: &mut Due, ready: bool, now: Instant) {
+        let is_fresh = self.heard.is_some_and(|heard| now.duration_since(heard) < FRESH);
+        let pause = if ready && is_fresh { TRY } else { REQUEST };
+        let turn = self.tried.is_none_or(|tried| now.duration_since(tried) >= pause);
+        if self.trial.is_none() || !turn {
+            return;
+        }
+        self.tried = Some(now);
+        if ready && !is_fresh {
+            // The peer may be asking because it is not heard here: who only answers would never know. A relay knows a pair by
+            // handshakes of both.
+            if due.ask.is_empty() {
+                due.ask = self.all();
+            }
+            return;
+        }
+        let ours = self.rank(self.current);
+        let better =
+            |candidate: &&Candidate| candidate.at != self.current && (!ready || candidate.rank < ours);
+        due.try_at.extend(self.candidates.iter().filter(better).map(|candidate| candidate.at));
+        if !ready {
+            due.try_at.push(self.current);
+        }
     }
 
     /// Has the relays to fall back to hear of the pair, for as long as paths are tried.
@@ -416,6 +428,21 @@ mod tests {
         // Nobody answers that, or the two would never end.
         endpoints.heard(at(DIRECT), Heard::Empty, now + SAY);
         assert_eq!(endpoints.due(true, now + SAY * 3), Due::default());
+    }
+
+    #[test]
+    fn who_only_answers_asks_as_well_once_the_peer_needs_another_path() {
+        let now = Instant::now();
+        let mut endpoints = on(DIRECT, now);
+        endpoints.sent(true, now);
+        endpoints.heard(at(DIRECT), Heard::Data, now);
+        endpoints.sent(false, now);
+        let later = now + FRESH;
+        assert_eq!(endpoints.due(true, later), Due::default(), "nothing that it said went unanswered");
+        endpoints.set_candidates(&candidates(), Keep::No, true, later);
+        assert_eq!(endpoints.due(true, later).ask, [at(DIRECT), at(RELAY), at(STANDBY)]);
+        assert_eq!(endpoints.due(true, later + TRY), Due::default());
+        assert_eq!(endpoints.due(true, later + REQUEST).ask.len(), 3);
     }
 
     #[test]
