@@ -37,15 +37,16 @@ fn steps() -> Vec<Step> {
     steps
 }
 
-/// The words of a line; what differs from run to run is `#`.
+/// The words of a line; what differs from run to run is `#`, also where it is not known yet, and has no unit.
 fn shape(line: &str) -> Vec<String> {
     let differs = |word: &str| {
         let core = word.trim_end_matches([',', ':']);
-        let number = core.parse::<f64>().is_ok() && core.contains('.');
+        let number = core == "-" || core.parse::<f64>().is_ok() && (core.contains('.') || core.len() > 3);
         let key = core.len() >= 8 && core.bytes().all(|byte| byte.is_ascii_hexdigit());
         number || key || core.starts_with("weft1.")
     };
-    line.split_whitespace().map(|word| if differs(word) { "#".into() } else { word.to_owned() }).collect()
+    let words = line.split_whitespace().filter(|word| !["ms", "%"].contains(word));
+    words.map(|word| if differs(word) { "#".into() } else { word.to_owned() }).collect()
 }
 
 fn shapes<'a>(lines: impl Iterator<Item = &'a str>) -> Vec<Vec<String>> {
