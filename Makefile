@@ -18,7 +18,7 @@ NEEDS_VM := qemu-system-x86_64:qemu-system-x86 cpio:cpio modprobe:kmod objcopy:b
 NEEDS_TEST := conntrack:conntrack nc.openbsd:netcat-openbsd c++:g++ etcd:etcd-server setpriv:util-linux iperf3:iperf3 tcpdump:tcpdump wg:wireguard-tools wireguard-go:wireguard-go containerd:containerd ctr:containerd runc:runc busybox:busybox-static
 
 .DEFAULT_GOAL := help
-.PHONY: help programs deps deps-lab deps-vm deps-kubernetes installed build lab lab-down test test-vm kubernetes kubernetes-e2e test-kubernetes conformance lint bench peers interop bench-cni fuzz fuzz-build fuzz-short sim chaos mutants bench-control bench-scale bench-vxlan bench-wireguard bench-node bench-kubernetes image install manifests deploy-tools
+.PHONY: help programs deps deps-lab deps-vm deps-kubernetes installed build lab lab-down test test-vm kubernetes kubernetes-e2e test-kubernetes conformance lint bench peers interop bench-cni fuzz fuzz-build fuzz-short sim chaos mutants bench-control bench-scale bench-vxlan bench-wireguard bench-nat bench-node bench-kubernetes image install manifests deploy-tools
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -164,6 +164,9 @@ bench-scale: ## the mesh from 10 to 5,000 nodes, as a table and as plots in docs
 
 bench-vxlan: deps build ## pod to pod against the same VXLAN made by hand; ratios last (root)
 	WEFT_BIN_DIR=$(BIN) cargo bench --locked -p weft-tests --bench vxlan </dev/null
+
+bench-nat: deps build ## each pair of kinds of NAT: direct or relayed, the first ping, throughput (root, five minutes)
+	WEFT_BIN_DIR=$(BIN) cargo bench --locked -p weft-tests --bench nat </dev/null
 
 # The newest releases of others, built once into the user's cache.
 PEERS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/weft-tests

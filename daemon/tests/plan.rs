@@ -18,7 +18,7 @@ use weft_daemon::plan::model::{
 };
 use weft_wire::mesh::{Carrier, Detour, TunnelFacts};
 use weft_wire::seal::{ClusterKey, KeyRing};
-use weft_wire::types::{MacAddress, TunnelKey};
+use weft_wire::types::{MacAddress, NodeName, TunnelKey};
 
 /// A kernel that knows the underlay of these inputs and holds `actual`.
 fn kernel(inputs: &Inputs, actual: Actual) -> MemoryKernel {
@@ -331,8 +331,12 @@ proptest! {
             facts.key = if zeros { TunnelKey([0; 32]) } else { own };
         }
         let after = desired(&inputs);
+        let hop_of = |node: &NodeName| {
+            let peer = inputs.peers.iter().find(|peer| peer.node == *node).expect("a route is to a peer");
+            hop(&inputs, peer).node.clone()
+        };
         for (was, is) in before.routes.iter().zip(&after.routes) {
-            if is.node != node {
+            if hop_of(&is.node) != node {
                 // One that shared the key of before is better off.
                 prop_assert!(is == was || was.route.is_none());
             } else if was.transport == Transport::WireGuard && was.route.is_some() {

@@ -15,6 +15,10 @@ use super::Control;
 const SAMPLES: usize = 32;
 /// How many outcomes are kept, one bit each.
 const OUTCOMES: u32 = 64;
+/// The least number that loss is reckoned from: one of two says little.
+const LEAST_OUTCOMES: u32 = 20;
+/// So many lost probes in a row are no loss but a path, or a peer, that was away.
+const AWAY: u32 = 3;
 /// Probes that are older say nothing of now.
 const FRESH: Duration = Duration::from_secs(60);
 
@@ -72,8 +76,13 @@ impl Estimate {
         self.at = Some(now);
     }
 
-    /// Takes whether a probe that counts for the loss was lost.
+    /// Takes whether a probe that counts for the loss was lost. What was lost while nobody answered says nothing of a path that
+    /// answers again.
     pub fn counted(&mut self, lost: bool) {
+        let away = (1 << AWAY) - 1;
+        if !lost && self.counted >= AWAY && self.outcomes & away == away {
+            (self.outcomes, self.counted) = (0, 0);
+        }
         self.outcomes = self.outcomes << 1 | u64::from(lost);
         self.counted = (self.counted + 1).min(OUTCOMES);
     }
@@ -94,7 +103,7 @@ impl Estimate {
         let kept = if self.counted == OUTCOMES { u64::MAX } else { (1 << self.counted) - 1 };
         let lost = (self.outcomes & kept).count_ones() as f32;
         let jitter = (self.round_trips.len() > 1).then_some(self.jitter);
-        let loss = lost / self.counted.max(1) as f32;
+        let loss = lost / self.counted.max(LEAST_OUTCOMES) as f32;
         self.rtt().filter(|_| fresh).map(|rtt| Quality { rtt, jitter, loss, in_tunnel: true })
     }
 }
@@ -163,10 +172,23 @@ mod tests {
     }
 
     #[test]
+    fn a_path_that_was_away_and_answers_again_has_no_loss() {
+        let (mut estimate, now) = (Estimate::default(), Instant::now());
+        estimate.answered(ms(1), now);
+        (0..60).for_each(|_| estimate.counted(false));
+        (0..30).for_each(|_| estimate.counted(true));
+        assert!(estimate.quality(now).unwrap().loss > 0.4);
+        estimate.counted(false);
+        assert_eq!(estimate.quality(now).unwrap().loss, 0.0);
+        [true, true, false].into_iter().for_each(|lost| estimate.counted(lost));
+        assert_eq!(estimate.quality(now).unwrap().loss, 0.1, "two in a row are loss");
+    }
+
+    #[test]
     fn loss_is_of_the_last_64_probes() {
         let (mut estimate, now) = (Estimate::default(), Instant::now());
         estimate.answered(ms(1), now);
-        (0..4).for_each(|probe| estimate.counted(probe % 2 == 0));
+        (0..20).for_each(|probe| estimate.counted(probe % 2 == 0));
         assert_eq!(estimate.quality(now).unwrap().loss, 0.5);
         (0..64).for_each(|_| estimate.counted(false));
         assert_eq!(estimate.quality(now).unwrap().loss, 0.0);

@@ -8,7 +8,7 @@ use weft_wire::mesh::MemberState;
 use super::Node;
 
 /// What is lost more often than this, people hear of.
-const LOSSY: f32 = 0.05;
+const LOSSY: f32 = 0.2;
 /// The least that IPv6 takes (RFC 8200 s5).
 const IPV6_MTU: u32 = 1280;
 /// What Ethernet carries (RFC 894), and a link that is no tunnel as a rule.

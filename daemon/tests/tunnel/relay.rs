@@ -47,6 +47,12 @@ fn two_of_another_implementation_reach_each_other_through_a_relay_and_move_witho
         ));
     }
     wait_until("both are heard", || relay.status()[0].legs.iter().all(Option::is_some));
+    // Both began at once, and ask again after five seconds where that went wrong.
+    let pings = |place: &Netns, to: &str| {
+        let script = format!("ping -n -q -c 1 -w 2 {to} >/dev/null && echo yes || echo no");
+        place.sh(&script).trim() == "yes"
+    };
+    wait_until("they have a session", || pings(&one.place, "10.77.2.1"));
     ping(&one.place, "10.77.2.1", 5);
     ping(&two.place, "10.77.1.1", 5);
 
