@@ -73,7 +73,11 @@ fn a_mesh_of_two_sites_comes_into_another_of_two_by_one_token() {
     for (inviter, joiner) in [(0, 1), (2, 3), (1, 2)] {
         let token = sites.invite(inviter, hour());
         assert_eq!(sites.join(joiner, token), Ok(site(inviter)));
-        sites.run(seconds(20));
+        // Keys that are still on their way when the next ones come are another matter (docs/multi-site.md).
+        let met = [inviter, joiner];
+        sites.run_until("one ring of two", seconds(120), |sites| {
+            sites.all_route(&met) && sites.one_ring(&met)
+        });
     }
     sites.run_until("four sites", seconds(120), |sites| sites.all_route(&[0, 1, 2, 3]));
     sites.run_until("one ring", seconds(120), |sites| sites.one_ring(&[0, 1, 2, 3]));
