@@ -105,7 +105,7 @@ impl Sites {
             let token = sites.invite(0, hour());
             assert_eq!(sites.join(joiner, token), Ok(site(0)));
             let all: Vec<_> = (0..=joiner).collect();
-            sites.run_until("joined", seconds(90), |sites| sites.all_route(&all) && sites.one_ring(&all));
+            sites.run_until("joined", seconds(180), |sites| sites.all_route(&all) && sites.one_ring(&all));
         }
         sites
     }
