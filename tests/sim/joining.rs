@@ -142,10 +142,10 @@ fn super_terms() -> Terms {
 #[test]
 fn a_site_with_a_name_or_prefixes_that_another_has_is_refused_and_told_on_both_sides() {
     for (name, prefix, words) in [
-        (site(0), prefix(1), "two sites are named s0: rename one of the two"),
+        (site(0), prefix_of(1), "two sites are named s0: rename one of the two"),
         (
             site(1),
-            prefix(0),
+            prefix_of(0),
             "overlaps 10.32.0.0/22 of site s0: give one of the two sites another range first",
         ),
     ] {

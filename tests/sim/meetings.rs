@@ -38,10 +38,6 @@ pub fn prefix_of(site: usize) -> Subnet {
     format!("10.32.{}.0/22", site * SIZE).parse().unwrap()
 }
 
-pub fn prefix(site: usize) -> Subnet {
-    prefix_of(site)
-}
-
 pub fn hour() -> Duration {
     Duration::from_secs(3600)
 }

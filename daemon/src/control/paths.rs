@@ -154,7 +154,6 @@ struct Pair {
     /// What both ends said of themselves when that was decided.
     known: Option<(TunnelReach, TunnelReach)>,
     last: Option<Instant>,
-    told: BTreeSet<Candidate>,
 }
 
 /// What was seen of a peer's tunnel.
@@ -469,7 +468,6 @@ impl Paths {
         } else {
             Keep::No
         };
-        pair.told = places.iter().copied().collect();
         acts.push(Act::Candidates { node: party.node.clone(), key, places, keep, trial });
     }
 
