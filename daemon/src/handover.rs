@@ -25,6 +25,8 @@ use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 use weft_wire::types::NodeName;
 
+use crate::relay::Relay;
+use crate::relay::handed::{Handed, HandedPair, Handing};
 use crate::tunnel::{Tunnel, TunnelsOffered};
 
 /// The socket in the state directory at which a daemon offers to be taken over from.
@@ -37,6 +39,8 @@ const MOST: usize = 1 << 20;
 const PART: usize = 1000;
 /// The most descriptors of a message: the lock, two listeners, the TUN device, a channel, a UDP socket a family.
 const DESCRIPTORS: usize = 7;
+/// So many pairs of the relay are told in one message: each has a socket a family.
+const PAIRS: usize = DESCRIPTORS / 2;
 /// How long either side waits for a message that the other has no reason to delay.
 const PROMPT: Duration = Duration::from_secs(5);
 /// How long the later daemon waits for the earlier one to come to rest, which gives up before.
@@ -63,7 +67,11 @@ pub enum Message {
     Take,
     /// In answer: the earlier daemon no longer reads, and keeps these sessions.
     Sessions(Vec<Kept>),
-    /// All sessions were told.
+    /// The later daemon relays from now on.
+    TakeRelay,
+    /// In answer: the earlier daemon no longer reads at the ports of these pairs; with their sockets.
+    Pairs(Vec<HandedPair>),
+    /// All sessions, or pairs, were told.
     Taken,
     /// Nothing more is asked of the earlier daemon.
     Done,
@@ -76,6 +84,9 @@ pub struct Offer {
     pub metrics: bool,
     /// What carries the tunnels.
     pub tunnels: Option<TunnelsOffer>,
+    /// It relays for pairs of other nodes; a daemon that knows no hand-over of them ends them.
+    #[serde(default)]
+    pub relay: bool,
 }
 
 /// The descriptors of the tunnels: the TUN device, a channel to the earlier daemon, and these sockets.
@@ -202,6 +213,36 @@ impl Talk {
         self.say(&Message::Taken, &[])
     }
 
+    /// Tells what pairs are relayed for, with their sockets.
+    pub fn say_pairs(&self, pairs: &[Handing]) -> io::Result<()> {
+        for part in pairs.chunks(PAIRS) {
+            let told = part.iter().map(|pair| pair.told.clone()).collect();
+            let fds: Vec<_> = part.iter().flat_map(Handing::descriptors).collect();
+            self.say(&Message::Pairs(told), &fds)?;
+        }
+        self.say(&Message::Taken, &[])
+    }
+
+    /// Asks the earlier daemon to relay no more; returns the pairs that it relayed for.
+    pub fn take_relay(&self) -> io::Result<Vec<Handed>> {
+        self.say(&Message::TakeRelay, &[])?;
+        let mut all = Vec::new();
+        loop {
+            match self.hear()? {
+                (Message::Pairs(part), fds) => {
+                    let mut fds = fds.into_iter();
+                    for told in part {
+                        let mut next = |there: bool| if there { fds.next() } else { None };
+                        let (v4, v6) = (next(told.v4), next(told.v6));
+                        all.push(Handed { told, v4, v6 });
+                    }
+                }
+                (Message::Taken, _) => return Ok(all),
+                (other, _) => return Err(io::Error::other(format!("unexpected {other:?}"))),
+            }
+        }
+    }
+
     /// Asks the earlier daemon to read no more; returns the sessions that it keeps.
     pub fn take(&self) -> io::Result<Vec<Kept>> {
         self.say(&Message::Take, &[])?;
@@ -227,6 +268,8 @@ pub struct Heritage {
     pub metrics: Option<TcpListener>,
     /// Tunnels that run, or that another daemon carries until they are taken.
     pub tunnels: Tunnels,
+    /// What is relayed for pairs of other nodes.
+    pub relay: Relays,
     /// The earlier daemon, until it is told that it is no longer needed.
     pub talk: Option<Talk>,
 }
@@ -243,6 +286,18 @@ pub enum Tunnels {
     Offered(TunnelsOffered),
 }
 
+/// Where a daemon has the pairs from that it relays for.
+#[derive(Debug, Default)]
+pub enum Relays {
+    /// There are none.
+    #[default]
+    None,
+    /// They are relayed for in this very process, or were until another daemon took them.
+    Running(Relay),
+    /// Another daemon relays for them.
+    Offered,
+}
+
 impl Heritage {
     /// Carries on with what runs in this process. The lock must be held: another daemon that lives would do the same.
     pub fn resume(&mut self) {
@@ -251,6 +306,9 @@ impl Heritage {
         {
             warn!(err = %error, "tunnels do not go on, they are opened anew");
             self.tunnels = Tunnels::None;
+        }
+        if let Relays::Running(relay) = &mut self.relay {
+            relay.resume();
         }
     }
 }
@@ -299,7 +357,8 @@ pub fn take_over(state_dir: &Path) -> Result<Option<Heritage>, TakeOverError> {
             })
         }
     };
-    Ok(Some(Heritage { lock: Some(lock), local: Some(local), metrics, tunnels, talk: Some(talk) }))
+    let relay = if offer.relay { Relays::Offered } else { Relays::None };
+    Ok(Some(Heritage { lock: Some(lock), local: Some(local), metrics, tunnels, relay, talk: Some(talk) }))
 }
 
 /// Returns whether a daemon listens for others on a state directory.
@@ -351,6 +410,14 @@ fn give(heritage: &mut Heritage, talk: &Talk, told_to_stop: &AtomicBool) -> io::
                 until = Some(Instant::now() + LINGER);
                 talk.say_sessions(&kept)?;
             }
+            Message::TakeRelay => {
+                let pairs = match &mut heritage.relay {
+                    Relays::Running(relay) => relay.hand_over(Instant::now()),
+                    _ => Vec::new(),
+                };
+                info!(pairs = pairs.len(), "another daemon relays");
+                talk.say_pairs(&pairs)?;
+            }
             Message::Done => {
                 info!("another daemon has taken over");
                 return Ok(());
@@ -369,7 +436,8 @@ fn offer(heritage: &mut Heritage, talk: &Talk) -> io::Result<()> {
     let lock = heritage.lock.as_ref().ok_or_else(missing)?.as_fd();
     let mut fds = vec![lock, heritage.local.as_ref().ok_or_else(missing)?.as_fd()];
     fds.extend(heritage.metrics.as_ref().map(AsFd::as_fd));
-    let mut offer = Offer { metrics: heritage.metrics.is_some(), tunnels: None };
+    let relay = matches!(heritage.relay, Relays::Running(_));
+    let mut offer = Offer { metrics: heritage.metrics.is_some(), tunnels: None, relay };
     if let (Tunnels::Running(tunnel), Some(channel)) = (&heritage.tunnels, &channel) {
         let (super_udp, device, [v4, v6]) = tunnel.descriptors();
         offer.tunnels = Some(TunnelsOffer { super_udp, v4: v4.is_some(), v6: v6.is_some() });

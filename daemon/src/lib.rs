@@ -17,6 +17,7 @@ pub mod node;
 pub mod plan;
 pub mod reconcile;
 pub mod relay;
+mod ring_file;
 pub mod server;
 pub mod state;
 pub mod tunnel;

@@ -21,7 +21,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
 use tracing::{debug, warn};
-use weft_wire::api::{Count, Empty, ReplyBody, Request, RequestBody, SitePath, Status};
+use weft_wire::api::{Count, Empty, Relaying, ReplyBody, Request, RequestBody, SitePath, Status};
 
 use crate::server::{Call, Door};
 
@@ -175,20 +175,52 @@ fn text(status: &Status) -> String {
     let forwarded = Counter::<u64>::default();
     forwarded.inc_by(reach.forwarded);
     registry.register("gossip_forwarded_datagrams", "Datagrams passed on to members behind NAT", forwarded);
-    let not_forwarded = Family::<ReasonLabel, Counter>::default();
-    for Count { reason, count } in &reach.dropped {
-        not_forwarded.get_or_create(&ReasonLabel { reason: reason.clone() }).inc_by(*count);
-    }
+    let not_forwarded = by_reason(&reach.dropped);
     registry.register("gossip_unforwarded_datagrams", "Datagrams not passed on, by reason", not_forwarded);
-    let dropped = Family::<ReasonLabel, Counter>::default();
-    for Count { reason, count } in status.tunnels.iter().flat_map(|tunnels| &tunnels.dropped) {
-        dropped.get_or_create(&ReasonLabel { reason: reason.clone() }).inc_by(*count);
-    }
+    let refused = by_reason(&status.refused_records);
+    registry.register("gossip_refused_records", "Records of nodes not taken in, by reason", refused);
+    let dropped = by_reason(status.tunnels.iter().flat_map(|tunnels| &tunnels.dropped));
     registry.register("tunnel_dropped_packets", "Packets that the tunnels dropped, by reason", dropped);
     register_paths(&mut registry, &status.paths);
+    status.relaying.iter().for_each(|relaying| register_relay(&mut registry, relaying));
     let mut text = String::new();
     encode(&mut text, &registry).expect("a String takes all that is written");
     text
+}
+
+fn by_reason<'a>(counts: impl IntoIterator<Item = &'a Count>) -> Family<ReasonLabel, Counter> {
+    let family = Family::<ReasonLabel, Counter>::default();
+    for Count { reason, count } in counts {
+        family.get_or_create(&ReasonLabel { reason: reason.clone() }).inc_by(*count);
+    }
+    family
+}
+
+/// Of all pairs together: which they are, `weft status` says.
+fn register_relay(registry: &mut Registry, relaying: &Relaying) {
+    let mut gauge = |name: &str, help: &str, value: f64| {
+        let gauge = Gauge::<f64, AtomicU64>::default();
+        gauge.set(value);
+        registry.register(name, help, gauge);
+    };
+    gauge("relay_pairs", "Pairs of nodes that this node relays for", relaying.pairs.len() as f64);
+    gauge(
+        "relay_free_ratio",
+        "Share of the relay's ports that are free, 0 to 1",
+        f64::from(relaying.room) / 100.0,
+    );
+    let mut counter = |name: &str, help: &str, value: u64| {
+        let counter = Counter::<u64>::default();
+        counter.inc_by(value);
+        registry.register(name, help, counter);
+    };
+    counter("relay_forwarded_packets", "Packets that were relayed", relaying.forwarded);
+    counter("relay_forwarded_bytes", "Bytes of the packets that were relayed", relaying.bytes);
+    counter("relay_handshakes", "Handshakes of relayed pairs", relaying.handshakes);
+    let dropped = by_reason(&relaying.dropped);
+    registry.register("relay_dropped_packets", "Packets that were not relayed, by reason", dropped);
+    let refused = by_reason(&relaying.refused_pairs);
+    registry.register("relay_refused_pairs", "Pairs that were refused a relay, by reason", refused);
 }
 
 /// By site and never by peer: a cluster has few of these.
@@ -228,7 +260,11 @@ mod tests {
             while let Some(call) = inbox.recv().await {
                 let path =
                     SitePath { site: "s2".into(), nodes: 3, rtt_ms: 12.5, loss: 0.25, path_mtu: Some(1230) };
-                let status = Status { ready: true, pods: 7, paths: vec![path], ..Status::default() };
+                let full = Count { reason: "full".into(), count: 3 };
+                let relaying = Relaying { bytes: 4096, refused_pairs: vec![full], ..Relaying::default() };
+                let relaying = Some(relaying);
+                let status =
+                    Status { ready: true, pods: 7, paths: vec![path], relaying, ..Status::default() };
                 let _ = call.reply.send(Reply::from(ReplyBody::Status(status)));
             }
         });
@@ -243,6 +279,9 @@ mod tests {
             "weft_peers{state=\"alive\"} 0",
             "weft_path_rtt_seconds{site=\"s2\"} 0.0125",
             "weft_path_mtu_bytes{site=\"s2\"} 1230",
+            "weft_relay_pairs 0",
+            "weft_relay_forwarded_bytes_total 4096",
+            "weft_relay_refused_pairs_total{reason=\"full\"} 3",
             "# EOF",
         ] {
             assert!(reply.contains(line), "{line} is not in {reply}");

@@ -5,6 +5,7 @@
 
 mod calls;
 mod cluster;
+mod doctor;
 mod handover;
 mod keys;
 mod paths;
@@ -13,6 +14,7 @@ pub mod pods;
 mod reach;
 mod sites;
 mod start;
+mod trace;
 mod view;
 mod worker;
 
@@ -38,7 +40,6 @@ use crate::relay::Relay;
 use crate::server::{Call, Door};
 use crate::state::StateDir;
 
-pub(crate) use keys::{parse_ring, read_ring, write_ring};
 pub use start::{Origin, start};
 
 /// Between two looks for pods that vanished without a DEL.

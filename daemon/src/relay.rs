@@ -4,13 +4,14 @@
 //! to what is forwarded and nothing of it can be read here. Invariants: no more ports than were configured, no more bytes a
 //! second than were; a pair that nobody uses loses its port; without pairs there is no socket.
 
+pub mod handed;
 pub mod pair;
 
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -67,8 +68,8 @@ pub struct Relay {
 struct Shared {
     places: Mutex<Vec<Arc<Place>>>,
     total: Mutex<Allowance>,
-    /// Messages forwarded and refused by pairs that are gone.
-    past: [AtomicU64; 3],
+    /// What pairs counted that are gone.
+    past: Mutex<Counts>,
     wake: PipeReader,
     stop: AtomicBool,
 }
@@ -92,7 +93,7 @@ impl Relay {
         let shared = Shared {
             places: Mutex::default(),
             total: Mutex::new(Allowance::new(limits.total_bytes, now)),
-            past: Default::default(),
+            past: Mutex::default(),
             wake,
             stop: AtomicBool::new(false),
         };
@@ -143,6 +144,16 @@ impl Relay {
         self.waker.write_all(&[0])
     }
 
+    /// Has the thread end; what arrives from now on waits in the sockets.
+    fn pause(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            // A pipe that is full is readable all the same.
+            let _ = self.waker.write_all(&[0]);
+            drop(thread.join());
+        }
+    }
+
     /// Returns how many percent of the ports are free.
     pub fn room(&self) -> u8 {
         let all = self.limits.ports.len();
@@ -162,25 +173,17 @@ impl Relay {
 
     /// Returns what all pairs counted, also those that are gone.
     pub fn counts(&self) -> Counts {
-        let past = |place: usize| self.shared.past[place].load(Ordering::Relaxed);
-        let mut sum = Counts { forwarded: past(0), bytes: past(1), refused: past(2) };
-        for PairStatus { counts, .. } in self.status() {
-            sum.forwarded += counts.forwarded;
-            sum.bytes += counts.bytes;
-            sum.refused += counts.refused;
-        }
+        // Together: a pair that goes meanwhile is counted once.
+        let places = lock(&self.shared.places);
+        let mut sum = *lock(&self.shared.past);
+        places.iter().for_each(|place| sum.add(&lock(&place.pair).counts));
         sum
     }
 }
 
 impl Drop for Relay {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            // A pipe that is full is readable all the same.
-            let _ = self.waker.write_all(&[0]);
-            drop(thread.join());
-        }
+        self.pause();
     }
 }
 
@@ -201,7 +204,10 @@ impl Place {
     fn send(&self, to: SocketAddr, batch: &Batch) {
         if let Some(udp) = if to.is_ipv4() { &self.v4 } else { &self.v6 } {
             // What the kernel does not take is lost, as on any path.
-            udp.send(to, batch);
+            let lost = udp.send(to, batch);
+            if lost > 0 {
+                lock(&self.pair).counts.refuse(Refused::NotSent, lost);
+            }
         }
     }
 }
@@ -269,7 +275,8 @@ impl Shared {
             let step = if lock(&self.total).take(message.len(), now) {
                 lock(&place.pair).handle(arrived.from, message, now)
             } else {
-                Step::Drop(Refused::Limit)
+                lock(&place.pair).counts.refuse(Refused::TotalLimit, 1);
+                Step::Drop(Refused::TotalLimit)
             };
             let (forward, held) = match step {
                 Step::Forward { to, held } => (Some(to), held),
@@ -304,10 +311,7 @@ impl Shared {
             let pair = lock(&place.pair);
             let over = pair.is_over(now);
             if over {
-                let Counts { forwarded, bytes, refused } = pair.counts;
-                for (sum, count) in self.past.iter().zip([forwarded, bytes, refused]) {
-                    sum.fetch_add(count, Ordering::Relaxed);
-                }
+                lock(&self.past).add(&pair.counts);
                 let [one, other] = pair.nodes();
                 tracing::info!(%one, %other, port = place.port, "no longer relays");
             }

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use weft_ipam::lease::HeldLease;
 use weft_wire::mesh::Owner;
+use weft_wire::pair::PairSecret;
 use weft_wire::record::NodeKey;
 use weft_wire::seal::{ClusterKey, KeyRing};
 use weft_wire::types::{Epoch, NodeName, PublicKey, Subnet, TunnelKey};
@@ -114,6 +115,8 @@ pub struct Memory {
     pub statements: Vec<String>,
     /// The cluster keys that sites gave each other last.
     pub mesh_keys: Option<MeshKeys>,
+    /// The secrets that the site shares with others, by the other site's key, each with the latest first.
+    pub pair_secrets: BTreeMap<PublicKey, PairSecrets>,
     /// Where the site that let this one in gossips.
     pub site_seeds: Vec<SocketAddr>,
     /// The detour of the tunnels is open.
@@ -158,6 +161,26 @@ impl TryFrom<WrittenKeys> for MeshKeys {
 impl From<MeshKeys> for WrittenKeys {
     fn from(keys: MeshKeys) -> Self {
         Self { version: keys.version, keys: keys.ring.keys().map(ClusterKey::to_secret_text).collect() }
+    }
+}
+
+/// The secrets of one pair of sites.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Vec<String>", into = "Vec<String>")]
+pub struct PairSecrets(pub Vec<PairSecret>);
+
+impl TryFrom<Vec<String>> for PairSecrets {
+    type Error = String;
+
+    fn try_from(written: Vec<String>) -> Result<Self, String> {
+        let secrets = written.iter().map(|text| text.parse().map_err(|error| format!("{error}")));
+        secrets.collect::<Result<_, _>>().map(Self)
+    }
+}
+
+impl From<PairSecrets> for Vec<String> {
+    fn from(secrets: PairSecrets) -> Self {
+        secrets.0.iter().map(|secret| secret.to_secret_text().to_string()).collect()
     }
 }
 
@@ -467,6 +490,24 @@ mod tests {
         assert_eq!(fs::read_to_string(path.join(SUPERSEDED)).expect("read").lines().count(), SUPERSEDED_MOST);
         assert!(StateDir::open(&path).expect("opened").purge().expect("purged"));
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn secrets_of_two_sites_survive_the_memory_which_only_its_owner_reads() {
+        let path = scratch("pairs");
+        let dir = StateDir::open(&path).expect("opened");
+        let secrets = vec![PairSecret::new(2, [0xab; 32]), PairSecret::new(1, [0xcd; 32])];
+        let pair_secrets = [(PublicKey([7; 32]), PairSecrets(secrets))].into();
+        let memory = Memory { pair_secrets, ..Memory::default() };
+        dir.set_memory(&memory).expect("written");
+        assert_eq!(dir.memory().expect("read"), memory);
+        let file = dir.file("memory.json");
+        assert_eq!(fs::metadata(&file).expect("exists").permissions().mode() & 0o777, 0o600);
+        let shown = format!("{memory:?}");
+        assert!(!shown.contains("abab") && !shown.contains("171, 171"), "{shown}");
+        fs::write(&file, r#"{ "pair_secrets": { "0707": ["1 ab"] } }"#).expect("written");
+        assert!(matches!(dir.memory(), Err(StateError::Content { .. })));
+        fs::remove_dir_all(&path).expect("cleaned");
     }
 
     #[test]

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that unwraps names its line")]
 
+mod netns;
+
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::PathBuf;
@@ -9,6 +11,7 @@ use std::process::Command as Process;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 
+use netns::Netns;
 use nix::sched::{CloneFlags, unshare};
 use serde_json::Value;
 use weft_daemon::attach::{
@@ -20,14 +23,8 @@ const BRIDGE: &str = "weft0";
 
 /// Runs a test on a thread with a network namespace of its own, which has a bridge like a node's.
 fn on_a_node(test: impl FnOnce() + Send + 'static) {
-    if !nix::unistd::geteuid().is_root() {
-        assert!(std::env::var_os("CI").is_none(), "this test needs root, and CI must not skip it");
-        eprintln!("SKIP: needs root to make network namespaces");
-        return;
-    }
-    let node = std::thread::spawn(move || {
-        unshare(CloneFlags::CLONE_NEWNET).expect("root may unshare");
-        ip("link set lo up");
+    let Some(node) = Netns::new() else { return };
+    node.run(move || {
         ip("link add weft0 address 02:00:00:00:00:fe mtu 1450 type bridge");
         std::fs::write("/proc/sys/net/ipv6/conf/weft0/accept_dad", "0").expect("IPv6 is on");
         ip("addr add 10.32.4.1/24 dev weft0");
@@ -35,9 +32,6 @@ fn on_a_node(test: impl FnOnce() + Send + 'static) {
         ip("link set weft0 up");
         test();
     });
-    if let Err(panic) = node.join() {
-        std::panic::resume_unwind(panic);
-    }
 }
 
 /// A network namespace that a parked thread keeps.

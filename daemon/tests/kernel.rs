@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that unwraps names its line")]
 
+mod netns;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -10,7 +12,7 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use nix::sched::{CloneFlags, unshare};
+use netns::Netns;
 use serde_json::Value;
 use weft_daemon::kernel::linux::Linux;
 use weft_daemon::kernel::{Kernel, UnderlaySpec, purge};
@@ -23,14 +25,8 @@ use weft_wire::types::{MacAddress, NodeName};
 
 /// Runs a test on a thread with a network namespace of its own that has an underlay, `eth0`.
 fn on_a_node(test: impl FnOnce(&mut Linux) + Send + 'static) {
-    if !nix::unistd::geteuid().is_root() {
-        assert!(std::env::var_os("CI").is_none(), "this test needs root, and CI must not skip it");
-        eprintln!("SKIP: needs root to make network namespaces");
-        return;
-    }
-    let node = std::thread::spawn(move || {
-        unshare(CloneFlags::CLONE_NEWNET).expect("root may unshare");
-        run("ip link set lo up");
+    let Some(node) = Netns::new() else { return };
+    node.run(move || {
         run("ip link add eth0 type veth peer name wire");
         run("ip addr add 192.0.2.1/24 dev eth0");
         run("ip addr add 2001:db8::1/64 dev eth0 nodad");
@@ -38,9 +34,6 @@ fn on_a_node(test: impl FnOnce(&mut Linux) + Send + 'static) {
         run("ip link set eth0 up");
         test(&mut Linux::open().expect("the kernel speaks netlink"));
     });
-    if let Err(panic) = node.join() {
-        std::panic::resume_unwind(panic);
-    }
 }
 
 fn run(line: &str) -> String {
@@ -162,6 +155,7 @@ fn inputs(kernel: &mut Linux, peers: u32) -> Inputs {
             hairpin: true,
             encryption: Encryption::Never,
             preshared: None,
+            pairs: Default::default(),
             tunnel: None,
             carrier: Carrier::UserSpace,
             detour: None,

@@ -17,6 +17,7 @@ use weft_daemon::plan::model::{
     TunnelPeer, Underlay, VethState, metric,
 };
 use weft_wire::mesh::{Carrier, Detour, TunnelFacts};
+use weft_wire::pair::PairSecret;
 use weft_wire::seal::{ClusterKey, KeyRing};
 use weft_wire::types::{MacAddress, NodeName, TunnelKey};
 
@@ -69,11 +70,19 @@ fn peer(number: u8, v4: bool, v6: bool, mtu: u32) -> Peer {
                 .iter()
                 .map(|key| ClusterKey::from_bytes([*key; 32]).id())
                 .collect(),
+            pairs: [&[][..], &[1], &[2, 1], &[3]][usize::from(number % 4)]
+                .iter()
+                .map(|generation| pair_secret(*generation).id())
+                .collect(),
         }),
         gateway: number.is_multiple_of(7).then_some(number),
         via: (number % 7 > 4).then(|| format!("p{}", number / 7 * 7).parse().unwrap()),
         node,
     }
+}
+
+fn pair_secret(generation: u8) -> PairSecret {
+    PairSecret::new(u32::from(generation), [generation; 32])
 }
 
 /// Whom a peer's packets go to.
@@ -99,6 +108,7 @@ prop_compose! {
         encryption in prop::sample::select(vec![Encryption::Never, Encryption::CrossSite, Encryption::Always]),
         tunnel in proptest::option::of(Just(TunnelKey([250; 32]))),
         preshared in proptest::option::of(prop::sample::select(vec![ring(&[1]), ring(&[1, 2]), ring(&[3])])),
+        pairs in prop::sample::select(vec![vec![], vec![1], vec![2, 1], vec![3, 2]]),
         families in prop::collection::vec((any::<bool>(), any::<bool>()), 20),
         mtus in prop::collection::vec(prop::sample::select(vec![1280_u32, 1400, 1500, 9000]), 20),
         kernel in any::<bool>(),
@@ -138,6 +148,7 @@ prop_compose! {
                     peers: peers.iter().map(|number| format!("p{number}").parse().unwrap()).collect(),
                 }),
                 preshared,
+                pairs: [("s0".parse().unwrap(), pairs.into_iter().map(pair_secret).collect())].into(),
             },
             sessions: sessions
                 .iter()
@@ -246,6 +257,11 @@ proptest! {
                     prop_assert_eq!(used.is_some(), inputs.dataplane.preshared.is_some());
                     prop_assert_eq!(used.is_some(), !facts.preshared.is_empty());
                     prop_assert!(used.is_none_or(|id| facts.preshared.contains(&id)));
+                    // And the latest secret of the two sites that both have; a node of the own site none.
+                    let shared = inputs.dataplane.pairs.get(&hop.site).into_iter().flatten();
+                    let common = shared.map(PairSecret::id).find(|id| facts.pairs.contains(id));
+                    prop_assert_eq!(entry.preshared.as_ref().and_then(|secret| secret.pair), common.filter(|_| used.is_some()));
+                    prop_assert!(common.is_none_or(|_| hop.site != inputs.site));
                 }
                 let sealed = &plan.nft.as_ref().expect("a node with subnets has a table").sealed;
                 let guarded = sealed.iter().any(|net| net.contains(&planned.prefix));

@@ -23,6 +23,7 @@ pub mod kubernetes;
 pub mod memory;
 pub mod sqlite;
 pub mod static_;
+mod trouble;
 mod watchers;
 
 pub use etcd::{EtcdOptions, EtcdStore};

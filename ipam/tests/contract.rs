@@ -13,16 +13,24 @@ use weft_ipam::store::{
 };
 use weft_wire::types::{Epoch, PublicKey};
 
+#[path = "contract/admission.rs"]
+mod admission;
 #[path = "contract/apiserver.rs"]
 mod apiserver;
 #[path = "contract/authority.rs"]
 mod authority;
+#[path = "contract/certificates.rs"]
+mod certificates;
 #[path = "contract/etcd.rs"]
 mod etcd;
 #[path = "contract/kubernetes.rs"]
 mod kubernetes;
 #[path = "contract/leases.rs"]
 mod leases;
+#[path = "contract/objects.rs"]
+mod objects;
+#[path = "contract/refusals.rs"]
+mod refusals;
 #[path = "contract/secured.rs"]
 mod secured;
 #[path = "contract/server.rs"]

@@ -273,6 +273,7 @@ fn inputs(kernel: &mut Linux) -> Inputs {
             hairpin: true,
             encryption: Encryption::Never,
             preshared: None,
+            pairs: Default::default(),
             tunnel: None,
             carrier: Carrier::UserSpace,
             detour: None,

@@ -18,7 +18,8 @@ const KINDS: [(Nat, &str); 5] = [
     (Nat::Symmetric, "symmetric"),
     (Nat::Double, "double"),
 ];
-const TUNNELS: &str = "[encryption]\npolicy = \"cross-site\"\nimplementation = \"user-space\"";
+/// What a relay may carry by default is a policy (docs/config.md): here it carries what it can.
+const TUNNELS: &str = "[encryption]\npolicy = \"cross-site\"\nimplementation = \"user-space\"\n[relay]\npair_mbit = 100000\ntotal_mbit = 100000";
 const ROUNDS: usize = 3;
 /// Seconds of a stream, and of the pings in which a path settles: a direct one is tried anew after five.
 const STREAM: &str = "2";

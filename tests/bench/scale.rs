@@ -204,12 +204,7 @@ fn measure_sites(sites: usize, nodes: &[usize]) {
         let (mesh, size) = sites::measure(sites, nodes / sites, &format!("{nodes} nodes in {sites} sites"));
         let memory = (resident() - before).max(0.0) / size.nodes as f64;
         drop(mesh);
-        (size, memory, began.elapsed().as_secs_f64())
-    };
-    let rows: Vec<(SitesSize, f64, f64)> = nodes.iter().map(measure).collect();
-    println!("| nodes | event | median | p99 | worst (s) | bytes a node | datagrams a node |");
-    println!("|---|---|---|---|---|---|---|");
-    for (size, ..) in &rows {
+        // The largest takes hours: what is known is said at once.
         for (name, event) in &size.events {
             let [median, p99, worst] = [0.5, 0.99, 1.0].map(|part| quantile(&event.times, part));
             let (nodes, bytes, datagrams) = (size.nodes, event.bytes, event.datagrams);
@@ -217,7 +212,11 @@ fn measure_sites(sites: usize, nodes: &[usize]) {
                 "| {nodes} | {name} | {median:.2} | {p99:.2} | {worst:.2} | {bytes:.0} | {datagrams:.0} |"
             );
         }
-    }
+        (size, memory, began.elapsed().as_secs_f64())
+    };
+    println!("| nodes | event | median | p99 | worst (s) | bytes a node | datagrams a node |");
+    println!("|---|---|---|---|---|---|---|");
+    let rows: Vec<(SitesSize, f64, f64)> = nodes.iter().map(measure).collect();
     println!(
         "\n| nodes | bytes/s at rest | datagrams/s at rest | KiB of a simulated node | measured in (s) |"
     );

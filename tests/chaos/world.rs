@@ -98,6 +98,9 @@ impl World {
         let node = name(step.node);
         let choice = step.choice as usize;
         let other = name(1 + (step.node + choice % (NODES - 1)) % NODES);
+        if let Some((list, command)) = removal(step.kind) {
+            return self.delete(&node, choice, list, command);
+        }
         match step.kind {
             Kind::Kill | Kind::Stop => {
                 let request =
@@ -123,46 +126,6 @@ impl World {
             Kind::Heal => self.heal(),
             Kind::Delay => {
                 self.try_to(&Request::Delay { a: node, b: other, ms: 5 + u64::from(step.choice) / 5 });
-            }
-            Kind::DeleteRoute => self.delete(
-                &node,
-                choice,
-                "ip -o route show proto 117; ip -o -6 route show proto 117 | sed 's/^/-6 /'",
-                "ip route del",
-            ),
-            Kind::DeleteNeighbour => {
-                let list = "for d in weft-vx4 weft-vx6; do ip -o neigh show dev $d nud permanent | sed \"s/ .*/ dev $d/\"; done";
-                self.delete(&node, choice, list, "ip neigh del");
-            }
-            Kind::DeleteFdb => {
-                let list = "for d in weft-vx4 weft-vx6; do bridge fdb show dev $d | grep dst | sed \"s/ .*/ dev $d/\"; done";
-                self.delete(&node, choice, list, "bridge fdb del");
-            }
-            Kind::DeleteAddress => {
-                let list = "ip -o address show dev weft0 | awk '{print $4, \"dev weft0\"}'";
-                self.delete(&node, choice, list, "ip address del");
-            }
-            Kind::DeleteLink => self.delete(
-                &node,
-                choice,
-                "ls /sys/class/net | grep -E '^weft(0|-vx[46]|-wg)$'",
-                "ip link del",
-            ),
-            Kind::DownLink => {
-                self.delete(
-                    &node,
-                    choice,
-                    "ls /sys/class/net | grep -E '^weft(0|-vx[46]|-wg)$'",
-                    "ip link set down dev",
-                );
-            }
-            Kind::Unbridge => {
-                self.delete(
-                    &node,
-                    choice,
-                    "ls /sys/class/net | grep -E '^weft[0-9a-f]{8}$'",
-                    "ip link set nomaster dev",
-                );
             }
             Kind::FlushRuleset => {
                 self.deeds.forget_tables(&node);
@@ -196,24 +159,7 @@ impl World {
                 let mtu = [1500, 1400, 1450][choice % 3];
                 self.quietly(&node, &format!("ip link set eth0 mtu {mtu}"));
             }
-            Kind::AddPod => {
-                let pods = self.lab.state().node(&node).expect("the node exists").pods.len();
-                if pods < MOST_PODS && self.runs(step.node).is_some() {
-                    self.next_pod += 1;
-                    self.try_to(&Request::PodAdd { node, pod: format!("p{}", self.next_pod) });
-                }
-            }
-            Kind::RemovePod => {
-                if let Some(pod) = self.pod(&node, choice) {
-                    self.try_to(&Request::PodRemove { node, pod });
-                }
-            }
-            Kind::VanishPod => {
-                if let Some(pod) = self.pod(&node, choice) {
-                    self.quietly(&node, &format!("ip netns delete {pod}"));
-                    self.try_to(&Request::PodRemove { node, pod });
-                }
-            }
+            Kind::AddPod | Kind::RemovePod | Kind::VanishPod => self.change_pods(step),
             Kind::LoseStore if !self.store_lost && !self.store_locked => {
                 self.store_lost = true;
                 self.quietly("n1", "cd /run/weft-lab/shared && ln -s gone new && mv -T new store");
@@ -236,6 +182,22 @@ impl World {
                 }
                 self.deeds.apply(&self.lab, &Self::names(), step, &other);
             }
+        }
+    }
+
+    fn change_pods(&mut self, step: Step) {
+        let (node, choice) = (name(step.node), step.choice as usize);
+        if step.kind == Kind::AddPod {
+            let pods = self.lab.state().node(&node).expect("the node exists").pods.len();
+            if pods < MOST_PODS && self.runs(step.node).is_some() {
+                self.next_pod += 1;
+                self.try_to(&Request::PodAdd { node, pod: format!("p{}", self.next_pod) });
+            }
+        } else if let Some(pod) = self.pod(&node, choice) {
+            if step.kind == Kind::VanishPod {
+                self.quietly(&node, &format!("ip netns delete {pod}"));
+            }
+            self.try_to(&Request::PodRemove { node, pod });
         }
     }
 
@@ -335,4 +297,32 @@ impl World {
 
 fn address(node: usize, moved: bool) -> String {
     format!("192.0.2.{}", if moved { 100 + node } else { node })
+}
+
+/// What lists the objects of a kind in the kernel, and what one of them is handed to; nothing for a step of another kind.
+fn removal(kind: Kind) -> Option<(&'static str, &'static str)> {
+    let devices = "ls /sys/class/net | grep -E '^weft(0|-vx[46]|-wg)$'";
+    match kind {
+        Kind::DeleteRoute => Some((
+            "ip -o route show proto 117; ip -o -6 route show proto 117 | sed 's/^/-6 /'",
+            "ip route del",
+        )),
+        Kind::DeleteNeighbour => Some((
+            "for d in weft-vx4 weft-vx6; do ip -o neigh show dev $d nud permanent | sed \"s/ .*/ dev $d/\"; done",
+            "ip neigh del",
+        )),
+        Kind::DeleteFdb => Some((
+            "for d in weft-vx4 weft-vx6; do bridge fdb show dev $d | grep dst | sed \"s/ .*/ dev $d/\"; done",
+            "bridge fdb del",
+        )),
+        Kind::DeleteAddress => {
+            Some(("ip -o address show dev weft0 | awk '{print $4, \"dev weft0\"}'", "ip address del"))
+        }
+        Kind::DeleteLink => Some((devices, "ip link del")),
+        Kind::DownLink => Some((devices, "ip link set down dev")),
+        Kind::Unbridge => {
+            Some(("ls /sys/class/net | grep -E '^weft[0-9a-f]{8}$'", "ip link set nomaster dev"))
+        }
+        _ => None,
+    }
 }

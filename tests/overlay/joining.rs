@@ -1,13 +1,14 @@
 //! Sites with stores and cluster keys of their own, joined, left and expelled by the commands of docs/multi-site.md.
 
+mod commands;
+
 use std::path::Path;
 use std::time::Duration;
 
+use commands::*;
 use serde_json::Value;
 use weft_tests::kubernetes::{Api, no_api};
 use weft_tests::lab::{Families, Lab, LabOptions, Request, Store, skip, wait_until};
-
-const PATIENCE: Duration = Duration::from_secs(90);
 
 /// A command of the document, where it is run, and what it prints there.
 #[derive(Debug)]
@@ -53,27 +54,10 @@ fn shapes<'a>(lines: impl Iterator<Item = &'a str>) -> Vec<Vec<String>> {
     lines.map(shape).filter(|words| !words.is_empty()).collect()
 }
 
-fn said(lab: &Lab, node: &str, command: &str) -> String {
-    let output = lab.exec(node, &["sh", "-c", command]);
-    String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
-}
-
-fn reaches(lab: &Lab, from: &str, to: &str) -> bool {
-    lab.ping(format!("{from}/a").as_str(), lab.ip(to, "a"))
-}
-
-fn all_reach(lab: &Lab, from: &[&str], to: &[&str]) -> bool {
-    from.iter().all(|from| to.iter().all(|to| from == to || reaches(lab, from, to)))
-}
-
 fn has_way(lab: &Lab, node: &str, to: &str) -> bool {
     let output = lab.exec(node, &["ip", "-j", "route", "get", &lab.ip(to, "a").to_string()]);
     let answer: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
     answer[0]["dev"].as_str().is_some_and(|device| device.starts_with("weft"))
-}
-
-fn ids(lab: &Lab, node: &str) -> Vec<String> {
-    serde_json::from_value(lab.weft(node, &["cluster-key", "list"])["ids"].clone()).expect("a list of ids")
 }
 
 /// Whether two nodes have no cluster key in common.
@@ -133,40 +117,6 @@ fn second_has_not(lab: &Lab, key: &str) -> bool {
     ["n3", "n4"].iter().all(|node| !ids(lab, node).iter().any(|id| id == key))
 }
 
-#[test]
-fn a_token_that_cannot_be_used_is_named_where_it_is_used_and_by_the_doctor_on_both_sides() {
-    let lab = Lab::up(
-        LabOptions::new("tokens")
-            .nodes(2)
-            .sites(2)
-            .apart()
-            .pods(1)
-            .overlay(Families::V4)
-            .node_config("n2", "[cluster]\ncidrs = [{ cidr = \"10.40.0.0/16\", node_prefix = 24 }]"),
-    );
-    let token = said(&lab, "n1", "weft site invite").trim().to_owned();
-    let overlap = said(&lab, "n2", &format!("weft join {token}"));
-    let words = "10.40.0.0/16 overlaps 10.32.0.0/12 of site s1";
-    assert!(overlap.contains(words), "{overlap}");
-    for node in ["n1", "n2"] {
-        let doctor = said(&lab, node, "weft doctor");
-        assert!(doctor.contains("FAIL sites") && doctor.contains(words), "{node}: {doctor}");
-        assert!(said(&lab, node, "weft sites").contains("no other site is let in"));
-    }
-    let changed = format!("{}A", &token[..token.len() - 1]);
-    let damaged = said(&lab, "n2", &format!("weft join {changed}"));
-    assert!(damaged.contains("the token is damaged") || changed == token, "{damaged}");
-    assert!(said(&lab, "n2", "weft join hello").contains("a token begins with \"weft1.\""));
-    assert!(said(&lab, "n1", &format!("weft join {token}")).contains("the token was made by this site, s1"));
-    assert!(said(&lab, "n2", "weft site leave").contains("this site is with no other"));
-    // A daemon that was restarted does not know its tokens any more.
-    lab.kill("n1");
-    lab.start("n1");
-    let void = said(&lab, "n2", &format!("weft join {token}"));
-    assert!(void.contains("no answer from site s1 at 192.0.2.1:7117"), "{void}");
-    assert!(reaches(&lab, "n1", "n1"));
-}
-
 /// Site s1 keeps its leases in SQLite, s2 in etcd, s3 in a Kubernetes, whose API is on the machine n9.
 fn three_stores() -> Option<(Lab, Api)> {
     if let Some(why) = no_api() {
@@ -201,15 +151,10 @@ fn three_stores() -> Option<(Lab, Api)> {
 fn sites_with_sqlite_etcd_and_a_kubernetes_become_one_pod_network() {
     let Some((lab, api)) = three_stores() else { return };
     let sites = [["n1", "n2"], ["n4", "n5"], ["n7", "n8"]];
-    let join = |inviter: &str, joiner: &str| {
-        let token = said(&lab, inviter, "weft site invite").trim().to_owned();
-        let joined = said(&lab, joiner, &format!("weft join {token}"));
-        assert!(joined.starts_with("this site has joined"), "{joined}");
-    };
     // Any site that is in may invite.
-    join("n1", "n4");
+    join(&lab, "n1", "n4");
     wait_until("two sites are one", PATIENCE, || all_reach(&lab, &sites[0], &sites[1]));
-    join("n4", "n7");
+    join(&lab, "n4", "n7");
     wait_until("three sites are one", PATIENCE, || {
         sites.iter().all(|from| sites.iter().all(|to| all_reach(&lab, from, to)))
     });

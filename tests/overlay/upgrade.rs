@@ -1,5 +1,6 @@
 //! A daemon that takes over from another loses no packet, and one that ends in the middle of it leaves a node that works.
 
+mod relayed;
 mod surge;
 
 use std::time::Duration;

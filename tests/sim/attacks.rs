@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod meetings;
+mod replies;
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -56,7 +57,7 @@ fn who_has_no_key_gets_no_answer_to_anything() {
             datagram.iter_mut().take(1).for_each(|byte| *byte = first);
             assert_eq!(strike(&mut sites, 0, &datagram), 0);
             // The id of a key is no secret: that of the invitation, and of the cluster key.
-            let ids = [token.ring().ids().next().unwrap(), sites.net.mesh(0).ring().ids().next().unwrap()];
+            let ids = [token.ring().first(), sites.net.mesh(0).ring().first()];
             for id in ids.into_iter().filter(|_| length >= 5) {
                 datagram[1..5].copy_from_slice(&id.0);
                 assert_eq!(strike(&mut sites, 0, &datagram), 0, "{length} bytes");
@@ -299,4 +300,87 @@ fn cluster_keys_come_only_from_sites_that_are_in_and_only_for_who_they_are_for()
     sites.renew(1);
     sites.run(seconds(60));
     assert_eq!(rings(&sites)[..4], before[..4]);
+}
+
+/// Makes a node up, and hands its first words to some as seeds hear them from who joins.
+fn make_up(sites: &mut Sites, number: usize, at: &[usize]) {
+    let (ring, now) = (sites.net.mesh(at[0]).ring().clone(), sites.net.net.now);
+    let made_up = 1000 + number;
+    let config = MeshConfig {
+        site: site(number % 3),
+        ring,
+        seeds: at.iter().copied().map(address).collect(),
+        ..config(made_up, 1)
+    };
+    let mut mesh = Mesh::new(config, [number as u8; 32], now);
+    mesh.set_authority(Authority::Claims, now);
+    mesh.announce(facts(made_up), now);
+    mesh.handle_timeout(now);
+    loop {
+        match mesh.poll_output(now) {
+            Output::Send { to, datagram } => {
+                let node = at.iter().find(|node| address(**node) == to).unwrap();
+                sites.net.inject(address(made_up), *node, &datagram).unwrap();
+            }
+            Output::Event(_) => {}
+            Output::Wait { .. } => return,
+        }
+    }
+}
+
+#[test]
+fn an_insider_that_floods_made_up_nodes_keeps_no_honest_one_out() {
+    let mut sites = Sites::up("an_insider_that_floods", 3);
+    let token = sites.invite(0, hour());
+    assert_eq!(sites.join(1, token), Ok(site(0)));
+    sites.run_until("one mesh", seconds(60), |sites| sites.all_route(&[0, 1]) && sites.one_ring(&[0, 1]));
+    // Of a site that is in, of the other, and of one that is not in yet, said to a node of each that is in.
+    let count = MOST_UNCERTIFIED + 200;
+    (0..count).for_each(|number| make_up(&mut sites, number, &[0, 5]));
+    sites.run(seconds(30));
+    for node in [0, 5] {
+        let mesh = sites.net.mesh(node);
+        let made_up = mesh.members().filter(|member| member.node.as_str().len() > 2).count();
+        assert_eq!(made_up, MOST_UNCERTIFIED);
+        assert!(mesh.counters().refused_uncertified > 0);
+        let told =
+            sites.net.events(node).iter().filter(|told| **told == MeshEvent::TooMany(Bound::Uncertified));
+        assert!(told.count() >= 1);
+    }
+    assert!(sites.all_route(&[0, 1]) && !sites.lost_inside, "WEFT_SEED={}", sites.net.seed);
+    // New honest nodes get in, those of a whole site.
+    let token = sites.invite(0, hour());
+    assert_eq!(sites.join(2, token), Ok(site(0)));
+    let took = sites.run_until("three sites are one", seconds(60), |sites| {
+        sites.all_route(&[0, 1, 2]) && sites.one_ring(&[0, 1, 2])
+    });
+    println!("a site came in {took:?} after its token was used, with {count} made-up nodes");
+    assert!(!sites.lost_inside, "WEFT_SEED={}", sites.net.seed);
+}
+
+#[test]
+fn who_is_expelled_reads_nothing_more_while_its_key_still_opens() {
+    let mut sites = Sites::joined("who_is_expelled_reads_nothing", 3);
+    let old = sites.net.mesh(0).ring().clone();
+    let those_in = || (0..2).flat_map(nodes);
+    let key = site_key(2).public();
+    sites.with_speaker(0, |mesh, now| mesh.expel(site(2), key, now)).unwrap();
+    sites.renew(0);
+    sites.run_until("another key seals", seconds(30), |sites| {
+        those_in().all(|node| sites.net.mesh(node).ring().first() != old.first())
+    });
+    // It also makes up a node of a site that is in, which asks under the old key.
+    let config = MeshConfig { site: site(0), ring: old.clone(), seeds: vec![address(0)], ..config(50, 1) };
+    sites.net.start(config, Authority::Claims);
+    sites.net.announce(50, Facts { subnets: Vec::new(), ..facts(50) });
+    sites.run(seconds(1));
+    sites.net.net.gather(usize::MAX);
+    sites.run(seconds(20));
+    assert!(those_in().all(|node| sites.net.mesh(node).ring().has(old.first())), "it is forgotten already");
+    assert!(sites.net.mesh(0).member(&name(50)).is_some(), "nobody hears it");
+    let mut said =
+        sites.net.net.gathered().iter().filter(|seen| those_in().map(address).any(|at| at == seen.from));
+    assert!(said.all(|seen| old.open(CLUSTER, &seen.datagram).is_err()), "WEFT_SEED={}", sites.net.seed);
+    // Nobody waits for who is made up.
+    sites.run_until("the key is forgotten", seconds(60), |sites| sites.no_common_key(&[0, 1], 2));
 }

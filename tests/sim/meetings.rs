@@ -1,5 +1,5 @@
 //! Meshes of several sites that meet: each site has a ring of its own to begin with, and its nodes go over to the keys that they
-//! are given as `control::ring` of the daemon does, in short: open, then seal, then forget.
+//! are given, as the daemon does.
 #![allow(clippy::unwrap_used, dead_code)]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -7,12 +7,13 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rand_core::RngCore;
 use weft_tests::sim::meshes::*;
 use weft_wire::invite::Token;
 use weft_wire::mesh::*;
-use weft_wire::seal::{ClusterKey, KeyId, KeyRing};
-use weft_wire::site::SiteKey;
-use weft_wire::types::{Epoch, SiteName, Subnet};
+use weft_wire::seal::{KeyId, KeyRing, RingName};
+use weft_wire::site::{SignedStatement, SiteKey};
+use weft_wire::types::{Epoch, SiteName, Subnet, TunnelKey};
 
 /// Sites of four nodes each; the first node of each speaks for it.
 pub const SIZE: usize = 4;
@@ -60,30 +61,47 @@ pub struct Sites {
     /// Whether a node ever lost its route to another of its own site, once all had met.
     pub lost_inside: bool,
     watched: bool,
-    targets: BTreeMap<usize, KeyRing>,
+    /// What a node was told last, which outlives it.
+    wanted: BTreeMap<usize, (u64, KeyRing)>,
     looked: BTreeMap<usize, usize>,
     parting: Vec<(usize, Instant)>,
     renewals: u8,
+    /// Whether nodes say that they have tunnels.
+    tunnels: bool,
     running: BTreeSet<usize>,
 }
 
 impl Sites {
     pub fn empty(test: &str) -> Self {
+        Self::over(Meshes::new(test))
+    }
+
+    fn over(net: Meshes) -> Self {
         Self {
-            net: Meshes::new(test),
+            net,
             lost_inside: false,
             watched: false,
-            targets: BTreeMap::new(),
+            wanted: BTreeMap::new(),
             looked: BTreeMap::new(),
             parting: Vec::new(),
             renewals: 50,
+            tunnels: false,
             running: BTreeSet::new(),
         }
     }
 
     /// Sites that know nothing of each other, each of them whole.
     pub fn up(test: &str, count: usize) -> Self {
-        let mut sites = Self::empty(test);
+        Self::empty(test).filled(count)
+    }
+
+    /// The same from a seed.
+    pub fn up_from(seed: u64, count: usize) -> Self {
+        Self::over(Meshes::from_seed(seed)).filled(count)
+    }
+
+    fn filled(self, count: usize) -> Self {
+        let mut sites = self;
         (0..count).for_each(|number| sites.start_site(number, site(number), prefix_of(number)));
         sites.run_until("each site is whole", seconds(60), |sites| {
             (0..count).all(|one| sites.routes(one, one))
@@ -92,6 +110,16 @@ impl Sites {
         sites.run(seconds(10));
         sites.watched = true;
         sites
+    }
+
+    /// Has every node say that it has tunnels, whose secrets are made from cluster keys and from what sites share.
+    pub fn with_tunnels(mut self) -> Self {
+        self.tunnels = true;
+        let running: Vec<usize> = self.running.iter().copied().collect();
+        for node in running {
+            self.announce(node);
+        }
+        self
     }
 
     /// Sites of which the first has let all others in.
@@ -116,30 +144,64 @@ impl Sites {
         let of = node / SIZE;
         let seeds = nodes(of).take(2).map(address).collect();
         let ring = ring(&[of as u8 + 1]);
-        self.net.start(MeshConfig { site, seeds, ring: ring.clone(), ..config(node, 1) }, store(of));
+        self.net.start(MeshConfig { site, seeds, ring, ..config(node, 1) }, store(of));
         let signer = (node == speaker(of)).then(|| site_key(of));
         let trust = Trust { site: site_key(of).public(), prefixes: vec![prefix], signer };
         self.net.with(node, |mesh, now| mesh.set_trust(trust, Vec::new(), now)).unwrap();
         self.running.insert(node);
-        self.announce(node, &ring);
+        self.net.announce(node, facts(node));
     }
 
     /// Has a node start anew, for the time `starts`.
     pub fn restart(&mut self, node: usize, starts: u64) {
-        let of = node / SIZE;
         let ring = self.net.mesh(node).ring().clone();
-        self.net.crash(node);
-        let seeds = nodes(of).take(2).map(address).collect();
-        let config = MeshConfig { site: site(of), seeds, ring: ring.clone(), ..config(node, starts) };
-        self.net.start(config, store(of));
-        let trust = Trust { site: site_key(of).public(), prefixes: vec![prefix_of(of)], signer: None };
-        self.net.with(node, |mesh, now| mesh.set_trust(trust, Vec::new(), now)).unwrap();
-        self.looked.remove(&node);
-        self.announce(node, &ring);
+        self.stop(node);
+        self.start_again(node, starts, ring, Vec::new(), None);
     }
 
-    fn announce(&mut self, node: usize, ring: &KeyRing) {
-        self.net.announce(node, Facts { keys: ring.ids().collect(), ..facts(node) });
+    /// Ends a node without a word.
+    pub fn stop(&mut self, node: usize) {
+        self.net.crash(node);
+        self.running.remove(&node);
+    }
+
+    /// Starts a node that ran before, with what it remembers.
+    pub fn start_again(
+        &mut self,
+        node: usize,
+        starts: u64,
+        ring: KeyRing,
+        statements: Vec<SignedStatement>,
+        signer: Option<SiteKey>,
+    ) {
+        let of = node / SIZE;
+        let seeds = nodes(of).take(2).map(address).collect();
+        let config = MeshConfig { site: site(of), seeds, ring, ..config(node, starts) };
+        self.net.start(config, store(of));
+        let trust = Trust { site: site_key(of).public(), prefixes: vec![prefix_of(of)], signer };
+        self.net.with(node, |mesh, now| mesh.set_trust(trust, statements, now)).unwrap();
+        self.looked.remove(&node);
+        if let Some((version, ring)) = self.wanted.get(&node).cloned() {
+            self.net.with(node, |mesh, now| {
+                mesh.set_wanted_ring(version, ring.clone(), now);
+                mesh.follow_ring(RingName::of(version, &ring), ring, now);
+            });
+        }
+        self.running.insert(node);
+        self.announce(node);
+    }
+
+    fn announce(&mut self, node: usize) {
+        let tunnel = TunnelFacts {
+            key: TunnelKey([node as u8 + 1; 32]),
+            port: 51820,
+            preshared: self.net.mesh(node).ring().ids().collect(),
+            pairs: Vec::new(),
+            carrier: None,
+            detour: None,
+        };
+        let tunnel = Some(tunnel).filter(|_| self.tunnels);
+        self.net.announce(node, Facts { tunnel, ..facts(node) });
     }
 
     /// Has a node start anew under the name of another, with its own key and lease.
@@ -163,8 +225,7 @@ impl Sites {
         self.net.start_at(address(node), renamed, table);
         let trust = Trust { site: site_key(of).public(), prefixes: vec![prefix_of(of)], signer: None };
         self.net.with(node, |mesh, now| mesh.set_trust(trust, Vec::new(), now)).unwrap();
-        let keys = self.net.mesh(node).ring().ids().collect();
-        self.net.announce(node, Facts { keys, ..facts(node) });
+        self.net.announce(node, facts(node));
         node
     }
 
@@ -240,6 +301,20 @@ impl Sites {
         self.parting.push((site, self.net.net.now + after));
     }
 
+    /// A random time below so many seconds.
+    pub fn some_seconds(&mut self, most: u64) -> Duration {
+        seconds(self.net.net.rng.next_u64() % most)
+    }
+
+    /// Has a site hear nobody else, and nobody else it, until it is joined up again.
+    pub fn cut_off(&mut self, site: usize) {
+        self.net.net.sides.extend(nodes(site).map(|node| (address(node), 1)));
+    }
+
+    pub fn join_up(&mut self, site: usize) {
+        self.net.net.sides.retain(|at, _| !nodes(site).map(address).any(|node| node == *at));
+    }
+
     pub fn run(&mut self, time: Duration) {
         let end = self.net.net.now + time;
         while self.net.net.now < end {
@@ -281,7 +356,11 @@ impl Sites {
             let mut left = false;
             for event in events {
                 match event {
-                    MeshEvent::RingWanted { ring, .. } => drop(self.targets.insert(node, ring)),
+                    MeshEvent::RingWanted { version, ring } => {
+                        self.wanted.insert(node, (version, ring.clone()));
+                        let name = RingName::of(version, &ring);
+                        self.net.with(node, |mesh, now| mesh.follow_ring(name, ring, now));
+                    }
                     MeshEvent::SiteLeft { .. } => left = true,
                     _ => {}
                 }
@@ -296,43 +375,15 @@ impl Sites {
         }
     }
 
-    /// One step from the ring that a node has to the one that is wanted.
+    /// One step from the ring that a node has to the one that is wanted, if there is one to take.
     fn step(&mut self, node: usize) {
-        let Some(target) = self.targets.get(&node).cloned() else { return };
-        let mesh = self.net.mesh(node);
-        let ring = mesh.ring().clone();
-        if ring == target {
-            return;
+        let step = self.net.with(node, |mesh, now| mesh.ring_step(false, now)).unwrap();
+        if let RingStep::Take(ring) = step {
+            self.net.with(node, |mesh, now| mesh.set_ring(ring, now));
+            if self.tunnels {
+                self.announce(node);
+            }
         }
-        let own = site(node / SIZE);
-        let member = |view: &&SiteView| matches!(view.standing, SiteStanding::Member { .. });
-        let within: BTreeSet<SiteName> =
-            mesh.sites().filter(member).map(|view| view.site.clone()).chain([own]).collect();
-        let living = mesh.members().filter(|member| {
-            matches!(member.state, MemberState::Alive | MemberState::Suspect) && within.contains(member.site)
-        });
-        let said: Vec<Vec<KeyId>> = living.map(|member| member.record.facts.keys.clone()).collect();
-        let has = |ring: &KeyRing, key: &ClusterKey| ring.ids().any(|id| id == key.id());
-        let missing: Vec<_> = target.keys().filter(|key| !has(&ring, key)).cloned().collect();
-        let obsolete: Vec<_> = ring.keys().filter(|key| !has(&target, key)).cloned().collect();
-        let first = target.ids().next().unwrap();
-        let next = if !missing.is_empty() {
-            ring.keys().cloned().chain(missing).collect()
-        } else if ring.ids().next() != Some(first) {
-            if !said.iter().all(|keys| keys.contains(&first)) {
-                return;
-            }
-            target.keys().cloned().chain(obsolete).collect()
-        } else {
-            if said.iter().any(|keys| obsolete.iter().any(|key| keys.first() == Some(&key.id()))) {
-                return;
-            }
-            target.keys().cloned().collect()
-        };
-        let next = KeyRing::new(next).unwrap();
-        let set = next.clone();
-        self.net.with(node, |mesh, now| mesh.set_ring(set, now));
-        self.announce(node, &next);
     }
 
     fn accepts(&self, node: usize, other: usize) -> bool {

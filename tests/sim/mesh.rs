@@ -35,8 +35,10 @@ fn a_lossy_duplicating_reordering_network_only_slows_convergence() {
         let others: Vec<usize> = all(20).into_iter().filter(|other| *other != node).collect();
         net.run_until("change", seconds(60), |net| {
             others.iter().all(|other| {
-                let node = name(node);
-                net.mesh(*other).members().any(|m| *m.node == node && m.record.facts == changed)
+                let seen = net.mesh(*other).member(&name(node)).map(|member| member.record);
+                seen.is_some_and(|record| {
+                    record.facts.mtu == changed.mtu && Some(record) == net.mesh(node).record()
+                })
             })
         });
     }

@@ -13,12 +13,16 @@ mod machine;
 mod meddling;
 #[path = "nodes/regressions.rs"]
 mod regressions;
+#[path = "nodes/rotations.rs"]
+mod rotations;
 #[path = "nodes/sites.rs"]
 mod sites;
 #[path = "nodes/step.rs"]
 mod step;
 #[path = "nodes/store.rs"]
 mod store;
+#[path = "nodes/wireguard.rs"]
+mod wireguard;
 #[path = "nodes/world.rs"]
 mod world;
 
@@ -125,6 +129,22 @@ fn cluster_keys_change_in_one_place_and_every_datagram_is_read() {
         let outcome = World::new(seed, 3 + (seed % 4) as usize, secrecy).change_keys_in_one_place();
         assert!(outcome.is_ok(), "WEFT_SEED={seed}: {outcome:?}");
     }
+}
+
+#[test]
+fn nodes_that_change_their_tunnel_keys_at_one_time_lose_no_packet() {
+    let first = weft_tests::sim::seed::of("nodes_that_change_their_tunnel_keys");
+    for seed in first..first + 6 {
+        let outcome = rotations::at_one_time(seed);
+        assert!(outcome.is_ok(), "WEFT_SEED={seed}: {outcome:?}");
+    }
+}
+
+#[test]
+fn a_node_that_dies_while_its_key_changes_does_not_hold_up_others_for_ever() {
+    let seed = weft_tests::sim::seed::of("a_node_that_dies_while_its_key_changes");
+    let outcome = rotations::beside_one_that_died(seed);
+    assert!(outcome.is_ok(), "WEFT_SEED={seed}: {outcome:?}");
 }
 
 #[test]

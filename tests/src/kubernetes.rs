@@ -9,10 +9,14 @@
 
 mod api;
 mod authority;
+#[path = "../../ipam/tests/contract/certificates.rs"]
+mod certificates;
 mod cgroups;
 mod cluster;
 mod machine;
 mod network;
+#[path = "../../ipam/tests/contract/objects.rs"]
+mod objects;
 mod plane;
 mod programs;
 mod server;

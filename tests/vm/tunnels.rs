@@ -194,9 +194,7 @@ fn keys_rotate_between_kernel_and_user_space_and_nothing_is_clear() {
         for (what, ping) in pings {
             let (_, all) = told(&format!("{nodes:?} rotated, {what}"), ping.stop());
             let dropped = lab.weft("n2", &["status"])["tunnels"]["dropped"].clone();
-            // Where all three change at once one of 2,174 was lost, and why is not known (docs/decisions/0008-kernel-wireguard.md).
-            let most = if nodes.len() > 1 { 3 } else { 0 };
-            assert!(all <= most, "{nodes:?} rotated, {what}: {all} lost; n2 dropped {dropped}");
+            assert!(all == 0, "{nodes:?} rotated, {what}: {all} lost; n2 dropped {dropped}");
         }
     }
     let found = underlay.finish(1_000, CLEAR, "no text");

@@ -1,71 +1,22 @@
 //! The local socket's messages, as `proto/api.proto` documents them; the CLI's JSON is these messages too.
 //!
-//! A test holds this file against the `.proto`. Nothing here checks a value: the daemon does.
+//! A test holds these files against the `.proto`. Nothing here checks a value: the daemon does.
+
+mod checks;
+mod request;
+mod tables;
 
 use serde::Serialize;
 
 pub use crate::cni::{CniReply, CniRequest};
+pub use checks::{Check, Doctor, Hop, Pong, Trace};
+pub use request::{
+    ClusterKeyRequest, ForgetRequest, PingRequest, Request, RequestBody, SiteRequest, TraceRequest,
+};
+pub use tables::{Lease, Leases, Pod, Pods, Route, Routes};
 
 /// The version of the CLI's JSON; it grows when a member changes its meaning or goes.
 pub const SCHEMA_VERSION: u32 = 1;
-
-/// A request of the shim or of the CLI.
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct Request {
-    /// What it carries.
-    #[prost(oneof = "RequestBody", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 20, 21")]
-    pub body: Option<RequestBody>,
-}
-
-/// The kinds of request.
-#[derive(Clone, PartialEq, prost::Oneof)]
-pub enum RequestBody {
-    /// `cni`.
-    #[prost(message, tag = "1")]
-    Cni(CniRequest),
-    /// `status`.
-    #[prost(message, tag = "2")]
-    Status(Empty),
-    /// `peers`.
-    #[prost(message, tag = "3")]
-    Peers(Empty),
-    /// `routes`.
-    #[prost(message, tag = "4")]
-    Routes(Empty),
-    /// `leases`.
-    #[prost(message, tag = "5")]
-    Leases(Empty),
-    /// `pods`.
-    #[prost(message, tag = "6")]
-    Pods(Empty),
-    /// `trace`.
-    #[prost(message, tag = "7")]
-    Trace(TraceRequest),
-    /// `ping`.
-    #[prost(message, tag = "8")]
-    Ping(PingRequest),
-    /// `doctor`.
-    #[prost(message, tag = "9")]
-    Doctor(Empty),
-    /// `leave`.
-    #[prost(message, tag = "10")]
-    Leave(Empty),
-    /// `cluster_key`.
-    #[prost(message, tag = "11")]
-    ClusterKey(ClusterKeyRequest),
-    /// `rotate_node_key`.
-    #[prost(message, tag = "12")]
-    RotateNodeKey(Empty),
-    /// `forget`.
-    #[prost(message, tag = "13")]
-    Forget(ForgetRequest),
-    /// `sites`.
-    #[prost(message, tag = "20")]
-    Sites(Empty),
-    /// `site`.
-    #[prost(message, tag = "21")]
-    Site(SiteRequest),
-}
 
 /// The answer to one request.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -126,62 +77,6 @@ pub enum ReplyBody {
 /// Nothing more to say.
 #[derive(Clone, PartialEq, prost::Message, Serialize)]
 pub struct Empty {}
-
-/// Which pods to trace between.
-#[derive(Clone, PartialEq, prost::Message, Serialize)]
-pub struct TraceRequest {
-    /// A pod's name, NAMESPACE/NAME, container id, or an address.
-    #[prost(string, tag = "1")]
-    pub source: String,
-    /// `destination`.
-    #[prost(string, tag = "2")]
-    pub destination: String,
-}
-
-/// Whom to ping.
-#[derive(Clone, PartialEq, prost::Message, Serialize)]
-pub struct PingRequest {
-    /// `node`.
-    #[prost(string, tag = "1")]
-    pub node: String,
-}
-
-/// Whom to forget.
-#[derive(Clone, PartialEq, prost::Message, Serialize)]
-pub struct ForgetRequest {
-    /// `node`.
-    #[prost(string, tag = "1")]
-    pub node: String,
-}
-
-/// What the node's site says of another one, or of its own nodes.
-#[derive(Clone, PartialEq, prost::Message, Serialize)]
-pub struct SiteRequest {
-    /// `admit`, `expel`, `void`, `invite`, `join`, `leave` or `rekey`.
-    #[prost(string, tag = "1")]
-    pub action: String,
-    /// Admit and expel: the other site.
-    #[prost(string, tag = "2")]
-    pub site: String,
-    /// Admit: its key, 64 hexadecimal digits.
-    #[prost(string, tag = "3")]
-    pub key: String,
-    /// Admit: what it may announce.
-    #[prost(string, repeated, tag = "4")]
-    pub prefixes: Vec<String>,
-    /// Void: the node whose key is void; empty for all certificates so far.
-    #[prost(string, tag = "5")]
-    pub node: String,
-    /// Invite: for how many seconds the token is good.
-    #[prost(uint64, tag = "35")]
-    pub valid_s: u64,
-    /// Invite: where the joiner finds this node, before what the node announces.
-    #[prost(string, repeated, tag = "36")]
-    pub addresses: Vec<String>,
-    /// Join: what the other site's invite printed.
-    #[prost(string, tag = "37")]
-    pub token: String,
-}
 
 /// The sites of the mesh, as a node sees them.
 #[derive(Clone, PartialEq, prost::Message, Serialize)]
@@ -253,17 +148,6 @@ pub struct SitePath {
     /// The least packet size that was measured inside a tunnel; nothing where none was.
     #[prost(uint32, optional, tag = "5")]
     pub path_mtu: Option<u32>,
-}
-
-/// What to do with the cluster keys.
-#[derive(Clone, PartialEq, prost::Message, Serialize)]
-pub struct ClusterKeyRequest {
-    /// `action`.
-    #[prost(string, tag = "1")]
-    pub action: String,
-    /// Add: 64 hexadecimal digits; use and remove: the key's id.
-    #[prost(string, tag = "2")]
-    pub key: String,
 }
 
 /// Why a request was not carried out.
@@ -363,6 +247,29 @@ pub struct Status {
     /// How other sites reach its gossip; nothing while none says.
     #[prost(message, optional, tag = "22")]
     pub reach: Option<Reach>,
+    /// Records of other nodes that gossip brought and that were not taken in, by reason.
+    #[prost(message, repeated, tag = "36")]
+    pub refused_records: Vec<Count>,
+    /// What its site shares with each other that is in; empty where its tunnels use no such secrets.
+    #[prost(message, repeated, tag = "34")]
+    pub pair_secrets: Vec<PairSecret>,
+}
+
+/// The secret that two sites share, which their tunnels are made from beside the cluster key.
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub struct PairSecret {
+    /// The other site.
+    #[prost(string, tag = "1")]
+    pub site: String,
+    /// The id of the latest one that the node has; empty where it has none.
+    #[prost(string, tag = "2")]
+    pub id: String,
+    /// Its generation.
+    #[prost(uint32, tag = "3")]
+    pub generation: u32,
+    /// The living nodes there whose tunnels to this one do without.
+    #[prost(string, repeated, tag = "4")]
+    pub without: Vec<String>,
 }
 
 /// How other sites reach a node's gossip.
@@ -409,6 +316,15 @@ pub struct Relaying {
     /// Messages that were not forwarded.
     #[prost(uint64, tag = "5")]
     pub refused: u64,
+    /// Those, by reason.
+    #[prost(message, repeated, tag = "6")]
+    pub dropped: Vec<Count>,
+    /// Handshakes among what came.
+    #[prost(uint64, tag = "7")]
+    pub handshakes: u64,
+    /// Pairs that it refused to relay for, by reason.
+    #[prost(message, repeated, tag = "8")]
+    pub refused_pairs: Vec<Count>,
 }
 
 /// A pair that a node relays for.
@@ -432,6 +348,9 @@ pub struct RelayedPair {
     /// Messages that were not.
     #[prost(uint64, tag = "6")]
     pub refused: u64,
+    /// Handshakes among what came.
+    #[prost(uint64, tag = "7")]
+    pub handshakes: u64,
 }
 
 /// The WireGuard tunnels that a daemon carries.
@@ -610,175 +529,6 @@ pub struct Tunnel {
     /// Who carries it there; empty where the peer does not say.
     #[prost(string, tag = "9")]
     pub peer_carrier: String,
-}
-
-/// `weft routes`.
-#[derive(Clone, PartialEq, prost::Message, Serialize)]
-pub struct Routes {
-    /// `routes`.
-    #[prost(message, repeated, tag = "1")]
-    pub routes: Vec<Route>,
-}
-
-/// One route to a peer.
-#[derive(Clone, PartialEq, prost::Message, Serialize)]
-pub struct Route {
-    /// `prefix`.
-    #[prost(string, tag = "1")]
-    pub prefix: String,
-    /// `node`.
-    #[prost(string, tag = "2")]
-    pub node: String,
-    /// `transport`.
-    #[prost(string, tag = "3")]
-    pub transport: String,
-    /// `dev`.
-    #[prost(string, tag = "4")]
-    pub dev: String,
-    /// `via`.
-    #[prost(string, tag = "5")]
-    pub via: String,
-    /// `mtu`.
-    #[prost(uint32, tag = "6")]
-    pub mtu: u32,
-    /// `installed`.
-    #[prost(bool, tag = "7")]
-    pub installed: bool,
-    /// `reason`.
-    #[prost(string, tag = "8")]
-    pub reason: String,
-}
-
-/// `weft leases`.
-#[derive(Clone, PartialEq, prost::Message, Serialize)]
-pub struct Leases {
-    /// `leases`.
-    #[prost(message, repeated, tag = "1")]
-    pub leases: Vec<Lease>,
-}
-
-/// One lease.
-#[derive(Clone, PartialEq, prost::Message, Serialize)]
-pub struct Lease {
-    /// `subnet`.
-    #[prost(string, tag = "1")]
-    pub subnet: String,
-    /// `node`.
-    #[prost(string, tag = "2")]
-    pub node: String,
-    /// `site`.
-    #[prost(string, tag = "3")]
-    pub site: String,
-    /// `epoch`.
-    #[prost(uint64, tag = "4")]
-    pub epoch: u64,
-    /// `expires_in_s`; absent for a lease that lives as long as its node.
-    #[prost(uint64, optional, tag = "5")]
-    pub expires_in_s: Option<u64>,
-    /// `own`.
-    #[prost(bool, tag = "6")]
-    pub own: bool,
-}
-
-/// `weft pods`.
-#[derive(Clone, PartialEq, prost::Message, Serialize)]
-pub struct Pods {
-    /// `pods`.
-    #[prost(message, repeated, tag = "1")]
-    pub pods: Vec<Pod>,
-}
-
-/// One attached pod.
-#[derive(Clone, PartialEq, prost::Message, Serialize)]
-pub struct Pod {
-    /// `id`.
-    #[prost(string, tag = "1")]
-    pub id: String,
-    /// `namespace`.
-    #[prost(string, tag = "2")]
-    pub namespace: String,
-    /// `name`.
-    #[prost(string, tag = "3")]
-    pub name: String,
-    /// `ips`.
-    #[prost(string, repeated, tag = "4")]
-    pub ips: Vec<String>,
-    /// `ifname`.
-    #[prost(string, tag = "5")]
-    pub ifname: String,
-    /// `host_ifname`.
-    #[prost(string, tag = "6")]
-    pub host_ifname: String,
-    /// Seconds since 1970.
-    #[prost(uint64, tag = "7")]
-    pub since: u64,
-}
-
-/// One step between two pods.
-#[derive(Clone, PartialEq, prost::Message, Serialize)]
-pub struct Hop {
-    /// `what`.
-    #[prost(string, tag = "1")]
-    pub what: String,
-    /// `ok`.
-    #[prost(bool, tag = "2")]
-    pub ok: bool,
-    /// `detail`.
-    #[prost(string, tag = "3")]
-    pub detail: String,
-}
-
-/// `weft trace`.
-#[derive(Clone, PartialEq, prost::Message, Serialize)]
-pub struct Trace {
-    /// `hops`.
-    #[prost(message, repeated, tag = "1")]
-    pub hops: Vec<Hop>,
-    /// `verdict`.
-    #[prost(string, tag = "2")]
-    pub verdict: String,
-    /// `ok`.
-    #[prost(bool, tag = "3")]
-    pub ok: bool,
-}
-
-/// `weft ping`.
-#[derive(Clone, PartialEq, prost::Message, Serialize)]
-pub struct Pong {
-    /// `node`.
-    #[prost(string, tag = "1")]
-    pub node: String,
-    /// `rtt_ms`.
-    #[prost(double, tag = "2")]
-    pub rtt_ms: f64,
-}
-
-/// One thing that `weft doctor` looked at.
-#[derive(Clone, PartialEq, prost::Message, Serialize)]
-pub struct Check {
-    /// `name`.
-    #[prost(string, tag = "1")]
-    pub name: String,
-    /// `ok`.
-    #[prost(bool, tag = "2")]
-    pub ok: bool,
-    /// `detail`.
-    #[prost(string, tag = "3")]
-    pub detail: String,
-    /// `advice`.
-    #[prost(string, tag = "4")]
-    pub advice: String,
-}
-
-/// `weft doctor`.
-#[derive(Clone, PartialEq, prost::Message, Serialize)]
-pub struct Doctor {
-    /// `checks`.
-    #[prost(message, repeated, tag = "1")]
-    pub checks: Vec<Check>,
-    /// `ok`.
-    #[prost(bool, tag = "2")]
-    pub ok: bool,
 }
 
 /// The ids of the cluster keys.

@@ -125,6 +125,12 @@ fn sized<'a>(rest: &mut &'a [u8]) -> Option<&'a [u8]> {
     Some(bytes)
 }
 
+/// Returns the text of any content, with its checksum: what `tests/fuzz` needs and no daemon does.
+#[cfg(fuzzing)]
+pub fn text_of(content: &[u8]) -> String {
+    format!("{PREFIX}{}", BASE64.encode([content, &check(content)].concat()))
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

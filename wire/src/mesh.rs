@@ -16,10 +16,14 @@ mod grants;
 mod join;
 mod membership;
 mod merge;
+mod pairs;
 mod paths;
 mod probe;
+mod proof;
 pub(crate) mod proto;
+mod quota;
 mod reach;
+mod ring;
 mod routes;
 mod sites;
 mod sync;
@@ -41,27 +45,31 @@ pub use crate::record::{
     TunnelFacts, TunnelMapping, TunnelReach,
 };
 pub use api::{
-    Authority, Counters, LeaseTable, MemberState, MemberView, MeshConfig, MeshEvent, Output, Owner, Rejected,
-    SiteStanding, SiteView, Timing, Trust, UnknownNode, Verdict,
+    Authority, Bound, Counters, LeaseTable, MemberState, MemberView, MeshConfig, MeshEvent, Output, Owner,
+    Rejected, SiteStanding, SiteView, Timing, Trust, UnknownNode, Verdict,
 };
 pub use forward::NotForwarded;
 pub use join::{JoinError, LONGEST_INVITATION, Terms};
 pub use paths::{MAX_CALLED, PathWord, RelayRefusal};
+pub use quota::{MOST_OF_SITE, MOST_UNCERTIFIED};
 pub use reach::{KeeperView, Mapping, ReachView};
+pub use ring::RingStep;
 pub use trust::WordError;
 
 use crate::record::{SignedRecord, socket_from_bytes};
-use crate::seal::{KeyRing, OpenError};
+use crate::seal::{KeyId, KeyRing, OpenError, key_id};
 use crate::site::{Certificate, SiteKey};
 use crate::types::NodeName;
-use contact::{Challenge, Contact};
 use forward::Shares;
 use gossip::{Queue, Topic};
 use grants::Grants;
 use join::Joins;
 use membership::{Table, name_hash};
+use pairs::Pairs;
 use probe::{Pending, Probe};
+use proof::Credit;
 use proto::{Body, Liveness};
+use ring::Change;
 use routes::Routes;
 use sites::Sites;
 use timer::{Timer, Timers};
@@ -86,6 +94,7 @@ pub struct Mesh {
     hash: u64,
     rng: ChaCha8Rng,
     now: Instant,
+    started: Instant,
     session: u64,
     seq: u64,
     /// SWIM's incarnation of this node.
@@ -109,10 +118,14 @@ pub struct Mesh {
     certified_last: u64,
     /// What sites say has changed, and the members are to be judged again.
     rejudge: bool,
+    /// To the cluster keys that this node follows.
+    change: Option<Change>,
     /// The cluster keys that the mesh is to have, and who has not got them.
     grants: Grants,
     /// Invitations of this node, and its own way in.
     joins: Joins,
+    /// The secrets that the own site shares with others.
+    pairs: Pairs,
     queue: Queue,
     gossip_armed: bool,
     sync_at: Instant,
@@ -122,6 +135,8 @@ pub struct Mesh {
     /// Lifeguard's local health: 0 is well.
     health: u32,
     pending: BTreeMap<u64, Pending>,
+    /// What may still be sent because of the datagram that is being taken in; anything where its sender has answered before.
+    credit: Option<Credit>,
     seed_owners: BTreeMap<SocketAddr, u64>,
     timers: Timers,
     /// How this node is reached.
@@ -132,6 +147,8 @@ pub struct Mesh {
     last_duplicate: Option<Instant>,
     last_wrong_key: Option<Instant>,
     last_two_sites: Option<Instant>,
+    /// Which bounds were told of lately.
+    told_bounds: BTreeMap<Bound, Instant>,
     /// Since when, and how often, records of this node turned up that it does not remember.
     own_records: (Instant, u32),
     counters: Counters,
@@ -143,6 +160,8 @@ struct ReplyTo {
     from: SocketAddr,
     /// It came through a keeper, at `from`: the sender is elsewhere.
     forwarded: bool,
+    /// The cluster key that sealed it.
+    key: KeyId,
     name: NodeName,
     hash: u64,
 }
@@ -169,6 +188,7 @@ impl Mesh {
             hash,
             rng,
             now,
+            started: now,
             session,
             seq: FIRST_SEQ,
             incarnation: starts << 32,
@@ -185,8 +205,10 @@ impl Mesh {
             uncertified: BTreeSet::new(),
             certified_last: 0,
             rejudge: false,
+            change: None,
             grants: Grants::default(),
             joins: Joins::default(),
+            pairs: Pairs::default(),
             queue: Queue::new(hash),
             gossip_armed: false,
             sync_at,
@@ -194,6 +216,7 @@ impl Mesh {
             probe: None,
             health: 0,
             pending: BTreeMap::new(),
+            credit: None,
             seed_owners: BTreeMap::new(),
             timers,
             reach: reach::State::default(),
@@ -202,6 +225,7 @@ impl Mesh {
             last_duplicate: None,
             last_wrong_key: None,
             last_two_sites: None,
+            told_bounds: BTreeMap::new(),
             own_records: (now, 0),
             counters: Counters::default(),
             config,
@@ -254,6 +278,7 @@ impl Mesh {
                 Timer::Again(hash) => self.on_again_timer(hash),
                 Timer::Grant => self.on_grant_timer(),
                 Timer::Join => self.on_join_timer(),
+                Timer::Pairs => self.on_pair_timer(),
             }
         }
         self.settle();
@@ -295,10 +320,18 @@ impl Mesh {
         &self.config.ring
     }
 
-    /// Replaces the cluster keys: the first seals from now on, every one opens.
+    /// Replaces the cluster keys: the first seals from now on, every one opens, and the record says so.
     pub fn set_ring(&mut self, ring: KeyRing, now: Instant) {
         self.advance(now);
-        self.config.ring = ring;
+        if self.config.ring != ring {
+            let seals_anew = self.config.ring.first() != ring.first();
+            self.config.ring = ring;
+            self.resign();
+            if seals_anew && !self.leaving {
+                // Whoever could not open what this node sealed until now.
+                self.ping_seeds(self.strange_seeds());
+            }
+        }
         self.settle();
     }
 
@@ -348,7 +381,7 @@ impl Mesh {
             self.leaving = true;
             self.resign();
             if let Some(me) = self.table.me {
-                for id in self.table.sample(&mut self.rng, FAREWELLS, None) {
+                for id in self.table.sample(&mut self.rng, FAREWELLS) {
                     let first = vec![self.full_update(me)];
                     self.send_to_member(id, Body::Push(proto::Push { sync: false }), first);
                 }
@@ -408,8 +441,13 @@ impl Mesh {
     /// Signs the present facts under the next version.
     fn resign(&mut self) {
         let Some(mut facts) = self.facts.clone() else { return };
+        facts.keys = self.config.ring.ids().collect();
+        facts.follows = self.follows();
         facts.certificate = self.certificate_for(&facts);
         facts.reachability = self.own_reachability(std::mem::take(&mut facts.reachability.outside));
+        if let Some(tunnel) = facts.tunnel.as_mut().filter(|tunnel| !tunnel.preshared.is_empty()) {
+            tunnel.pairs = self.pair_ids();
+        }
         self.version += 1;
         let MeshConfig { key, cluster, node, site, .. } = &self.config;
         let signed =
@@ -428,37 +466,13 @@ impl Mesh {
 
     fn reply(&mut self, reply: &ReplyTo, body: Body, first: Vec<proto::Update>) {
         if !reply.forwarded {
-            return self.send(reply.from, reply.name.as_str(), body, first);
+            let key = self.key_for(reply.name.as_str(), Some(reply.key));
+            return self.send_under(key, reply.from, reply.name.as_str(), body, first);
         }
         // Whoever passed it on passes nothing on to somebody who did not name it: the sender's own keepers do.
         if let Some(id) = self.table.find(reply.hash) {
             self.send_to_member(id, body, first);
         }
-    }
-
-    /// Sends a Ping that only the living sender of a datagram with so many bytes of content can answer, and nothing that is longer than
-    /// that was; returns whether it went out.
-    fn challenge(&mut self, most: usize, reply: &ReplyTo, token: u64) -> bool {
-        let body = Body::Ping(proto::Ping { token, ..proto::Ping::default() });
-        if reply.forwarded {
-            // It goes where the member is known to be.
-            self.reply(reply, body, Vec::new());
-            return true;
-        }
-        self.seq += 1;
-        let ping = proto::Datagram {
-            from: self.config.node.to_string(),
-            to: reply.name.to_string(),
-            session: self.session,
-            seq: self.seq,
-            body: Some(body),
-            ..proto::Datagram::default()
-        };
-        let fits = ping.encoded_len() <= most;
-        if fits {
-            self.emit(reply.from, reply.name.as_str(), &ping.encode_to_vec());
-        }
-        fits
     }
 
     fn receive(&mut self, from: SocketAddr, datagram: &[u8]) -> Result<(), Rejected> {
@@ -469,14 +483,17 @@ impl Mesh {
             opened => opened?,
         };
         let message = proto::Datagram::decode(&content[..]).map_err(|_| Rejected::Malformed)?;
-        self.receive_message(from, message, false)
+        let key = key_id(datagram).ok_or(Rejected::Malformed)?;
+        self.receive_message(from, message, key, false, datagram.len())
     }
 
     fn receive_message(
         &mut self,
         from: SocketAddr,
         message: proto::Datagram,
+        key: KeyId,
         forwarded: bool,
+        length: usize,
     ) -> Result<(), Rejected> {
         let name: NodeName = message.from.parse().map_err(|_| Rejected::Malformed)?;
         if !message.to.is_empty() && message.to != self.config.node.as_str() {
@@ -489,10 +506,10 @@ impl Mesh {
             return Err(Rejected::Malformed);
         }
         let hash = name_hash(name.as_str());
-        let reply = ReplyTo { from, forwarded, name, hash };
-        let answers_challenge = self.check_fresh(&reply, &message)?;
+        let reply = ReplyTo { from, forwarded, key, name, hash };
+        let answers_challenge = self.check_fresh(&reply, &message, length)?;
         if let Some(Body::Forward(forward)) = &message.body {
-            return self.receive_forward(&reply, &message, forward);
+            return self.receive_forward(&reply, &message, forward, length);
         }
         let target = self.check_body(message.body.as_ref())?;
         let mut updates = Vec::with_capacity(message.updates.len());
@@ -501,13 +518,16 @@ impl Mesh {
             self.counters.verified += u64::from(verified);
             updates.push(checked);
         }
-        self.remember(&reply, &message);
+        let proof = self.proof_of(&reply, &message);
+        self.remember(&reply, &message, proof);
+        self.open_credit(&reply, length);
         if answers_challenge && let Some(id) = self.table.find(reply.hash) {
             // With the record that is known: who lost its state catches up, who is a clone learns of it.
             let first = vec![self.full_update(id)];
             self.reply(&reply, Body::Push(proto::Push { sync: false }), first);
         }
         self.take_in(&reply, message, updates, target);
+        self.close_credit(&reply);
         Ok(())
     }
 
@@ -518,6 +538,7 @@ impl Mesh {
             }
             Some(Body::SyncBuckets(buckets)) => self.check_buckets(buckets).map(|()| None),
             Some(Body::SyncItems(items)) => Self::check_items(items).map(|()| None),
+            Some(Body::PairPart(part)) if !pairs::is_part(part) => Err(Rejected::Malformed),
             Some(body) if paths::from_body(body) == Some(None) => Err(Rejected::Malformed),
             Some(Body::Ack(ack)) if !ack.seen.is_empty() => {
                 socket_from_bytes(&ack.seen).map(|_| None).ok_or(Rejected::Malformed)
@@ -546,6 +567,10 @@ impl Mesh {
             self.merge_liveness(id, message.incarnation, Liveness::Alive, &[]);
         }
         self.note_arrival(reply);
+        let asks = message.body.as_ref().is_some_and(paths::asks_for_packets);
+        if !matches!(message.body, Some(Body::Ping(_))) && (asks || self.needs_proof(reply)) {
+            self.ask_back(reply);
+        }
         match message.body {
             Some(Body::Ping(ping)) => self.on_ping(reply, &ping),
             Some(Body::Ack(ack)) => self.on_ack(reply, &ack),
@@ -561,6 +586,8 @@ impl Mesh {
             Some(Body::SyncWant(want)) => self.on_sync_want(reply, &want),
             Some(Body::Certify(certify)) => self.on_certify(&certify),
             Some(Body::Grant(grant)) => self.on_grant(&grant),
+            Some(Body::PairOffer(offer)) => self.on_pair_offer(reply, &offer),
+            Some(Body::PairPart(part)) => self.on_pair_part(reply, &part),
             Some(Body::Push(_) | Body::Forward(_)) | None => {}
             Some(body) => {
                 if let Some(Some(word)) = paths::from_body(&body) {
@@ -568,55 +595,13 @@ impl Mesh {
                 }
             }
         }
+        if self.fell_short() {
+            self.ask_back(reply);
+        }
         // Who joins, or meets somebody from the other side of a partition, compares at once.
         let back = was_gone && !gone(self);
         if let Some(id) = self.table.find(reply.hash).filter(|_| back && (alone || self.table.living() > 1)) {
             self.sync_with(id);
-        }
-    }
-
-    /// Takes no datagram twice; returns whether it answers a challenge.
-    fn check_fresh(&mut self, reply: &ReplyTo, message: &proto::Datagram) -> Result<bool, Rejected> {
-        let Some(contact) = self.table.contact(reply.hash) else { return Ok(false) };
-        if contact.session == message.session {
-            return if contact.window.is_fresh(message.seq) { Ok(false) } else { Err(Rejected::Replayed) };
-        }
-        if message.session > contact.session && !contact.strict {
-            return Ok(false);
-        }
-        let challenge = contact.challenge;
-        if let (Some(challenge), Some(Body::Ack(ack))) = (challenge, &message.body)
-            && (challenge.session, challenge.token) == (message.session, ack.token)
-        {
-            return Ok(true);
-        }
-        if challenge.is_none_or(|challenge| self.now >= challenge.at + CHALLENGE_INTERVAL) {
-            let token = self.rng.next_u64();
-            // Whoever replays a datagram from somebody's address gets no more sent there than it sent.
-            if self.challenge(message.encoded_len(), reply, token)
-                && let Some(contact) = self.table.contact_mut(reply.hash)
-            {
-                contact.challenge = Some(Challenge { session: message.session, token, at: self.now });
-            }
-        }
-        Err(Rejected::Replayed)
-    }
-
-    fn remember(&mut self, reply: &ReplyTo, message: &proto::Datagram) {
-        let known = self.table.contact(reply.hash);
-        let stale = known.is_none_or(|contact| contact.session != message.session);
-        if stale {
-            let mut contact = Contact::new(message.session, self.now);
-            if let Some(known) = known {
-                // From here on every other session has to answer a challenge: there are two, or one is old.
-                contact.strict = known.strict || message.session < known.session;
-                (contact.rtt, contact.loss, contact.preferred) = (known.rtt, known.loss, known.preferred);
-                contact.heard = known.heard;
-            }
-            self.table.set_contact(reply.hash, contact);
-        }
-        if let Some(contact) = self.table.contact_mut(reply.hash) {
-            contact.take(message.seq, (!reply.forwarded).then_some(reply.from), self.now);
         }
     }
 

@@ -1,8 +1,9 @@
 //! The secret that a pair of nodes mixes into the handshakes of its tunnel (WireGuard whitepaper s5.2), made from a cluster
 //! key: so that traffic which is recorded today and whose X25519 is broken one day stays closed while the cluster key is.
 //!
-//! It crosses no wire: what a node says of it in its record is the ids of its cluster keys. Invariants: both nodes of a pair
-//! find the same cluster key from the same two records; no two pairs, and no two keys of a node, have one secret.
+//! Nodes of two sites mix the secret of their sites into it ([`crate::pair`]), which no third site has. It crosses no wire: what a
+//! node says of it in its record is the ids of its cluster keys and of its secrets of sites. Invariants: both nodes of a pair
+//! find the same from the same two records; no two pairs, and no two keys of a node, have one secret.
 
 use std::fmt;
 
@@ -10,16 +11,20 @@ use blake2::Blake2sMac256;
 use blake2::digest::{FixedOutput, KeyInit, Update};
 use zeroize::Zeroizing;
 
+use crate::pair::PairSecret;
 use crate::seal::{KeyId, KeyRing};
 use crate::types::TunnelKey;
 
 const DOMAIN: &[u8] = b"weft tunnel preshared v1\0";
+const PAIR_DOMAIN: &[u8] = b"weft tunnel preshared of two sites v1\0";
 
 /// A secret of a pair of tunnel keys.
 #[derive(Clone, PartialEq, Eq)]
 pub struct PresharedKey {
     /// The cluster key that it is made from.
     pub from: KeyId,
+    /// The secret of two sites that is mixed in, if any.
+    pub pair: Option<KeyId>,
     bytes: Zeroizing<[u8; 32]>,
 }
 
@@ -43,7 +48,15 @@ impl PresharedKey {
             .chain(first.0)
             .chain(second.0)
             .finalize_fixed();
-        Some(Self { from, bytes: Zeroizing::new(bytes.into()) })
+        Some(Self { from, pair: None, bytes: Zeroizing::new(bytes.into()) })
+    }
+
+    /// Mixes in the secret of the two sites: whoever lacks it, or the cluster key, knows nothing of what comes out.
+    #[must_use]
+    pub fn mixed_with(self, pair: &PairSecret) -> Self {
+        let bytes =
+            Blake2sMac256::new(pair.secret().into()).chain(PAIR_DOMAIN).chain(*self.bytes).finalize_fixed();
+        Self { pair: Some(pair.id()), bytes: Zeroizing::new(bytes.into()), ..self }
     }
 
     /// Returns the secret, for the implementation of WireGuard.
@@ -54,7 +67,8 @@ impl PresharedKey {
 
 impl fmt::Debug for PresharedKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "PresharedKey(from {})", self.from)
+        let pair = self.pair.map(|pair| format!(" and {pair}")).unwrap_or_default();
+        write!(f, "PresharedKey(from {}{pair})", self.from)
     }
 }
 
@@ -117,6 +131,34 @@ mod tests {
                 assert!(!format!("{key:?}").contains(&format!("{:?}", key.secret())));
             }
         }
+    }
+
+    #[test]
+    fn the_secret_of_two_sites_gives_another_one_for_each_pair_of_nodes_and_each_generation() {
+        let keys = [1, 2, 3].map(|byte| TunnelKey([byte; 32]));
+        let mut seen = std::collections::BTreeSet::new();
+        for (one, other) in [(0, 1), (0, 2), (1, 2)] {
+            let ring = ring(&[1]);
+            let alone = PresharedKey::of_pair(&ring, &ids(&ring), keys[one], keys[other]).expect("common");
+            assert!(seen.insert(*alone.secret()));
+            for (generation, byte) in [(1, 1), (2, 1), (2, 2)] {
+                let pair = PairSecret::new(generation, [byte; 32]);
+                let mixed = alone.clone().mixed_with(&pair);
+                assert_eq!((mixed.from, mixed.pair), (alone.from, Some(pair.id())));
+                // A generation is told apart by its bytes, which are drawn anew.
+                assert_eq!(seen.insert(*mixed.secret()), (generation, byte) != (2, 1));
+            }
+        }
+    }
+
+    /// Made with Python's hashlib.blake2s(key=...), an implementation that is not this one.
+    #[test]
+    fn the_secret_of_two_sites_keys_blake2s_of_the_one_from_the_cluster_key() {
+        let key = pair(&ring(&[7]), &ring(&[7])).expect("common").mixed_with(&PairSecret::new(1, [9; 32]));
+        assert_eq!(
+            crate::types::to_hex(key.secret()),
+            "0a2749969263bddafd33c17926935406196b4f56661c24db2564c5762c91cda2"
+        );
     }
 
     /// Made with Python's hashlib.blake2s(key=...), an implementation that is not this one.

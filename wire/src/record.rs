@@ -8,22 +8,27 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
-use ipnet::IpNet;
+use ed25519_dalek::{Signature, Signer, VerifyingKey};
 use prost::Message;
 use serde::{Deserialize, Serialize};
-use zeroize::Zeroizing;
 
 use crate::gateway::MAX_WEIGHT;
 use crate::mesh::proto;
-use crate::seal::{KeyId, MAX_KEYS};
+use crate::pair::MAX_PAIRS;
+use crate::seal::{KeyId, MAX_KEYS, RingName};
 use crate::site::{Certificate, Certified};
-use crate::types::{Epoch, MacAddress, NodeName, PublicKey, SiteName, Subnet, TunnelKey, from_hex, to_hex};
+use crate::types::{Epoch, MacAddress, NodeName, PublicKey, SiteName, Subnet, TunnelKey};
 
+mod bytes;
 #[cfg(fuzzing)]
 pub mod fuzz;
+mod key;
 mod reach;
 
+use bytes::{ip_from_bytes, ip_to_bytes, mac_from_bytes};
+pub(crate) use bytes::{parse_all, socket_from_bytes, socket_to_bytes, subnet_from_bytes, subnet_to_bytes};
+use key::endorsement_statement;
+pub use key::{NodeKey, NodeKeyError};
 pub use reach::{MAX_KEEPERS, MAX_OUTSIDE, Reach, Reachability};
 
 /// The most bytes of a signed record: one fits a datagram beside any other content.
@@ -39,7 +44,6 @@ pub const MAX_ENDORSEMENTS: usize = 3;
 
 const SIGNATURE: usize = 64;
 const RECORD_DOMAIN: &[u8] = b"weft record v1\0";
-const ENDORSEMENT_DOMAIN: &[u8] = b"weft key endorsement v1\0";
 
 /// What a node offers to its peers; [`crate::mesh::Mesh::announce`] signs it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -62,8 +66,11 @@ pub struct Facts {
     pub mtu: u16,
     /// What the node can do.
     pub capabilities: Capabilities,
-    /// The cluster keys that the node opens datagrams with, the one that it seals with first; at most [`MAX_KEYS`].
+    /// The cluster keys that the node opens datagrams with, the one that it seals with first; at most [`MAX_KEYS`]. The mesh puts
+    /// them in.
     pub keys: Vec<KeyId>,
+    /// Which cluster keys the node goes to, or has, where something says which. The mesh puts it in.
+    pub follows: Option<RingName>,
     /// How to speak WireGuard with the node, if it does.
     pub tunnel: Option<TunnelFacts>,
     /// The node carries what its site exchanges with others, with this weight; 0 while it is being drained. At most
@@ -130,6 +137,10 @@ pub struct TunnelFacts {
     /// [`MAX_KEYS`].
     #[serde(default)]
     pub preshared: Vec<KeyId>,
+    /// The secrets that its site shares with others and that it makes pre-shared keys from; at most [`MAX_PAIRS`]. The mesh puts
+    /// them in.
+    #[serde(default)]
+    pub pairs: Vec<KeyId>,
     /// Who carries its tunnels, where it says so.
     #[serde(default)]
     pub carrier: Option<Carrier>,
@@ -229,6 +240,23 @@ impl NodeRecord {
     pub fn succeeds(&self, earlier: &PublicKey) -> bool {
         self.endorsements.iter().any(|endorsement| endorsement.key == *earlier)
     }
+
+    /// Gives up one thing that the record says, the least needed first; returns whether there was one.
+    fn shorten(&mut self) -> bool {
+        let Facts { tunnel_reach, reachability, tunnel, gossip, .. } = &mut self.facts;
+        self.endorsements.pop().is_some()
+            || tunnel.as_mut().is_some_and(|tunnel| tunnel.pairs.pop().is_some())
+            // The names, subnets and addresses of few nodes are that long: they are reached through relays then.
+            || tunnel_reach.reflexive.pop().is_some()
+            || reachability.shorten()
+            // And fewer have many keys at once: a pair takes its secret from one of the first.
+            || tunnel.as_mut().is_some_and(|tunnel| drop_last_but_one(&mut tunnel.preshared))
+            || drop_last_but_one(gossip)
+    }
+}
+
+fn drop_last_but_one<T>(list: &mut Vec<T>) -> bool {
+    list.len() > 1 && list.pop().is_some()
 }
 
 /// An earlier key's signature over the key that follows it.
@@ -246,92 +274,6 @@ impl fmt::Debug for Endorsement {
     }
 }
 
-/// A node's secret signing key, with the endorsements by the keys before it.
-#[derive(Clone)]
-pub struct NodeKey {
-    secret: SigningKey,
-    endorsements: Vec<Endorsement>,
-}
-
-impl NodeKey {
-    /// Takes 32 bytes from a cryptographic random number generator.
-    pub fn from_secret(secret: [u8; 32]) -> Self {
-        Self { secret: SigningKey::from_bytes(&Zeroizing::new(secret)), endorsements: Vec::new() }
-    }
-
-    /// Returns the public half.
-    pub fn public(&self) -> PublicKey {
-        PublicKey(self.secret.verifying_key().to_bytes())
-    }
-
-    /// Returns the same key, endorsed by `old` (and what endorsed that) as the next key of `node`.
-    pub fn endorsed_by(mut self, old: &Self, cluster: &str, node: &NodeName) -> Self {
-        let statement = endorsement_statement(cluster, node.as_str(), &self.public());
-        let signature = old.secret.sign(&statement).to_bytes();
-        self.endorsements = vec![Endorsement { key: old.public(), signature }];
-        self.endorsements.extend(old.endorsements.iter().take(MAX_ENDORSEMENTS - 1).cloned());
-        self
-    }
-
-    /// Opens what was sealed for this key.
-    pub(crate) fn open(&self, sealed: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
-        crate::sealed_box::open(&self.secret, sealed)
-    }
-
-    /// Returns whether this key follows `earlier` through its endorsements.
-    pub(crate) fn follows(&self, earlier: &PublicKey) -> bool {
-        self.endorsements.iter().any(|endorsement| endorsement.key == *earlier)
-    }
-
-    /// Returns the keys that this one follows, the latest first.
-    pub fn predecessors(&self) -> impl Iterator<Item = PublicKey> {
-        self.endorsements.iter().map(|endorsement| endorsement.key)
-    }
-
-    /// Writes the secret and its endorsements, for a file that only root reads: one line of hexadecimal
-    /// digits for the secret, then one line `KEY SIGNATURE` for each endorsement, the latest first.
-    pub fn to_secret_text(&self) -> Zeroizing<String> {
-        let mut text = Zeroizing::new(to_hex(self.secret.as_bytes()));
-        text.push('\n');
-        for endorsement in &self.endorsements {
-            text.push_str(&format!("{} {}\n", endorsement.key, to_hex(&endorsement.signature)));
-        }
-        text
-    }
-
-    /// Reads what [`NodeKey::to_secret_text`] wrote; endorsements are checked by those who receive them.
-    pub fn from_secret_text(text: &str) -> Result<Self, NodeKeyError> {
-        let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-        let secret = Zeroizing::new(lines.next().and_then(from_hex::<32>).ok_or(NodeKeyError)?);
-        let endorsements = lines
-            .map(|line| {
-                let (key, signature) = line.split_once(' ').ok_or(NodeKeyError)?;
-                Ok(Endorsement {
-                    key: key.parse().map_err(|_| NodeKeyError)?,
-                    signature: from_hex(signature).ok_or(NodeKeyError)?,
-                })
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        if endorsements.len() > MAX_ENDORSEMENTS {
-            return Err(NodeKeyError);
-        }
-        Ok(Self { secret: SigningKey::from_bytes(&secret), endorsements })
-    }
-}
-
-impl fmt::Debug for NodeKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "NodeKey({:?})", self.public())
-    }
-}
-
-/// A text that is no node key.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "a node key file has 64 hexadecimal digits in its first line and at most {MAX_ENDORSEMENTS} endorsements after it"
-)]
-pub struct NodeKeyError;
-
 /// A record and the bytes that its node signed.
 #[derive(Clone, PartialEq, Eq)]
 pub struct SignedRecord {
@@ -343,8 +285,8 @@ pub struct SignedRecord {
 impl SignedRecord {
     /// Signs what the node says about itself.
     ///
-    /// Surplus addresses and subnets (see the limits of [`Facts`]) are left out, and so are the oldest
-    /// endorsements if the record would be longer than [`MAX_RECORD`], and then how other sites reach the node.
+    /// Surplus addresses and subnets (see the limits of [`Facts`]) are left out, and so is what is needed least, the oldest
+    /// endorsements first, if the record would be longer than [`MAX_RECORD`].
     pub fn sign(
         key: &NodeKey,
         cluster: &str,
@@ -359,18 +301,12 @@ impl SignedRecord {
         facts.underlay.truncate(MAX_UNDERLAY);
         facts.keys.truncate(MAX_KEYS);
         facts.tunnel_reach.reflexive.truncate(MAX_UNDERLAY);
+        facts.tunnel.iter_mut().for_each(|tunnel| tunnel.pairs.truncate(MAX_PAIRS));
         facts.reachability.truncate();
         let endorsements = key.endorsements.clone();
         let mut record = NodeRecord { node, site, key: key.public(), version, facts, endorsements, left };
         let mut bytes = to_proto(&record).encode_to_vec();
-        while bytes.len() + SIGNATURE > MAX_RECORD && record.endorsements.pop().is_some() {
-            bytes = to_proto(&record).encode_to_vec();
-        }
-        // The names, subnets and addresses of few nodes are that long: they are reached through relays then.
-        while bytes.len() + SIGNATURE > MAX_RECORD && record.facts.tunnel_reach.reflexive.pop().is_some() {
-            bytes = to_proto(&record).encode_to_vec();
-        }
-        while bytes.len() + SIGNATURE > MAX_RECORD && record.facts.reachability.shorten() {
+        while bytes.len() + SIGNATURE > MAX_RECORD && record.shorten() {
             bytes = to_proto(&record).encode_to_vec();
         }
         let signature = key.secret.sign(&signed_statement(cluster, &bytes)).to_bytes();
@@ -501,11 +437,6 @@ fn signed_statement(cluster: &str, record: &[u8]) -> Vec<u8> {
     [RECORD_DOMAIN, &(cluster.len() as u64).to_be_bytes(), cluster.as_bytes(), record].concat()
 }
 
-fn endorsement_statement(cluster: &str, node: &str, next: &PublicKey) -> Vec<u8> {
-    let length = (cluster.len() as u64).to_be_bytes();
-    [ENDORSEMENT_DOMAIN, &length, cluster.as_bytes(), &next.0, node.as_bytes()].concat()
-}
-
 fn to_proto(record: &NodeRecord) -> proto::Record {
     let facts = &record.facts;
     let detour = facts.tunnel.as_ref().and_then(|tunnel| tunnel.detour.as_ref());
@@ -539,6 +470,9 @@ fn to_proto(record: &NodeRecord) -> proto::Record {
             .flat_map(|id| id.0)
             .collect(),
         cluster_keys: facts.keys.iter().flat_map(|id| id.0).collect(),
+        ring_version: facts.follows.map_or(0, |name| name.version),
+        ring_tag: facts.follows.map_or(0, |name| name.tag),
+        tunnel_pairs: facts.tunnel.iter().flat_map(|tunnel| &tunnel.pairs).flat_map(|id| id.0).collect(),
         tunnel_carrier: match facts.tunnel.as_ref().and_then(|tunnel| tunnel.carrier) {
             None => 0,
             Some(Carrier::UserSpace) => 1,
@@ -598,7 +532,11 @@ fn from_proto(record: proto::Record) -> Result<NodeRecord, RecordError> {
         vxlan_port: record.vxlan_port.try_into().map_err(|_| Field("vxlan_port"))?,
         mtu: record.mtu.try_into().map_err(|_| Field("mtu"))?,
         capabilities: Capabilities(record.capabilities),
-        keys: ids_from_bytes(&record.cluster_keys).ok_or(Field("cluster_keys"))?,
+        keys: ids_from_bytes(&record.cluster_keys, MAX_KEYS).ok_or(Field("cluster_keys"))?,
+        follows: match (record.ring_version, record.ring_tag) {
+            (0, 0) => None,
+            (version, tag) => Some(RingName { version, tag }),
+        },
         gateway: match record.gateway.checked_sub(1).map(u8::try_from) {
             None => None,
             Some(Ok(weight)) if weight <= MAX_WEIGHT => Some(weight),
@@ -629,7 +567,8 @@ fn from_proto(record: proto::Record) -> Result<NodeRecord, RecordError> {
 
 fn tunnel_from_proto(record: &proto::Record) -> Result<Option<TunnelFacts>, RecordError> {
     use RecordError::Field;
-    let proto::Record { tunnel_key, tunnel_port, tunnel_preshared, detour_key, detour_port, .. } = record;
+    let proto::Record { tunnel_key, tunnel_port, tunnel_preshared, .. } = record;
+    let proto::Record { tunnel_pairs, detour_key, detour_port, .. } = record;
     let key_of = |bytes: &[u8], name| bytes.try_into().map(TunnelKey).map_err(|_| Field(name));
     let port_of = |port: u32, name| u16::try_from(port).ok().filter(|port| *port > 0).ok_or(Field(name));
     let detour = match (detour_key.is_empty(), detour_port, record.detour_preferred) {
@@ -646,13 +585,14 @@ fn tunnel_from_proto(record: &proto::Record) -> Result<Option<TunnelFacts>, Reco
         2 => Some(Carrier::Kernel),
         _ => return Err(Field("tunnel_carrier")),
     };
-    if tunnel_key.is_empty() && *tunnel_port == 0 && tunnel_preshared.is_empty() {
+    if tunnel_key.is_empty() && *tunnel_port == 0 && tunnel_preshared.is_empty() && tunnel_pairs.is_empty() {
         return if (&carrier, &detour) == (&None, &None) { Ok(None) } else { Err(Field("tunnel_key")) };
     }
     let key = key_of(tunnel_key, "tunnel_key")?;
     let port = port_of(*tunnel_port, "tunnel_port")?;
-    let preshared = ids_from_bytes(tunnel_preshared).ok_or(Field("tunnel_preshared"))?;
-    Ok(Some(TunnelFacts { key, port, preshared, carrier, detour }))
+    let preshared = ids_from_bytes(tunnel_preshared, MAX_KEYS).ok_or(Field("tunnel_preshared"))?;
+    let pairs = ids_from_bytes(tunnel_pairs, MAX_PAIRS).ok_or(Field("tunnel_pairs"))?;
+    Ok(Some(TunnelFacts { key, port, preshared, pairs, carrier, detour }))
 }
 
 fn tunnel_reach_from_proto(record: &proto::Record) -> Result<TunnelReach, RecordError> {
@@ -670,54 +610,9 @@ fn tunnel_reach_from_proto(record: &proto::Record) -> Result<TunnelReach, Record
     Ok(TunnelReach { reflexive, mapping, relay_room: room.ok_or(field("relay_room"))? })
 }
 
-fn ids_from_bytes(bytes: &[u8]) -> Option<Vec<KeyId>> {
+fn ids_from_bytes(bytes: &[u8], most: usize) -> Option<Vec<KeyId>> {
     let (ids, []) = bytes.as_chunks() else { return None };
-    (ids.len() <= MAX_KEYS).then(|| ids.iter().copied().map(KeyId).collect())
-}
-
-pub(crate) fn parse_all<T>(list: &[Vec<u8>], parse: fn(&[u8]) -> Option<T>) -> Option<Vec<T>> {
-    list.iter().map(|bytes| parse(bytes)).collect()
-}
-
-fn ip_to_bytes(ip: &IpAddr) -> Vec<u8> {
-    match ip {
-        IpAddr::V4(ip) => ip.octets().to_vec(),
-        IpAddr::V6(ip) => ip.octets().to_vec(),
-    }
-}
-
-fn ip_from_bytes(bytes: &[u8]) -> Option<IpAddr> {
-    match bytes.len() {
-        4 => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),
-        16 => <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from),
-        _ => None,
-    }
-}
-
-pub(crate) fn socket_to_bytes(socket: &SocketAddr) -> Vec<u8> {
-    let mut bytes = ip_to_bytes(&socket.ip());
-    bytes.extend_from_slice(&socket.port().to_be_bytes());
-    bytes
-}
-
-pub(crate) fn socket_from_bytes(bytes: &[u8]) -> Option<SocketAddr> {
-    let (ip, port) = bytes.split_last_chunk::<2>()?;
-    Some(SocketAddr::new(ip_from_bytes(ip)?, u16::from_be_bytes(*port)))
-}
-
-pub(crate) fn subnet_to_bytes(subnet: Subnet) -> Vec<u8> {
-    let mut bytes = ip_to_bytes(&subnet.network());
-    bytes.push(subnet.net().prefix_len());
-    bytes
-}
-
-pub(crate) fn subnet_from_bytes(bytes: &[u8]) -> Option<Subnet> {
-    let (prefix, ip) = bytes.split_last()?;
-    IpNet::new(ip_from_bytes(ip)?, *prefix).ok()?.try_into().ok()
-}
-
-fn mac_from_bytes(bytes: Vec<u8>) -> Option<Option<MacAddress>> {
-    if bytes.is_empty() { Some(None) } else { Some(Some(MacAddress(bytes.try_into().ok()?))) }
+    (ids.len() <= most).then(|| ids.iter().copied().map(KeyId).collect())
 }
 
 #[cfg(test)]

@@ -96,6 +96,22 @@ pub struct KeyRing {
     keys: Vec<(KeyId, ClusterKey)>,
 }
 
+/// Names a ring that is wanted everywhere: no two have one name, and of those that sites give each other the later is the higher.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RingName {
+    /// What sites count their rings by; 0 for a ring that does not come from a site.
+    pub version: u64,
+    /// A hash of the keys and their order.
+    pub tag: u64,
+}
+
+impl RingName {
+    /// Names a ring.
+    pub fn of(version: u64, ring: &KeyRing) -> Self {
+        Self { version, tag: ring.tag() }
+    }
+}
+
 /// A list of keys that makes no ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum KeyRingError {
@@ -130,6 +146,16 @@ impl KeyRing {
         self.keys.iter().map(|(id, _)| *id)
     }
 
+    /// Returns the id of the sealing key.
+    pub fn first(&self) -> KeyId {
+        self.keys[0].0
+    }
+
+    /// Returns whether a key is in the ring.
+    pub fn has(&self, id: KeyId) -> bool {
+        self.keys.iter().any(|(known, _)| *known == id)
+    }
+
     /// Returns the keys, the sealing key first.
     pub fn keys(&self) -> impl Iterator<Item = &ClusterKey> + '_ {
         self.keys.iter().map(|(_, key)| key)
@@ -161,8 +187,16 @@ impl KeyRing {
     /// # Panics
     /// When `content` is longer than [`MAX_CONTENT`]: the caller packs to that budget.
     pub fn seal(&self, cluster: &str, nonce: [u8; 24], content: &[u8]) -> Vec<u8> {
+        self.seal_with(self.first(), cluster, nonce, content)
+    }
+
+    /// Seals `content` under a key of the ring, the first where it is in it no more. `nonce` must be fresh and random.
+    ///
+    /// # Panics
+    /// As [`KeyRing::seal`].
+    pub fn seal_with(&self, id: KeyId, cluster: &str, nonce: [u8; 24], content: &[u8]) -> Vec<u8> {
         assert!(content.len() <= MAX_CONTENT, "the content keeps the budget");
-        let (id, key) = &self.keys[0];
+        let (id, key) = self.keys.iter().find(|(known, _)| *known == id).unwrap_or(&self.keys[0]);
         let mut datagram = Vec::with_capacity(content.len() + OVERHEAD);
         datagram.push(VERSION);
         datagram.extend_from_slice(&id.0);
@@ -187,8 +221,8 @@ impl KeyRing {
         if datagram[0] != VERSION {
             return Err(OpenError::Version(datagram[0]));
         }
-        let id = &datagram[1..1 + KEY_ID];
-        let key = self.keys.iter().find(|(known, _)| known.0 == id).ok_or(OpenError::UnknownKey)?;
+        let id = key_id(datagram).ok_or(OpenError::Truncated)?;
+        let key = self.keys.iter().find(|(known, _)| *known == id).ok_or(OpenError::UnknownKey)?;
         let (header, rest) = datagram.split_at(HEADER);
         let (content, tag) = rest.split_at(rest.len() - TAG);
         let mut content = content.to_vec();
@@ -224,6 +258,11 @@ pub enum OpenError {
     Forged,
 }
 
+/// Returns the id of the key that a datagram says it is sealed with.
+pub(crate) fn key_id(datagram: &[u8]) -> Option<KeyId> {
+    datagram.get(1..)?.first_chunk().copied().map(KeyId)
+}
+
 fn additional_data(cluster: &str, header: &[u8]) -> Vec<u8> {
     [b"weft mesh v1\0", cluster.as_bytes(), b"\0", header].concat()
 }
@@ -242,6 +281,15 @@ mod tests {
         assert_eq!(ring(&[2, 1]).open("c", &sealed), Ok(b"content".to_vec()));
         let sealed = ring(&[2, 1]).seal("c", [7; 24], b"content");
         assert_eq!(ring(&[1]).open("c", &sealed), Err(OpenError::UnknownKey));
+    }
+
+    #[test]
+    fn another_key_of_the_ring_seals_where_it_is_named() {
+        let (second, unknown) = (ring(&[1]).first(), ring(&[3]).first());
+        let sealed = ring(&[2, 1]).seal_with(second, "c", [7; 24], b"content");
+        assert_eq!(ring(&[1]).open("c", &sealed), Ok(b"content".to_vec()));
+        let sealed = ring(&[2, 1]).seal_with(unknown, "c", [7; 24], b"content");
+        assert_eq!(ring(&[2]).open("c", &sealed), Ok(b"content".to_vec()));
     }
 
     #[test]

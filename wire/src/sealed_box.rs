@@ -89,6 +89,25 @@ mod tests {
     }
 
     #[test]
+    fn a_box_has_one_encoding() {
+        let mut sealed = seal(&public(1), [7; 32], b"secret").expect("a key");
+        // The bit that X25519 ignores.
+        sealed[POINT - 1] ^= 0x80;
+        assert!(open(&key(1), &sealed).is_none());
+    }
+
+    #[test]
+    fn a_box_of_a_weak_fresh_key_does_not_open() {
+        // With such a key the shared secret is zero whoever opens it.
+        let (zero, to) = ([0; POINT], public(1));
+        let hash =
+            Blake2s256::new().chain_update(DOMAIN).chain_update(zero).chain_update(zero).chain_update(to.0);
+        let cipher = ChaCha20Poly1305::new(&hash.finalize());
+        let sealed = cipher.encrypt(&Nonce::default(), &b"no secret"[..]).expect("short");
+        assert!(open(&key(1), &[&zero[..], &sealed].concat()).is_none());
+    }
+
+    #[test]
     fn nothing_is_sealed_for_a_weak_key() {
         assert!(seal(&PublicKey([0; 32]), [1; 32], b"secret").is_none());
         let identity = std::array::from_fn(|place| u8::from(place == 0));

@@ -4,6 +4,9 @@
 //! other sites ([`Admission`]), and certifies which node holds which lease ([`Certificate`]). Whom a node believes is not
 //! decided here (`mesh::sites`). Invariant: a [`SignedStatement`] has been verified, or was signed here.
 
+#[cfg(fuzzing)]
+pub mod fuzz;
+
 use std::fmt;
 
 use blake2::{Blake2s256, Digest};

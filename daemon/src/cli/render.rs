@@ -1,7 +1,12 @@
 //! Answers as text for people.
 
 use comfy_table::{Table, presets};
-use weft_wire::api::{ClusterKeys, Doctor, Leases, Peers, Pods, Reach, Routes, Sites, Status, Trace};
+use weft_wire::api::{
+    ClusterKeys, Doctor, Leases, Peers, Pods, Reach, Relaying, Routes, Sites, Status, Trace,
+};
+
+/// So many of the pairs that a node relays for are shown.
+const NAMED_PAIRS: usize = 8;
 
 fn table(head: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
@@ -60,19 +65,40 @@ pub(super) fn status(status: &Status) -> String {
         let seen = status.reflexive.join(", ");
         lines.push(format!("mapping    {}, peers see the tunnels at {}", status.mapping, or_dash(&seen)));
     }
-    if let Some(relaying) = &status.relaying {
-        lines.push(format!(
-            "relay      {} pairs, {} % free, {} packets forwarded, {} refused",
-            relaying.pairs.len(),
-            relaying.room,
-            relaying.forwarded,
-            relaying.refused
-        ));
-    }
+    lines.extend(status.relaying.iter().flat_map(relaying));
     lines.extend(status.reach.as_ref().map(|seen| format!("reach      {}", reach(seen))));
     lines.extend(reconcile.failed.iter().map(|failed| format!("failed     {failed}")));
     lines.extend(status.warnings.iter().map(|warning| format!("warning    {warning}")));
     lines.join("\n") + "\n"
+}
+
+/// Whom a node relays for: how many, and the pairs that it forwards most for.
+fn relaying(relaying: &Relaying) -> Vec<String> {
+    let mut lines = vec![format!(
+        "relay      {} pairs, {} % free, {} packets forwarded, {} refused",
+        relaying.pairs.len(),
+        relaying.room,
+        relaying.forwarded,
+        relaying.refused
+    )];
+    let mut pairs: Vec<_> = relaying.pairs.iter().collect();
+    pairs.sort_by_key(|pair| std::cmp::Reverse(pair.bytes));
+    lines.extend(pairs.iter().take(NAMED_PAIRS).map(|pair| {
+        format!(
+            "relays for {} at port {}: {} packets, {} bytes, {} handshakes, {} refused",
+            pair.nodes.join(" and "),
+            pair.port,
+            pair.forwarded,
+            pair.bytes,
+            pair.handshakes,
+            pair.refused
+        )
+    }));
+    let more = pairs.len().saturating_sub(NAMED_PAIRS);
+    if more > 0 {
+        lines.push(format!("relays for {more} more pairs: `weft -o json status` has them all"));
+    }
+    lines
 }
 
 fn tunnel(kind: &str) -> String {

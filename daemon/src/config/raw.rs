@@ -1,18 +1,17 @@
 //! The file as it is written: every key optional, every value still text or number.
 
+mod store;
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::IpNet;
 use serde::Deserialize;
 use weft_ipam::carve::{Carver, ClusterCidr};
-use weft_ipam::store::etcd::EtcdOptionsError;
-use weft_ipam::store::kubernetes::Mode;
-use weft_ipam::store::{EtcdOptions, KubernetesOptions};
 use weft_wire::gateway::MAX_WEIGHT;
-use weft_wire::types::{NodeName, PublicKey, SiteName, Subnet};
+use weft_wire::types::{NodeName, PublicKey, SiteName};
 
 use crate::kernel::Implementation;
 use crate::plan::model::Encryption;
@@ -20,16 +19,15 @@ use crate::relay::RelayLimits;
 
 use super::{
     ClusterConfig, Config, EncryptionConfig, GossipConfig, LogConfig, MasqueradeConfig, NodeConfig,
-    OverlayConfig, Overrides, PodsConfig, SiteConfig, StoreConfig, StoreKind, TxChecksum, UnderlayConfig,
+    OverlayConfig, Overrides, PodsConfig, SiteConfig, TxChecksum, UnderlayConfig,
 };
+use store::Store;
 
 /// One VXLAN header, UDP, IPv6 and Ethernet around the least MTU that IPv6 allows (RFC 8200 s5).
 const MTU_MIN: u32 = 1280;
 const MTU_MAX: u32 = 65_535;
 /// Each port of the relay takes a socket a family.
 const MOST_RELAY_PORTS: usize = 1024;
-/// Entries in etcd outlive the last sign of their node by this at least (docs/decisions/0010-etcd-store.md).
-const ABANDON_LEAST: Duration = Duration::from_secs(7 * 24 * 3600);
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -69,12 +67,36 @@ impl Default for Node {
     }
 }
 
+impl Node {
+    fn resolve(self, host: &str) -> Result<NodeConfig, String> {
+        let Self { name, site, state_dir, socket } = self;
+        let of_host = || {
+            host.to_ascii_lowercase().parse().map_err(|_| {
+                format!("the host name {host:?} is no node name; set node.name to 1 to 63 of a-z, 0-9, '-' and '.'")
+            })
+        };
+        Ok(NodeConfig { name: name.map_or_else(of_host, Ok)?, site, state_dir, socket, instance: None })
+    }
+}
+
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct Site {
     key: Option<PublicKey>,
     key_file: Option<PathBuf>,
     gateways: BTreeMap<NodeName, u8>,
+}
+
+impl Site {
+    fn resolve(self) -> Result<SiteConfig, String> {
+        let Self { key, key_file, gateways } = self;
+        match gateways.iter().find(|(_, weight)| **weight > MAX_WEIGHT) {
+            Some((node, weight)) => Err(format!(
+                "site.gateways: {node} has weight {weight}: use 0 to {MAX_WEIGHT}, 0 to drain it"
+            )),
+            None => Ok(SiteConfig { key, key_file, gateways }),
+        }
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -88,6 +110,23 @@ struct Cluster {
 impl Default for Cluster {
     fn default() -> Self {
         Self { id: "weft".into(), key_file: None, cidrs: Vec::new() }
+    }
+}
+
+impl Cluster {
+    fn resolve(self, store: &Store, state_dir: &Path) -> Result<ClusterConfig, String> {
+        let Self { id, key_file, cidrs } = self;
+        if id.is_empty() || id.len() > 64 {
+            return Err("cluster.id must have 1 to 64 bytes".into());
+        }
+        let cidrs = cidrs.into_iter().map(|cidr| cidr.resolve(store.is_cut_elsewhere()));
+        let carver = Carver::new(cidrs.collect::<Result<_, _>>()?);
+        let carver = carver.map_err(|error| format!("cluster.cidrs: {error}"))?;
+        Ok(ClusterConfig {
+            id,
+            key_file: key_file.unwrap_or_else(|| store.usual_key_file(state_dir)),
+            carver,
+        })
     }
 }
 
@@ -112,76 +151,6 @@ impl Cidr {
     }
 }
 
-#[derive(Debug, Default, Deserialize, PartialEq)]
-#[serde(rename_all = "lowercase")]
-enum Kind {
-    #[default]
-    Sqlite,
-    Etcd,
-    Kubernetes,
-    Static,
-}
-
-impl Kind {
-    fn name(&self) -> &'static str {
-        match self {
-            Self::Sqlite => "sqlite",
-            Self::Etcd => "etcd",
-            Self::Kubernetes => "kubernetes",
-            Self::Static => "static",
-        }
-    }
-}
-
-/// `store.mode`.
-#[derive(Debug, Clone, Copy, Deserialize)]
-enum Chooser {
-    #[serde(rename = "weft-ipam")]
-    WeftIpam,
-    #[serde(rename = "node-podcidr")]
-    NodePodCidr,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct Store {
-    r#type: Kind,
-    path: PathBuf,
-    endpoints: Vec<String>,
-    prefix: Option<String>,
-    ca_file: Option<PathBuf>,
-    cert_file: Option<PathBuf>,
-    key_file: Option<PathBuf>,
-    user: Option<String>,
-    password_file: Option<PathBuf>,
-    mode: Option<Chooser>,
-    kubeconfig: Option<PathBuf>,
-    namespace: Option<String>,
-    subnets: Vec<Subnet>,
-    lease_ttl: Span,
-}
-
-impl Default for Store {
-    fn default() -> Self {
-        Self {
-            r#type: Kind::Sqlite,
-            path: "/var/lib/weft/store.db".into(),
-            endpoints: Vec::new(),
-            prefix: None,
-            ca_file: None,
-            cert_file: None,
-            key_file: None,
-            user: None,
-            password_file: None,
-            mode: None,
-            kubeconfig: None,
-            namespace: None,
-            subnets: Vec::new(),
-            lease_ttl: Span(Duration::from_secs(3600)),
-        }
-    }
-}
-
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct Gossip {
@@ -202,6 +171,14 @@ impl Default for Gossip {
     }
 }
 
+impl Gossip {
+    fn resolve(self) -> Result<GossipConfig, String> {
+        let Self { listen_port: port, seeds, advertise, probe_interval: Span(probe_interval) } = self;
+        not_zero("gossip.listen_port", port)?;
+        Ok(GossipConfig { port, seeds, advertise: advertised(advertise)?, probe_interval })
+    }
+}
+
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct Underlay {
@@ -211,6 +188,18 @@ struct Underlay {
     #[serde(skip)]
     of_cluster: bool,
     mtu: Option<u32>,
+}
+
+impl Underlay {
+    fn resolve(self) -> Result<UnderlayConfig, String> {
+        let Self { device, address: addresses, of_cluster, mtu } = self;
+        check_mtu("underlay.mtu", mtu)?;
+        let v4 = addresses.iter().filter(|address| address.is_ipv4()).count();
+        if v4 > 1 || addresses.len() - v4 > 1 {
+            return Err("underlay.address takes at most one IPv4 and one IPv6 address".into());
+        }
+        Ok(UnderlayConfig { device, addresses, of_cluster, mtu })
+    }
 }
 
 #[derive(Debug, Default, Clone, Copy, Deserialize)]
@@ -235,6 +224,23 @@ struct Overlay {
 impl Default for Overlay {
     fn default() -> Self {
         Self { vni: 1, port: 8472, direct_routing: false, tx_checksum: Checksum::Auto, mtu: None }
+    }
+}
+
+impl Overlay {
+    fn resolve(self) -> Result<OverlayConfig, String> {
+        let Self { vni, port, direct_routing, tx_checksum, mtu } = self;
+        if vni == 0 || vni >= 1 << 24 {
+            return Err(format!("overlay.vni {vni} is out of range: use 1 to 16777215"));
+        }
+        not_zero("overlay.port", port)?;
+        check_mtu("overlay.mtu", mtu)?;
+        let tx_checksum = match tx_checksum {
+            Checksum::Auto => TxChecksum::Auto,
+            Checksum::On => TxChecksum::On,
+            Checksum::Off => TxChecksum::Off,
+        };
+        Ok(OverlayConfig { vni, port, direct_routing, tx_checksum, mtu })
     }
 }
 
@@ -264,6 +270,28 @@ impl Default for Encrypt {
     }
 }
 
+impl Encrypt {
+    fn resolve(self) -> Result<EncryptionConfig, String> {
+        let Self { policy, tunnels, implementation, port, detour_port, rotate_after, preshared } = self;
+        let beside = if port == u16::MAX { u16::MAX - 1 } else { port + 1 };
+        let detour_port = detour_port.unwrap_or(beside);
+        if detour_port == port {
+            return Err("encryption.detour_port must be another than encryption.port".into());
+        }
+        not_zero("encryption.detour_port", detour_port)?;
+        not_zero("encryption.port", port)?;
+        Ok(EncryptionConfig {
+            policy,
+            tunnels: tunnels || policy != Encryption::Never,
+            implementation,
+            port,
+            detour_port,
+            rotate_after: rotate_after.0,
+            preshared,
+        })
+    }
+}
+
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct Relay {
@@ -280,7 +308,8 @@ impl Default for Relay {
 }
 
 impl Relay {
-    fn resolve(self) -> Result<Option<RelayLimits>, String> {
+    /// Resolves it for a node that uses these ports for something else.
+    fn resolve(self, used: &[u16]) -> Result<Option<RelayLimits>, String> {
         let Self { enabled, ports, pair_mbit, total_mbit } = self;
         let bound = |text: &str| text.trim().parse::<u16>().ok().filter(|port| *port > 0);
         let range = ports.split_once('-').and_then(|(first, last)| Some(bound(first)?..=bound(last)?));
@@ -291,12 +320,18 @@ impl Relay {
         if pair_mbit == 0 || total_mbit == 0 {
             return Err("relay.pair_mbit and relay.total_mbit must be above 0; set relay.enabled = false to relay for nobody".into());
         }
+        if !enabled {
+            return Ok(None);
+        }
+        if let Some(port) = used.iter().find(|port| ports.contains(port)) {
+            return Err(format!(
+                "relay.ports {}-{} contains port {port}, which weft uses for something else; choose another range",
+                ports.start(),
+                ports.end()
+            ));
+        }
         let bytes = |mbit: u64| mbit.saturating_mul(125_000);
-        Ok(enabled.then_some(RelayLimits {
-            ports,
-            pair_bytes: bytes(pair_mbit),
-            total_bytes: bytes(total_mbit),
-        }))
+        Ok(Some(RelayLimits { ports, pair_bytes: bytes(pair_mbit), total_bytes: bytes(total_mbit) }))
     }
 }
 
@@ -335,6 +370,19 @@ struct Metrics {
 impl Default for Metrics {
     fn default() -> Self {
         Self { listen: "127.0.0.1:7118".into() }
+    }
+}
+
+impl Metrics {
+    fn resolve(self) -> Result<Option<SocketAddr>, String> {
+        match self.listen.as_str() {
+            "off" => Ok(None),
+            text => text.parse().map(Some).map_err(|_| {
+                format!(
+                    "metrics.listen {text:?} is no address with a port: write \"127.0.0.1:7118\", or \"off\""
+                )
+            }),
+        }
     }
 }
 
@@ -432,84 +480,6 @@ fn distance(from: &str, to: &str) -> usize {
     row[to.len()]
 }
 
-impl Store {
-    fn resolve(self, node: &NodeName) -> Result<StoreKind, String> {
-        let only = [
-            ("endpoints", !self.endpoints.is_empty(), Kind::Etcd),
-            ("prefix", self.prefix.is_some(), Kind::Etcd),
-            ("ca_file", self.ca_file.is_some(), Kind::Etcd),
-            ("cert_file", self.cert_file.is_some(), Kind::Etcd),
-            ("key_file", self.key_file.is_some(), Kind::Etcd),
-            ("user", self.user.is_some(), Kind::Etcd),
-            ("password_file", self.password_file.is_some(), Kind::Etcd),
-            ("mode", self.mode.is_some(), Kind::Kubernetes),
-            ("kubeconfig", self.kubeconfig.is_some(), Kind::Kubernetes),
-            ("namespace", self.namespace.is_some(), Kind::Kubernetes),
-            ("subnets", !self.subnets.is_empty(), Kind::Static),
-        ];
-        if let Some((key, _, kind)) = only.iter().find(|(_, given, kind)| *given && self.r#type != *kind) {
-            return Err(format!(
-                "store.{key} belongs to store.type = {:?}; remove it, or change the type",
-                kind.name()
-            ));
-        }
-        match self.r#type {
-            Kind::Sqlite => Ok(StoreKind::Sqlite(self.path)),
-            Kind::Etcd => self.etcd(node).map(StoreKind::Etcd),
-            Kind::Kubernetes => self.kubernetes(node).map(StoreKind::Kubernetes),
-            Kind::Static if self.subnets.is_empty() => Err(
-                "store.type = \"static\" needs the node's subnets: set store.subnets, for example [\"10.32.4.0/24\"]".into(),
-            ),
-            Kind::Static => Ok(StoreKind::Static(self.subnets)),
-        }
-    }
-
-    fn kubernetes(self, node: &NodeName) -> Result<KubernetesOptions, String> {
-        let options = KubernetesOptions {
-            kubeconfig: self.kubeconfig,
-            namespace: self.namespace.unwrap_or_else(|| "weft-system".into()),
-            node: node.clone(),
-            mode: match self.mode {
-                None | Some(Chooser::WeftIpam) => Mode::WeftIpam,
-                Some(Chooser::NodePodCidr) => Mode::NodePodCidr,
-            },
-        };
-        options.check().map_err(|error| error.to_string())?;
-        Ok(options)
-    }
-
-    fn etcd(self, node: &NodeName) -> Result<EtcdOptions, String> {
-        let both = |first: &str, second: &str| {
-            format!("store.{first} needs store.{second} too: set both, or neither")
-        };
-        let identity = match (self.cert_file, self.key_file) {
-            (Some(cert), Some(key)) => Some((cert, key)),
-            (None, None) => None,
-            (Some(_), None) => return Err(both("cert_file", "key_file")),
-            (None, Some(_)) => return Err(both("key_file", "cert_file")),
-        };
-        let user = match (self.user, self.password_file) {
-            (Some(user), Some(file)) => Some((user, file)),
-            (None, None) => None,
-            (Some(_), None) => return Err(both("user", "password_file")),
-            (None, Some(_)) => return Err(both("password_file", "user")),
-        };
-        let endpoints =
-            self.endpoints.iter().map(|text| text.parse()).collect::<Result<_, EtcdOptionsError>>();
-        let options = EtcdOptions {
-            endpoints: endpoints.map_err(|error| error.to_string())?,
-            prefix: self.prefix.unwrap_or_else(|| "/weft".into()),
-            ca_file: self.ca_file,
-            identity,
-            user,
-            node: node.clone(),
-            abandon_after: ABANDON_LEAST.max(self.lease_ttl.0 * 24),
-        };
-        options.check().map_err(|error| error.to_string())?;
-        Ok(options)
-    }
-}
-
 impl Raw {
     /// Puts what the environment says in the place of what the text says.
     pub(super) fn replace(&mut self, overrides: Overrides) {
@@ -523,141 +493,45 @@ impl Raw {
 
     /// Checks what a single value cannot tell; an error is one sentence.
     pub(super) fn resolve(self, host: &str) -> Result<Config, String> {
-        let name = match self.node.name {
-            Some(name) => name,
-            None => host.to_ascii_lowercase().parse::<NodeName>().map_err(|_| {
-                format!("the host name {host:?} is no node name; set node.name to 1 to 63 of a-z, 0-9, '-' and '.'")
-            })?,
-        };
-        if self.cluster.id.is_empty() || self.cluster.id.len() > 64 {
-            return Err("cluster.id must have 1 to 64 bytes".into());
-        }
-        let elsewhere = matches!(self.store.mode, Some(Chooser::NodePodCidr));
-        let cidrs = self.cluster.cidrs.into_iter().map(|cidr| cidr.resolve(elsewhere));
-        let carver = Carver::new(cidrs.collect::<Result<_, _>>()?);
-        let carver = carver.map_err(|error| format!("cluster.cidrs: {error}"))?;
-        // Where a Secret names the keys the daemon writes the file, beside what else it remembers.
-        let key_file = self.cluster.key_file.unwrap_or_else(|| match self.store.r#type {
-            Kind::Kubernetes => self.node.state_dir.join("cluster.key"),
-            Kind::Sqlite | Kind::Etcd | Kind::Static => "/etc/weft/cluster.key".into(),
-        });
-        let lease_ttl = self.store.lease_ttl.0;
-        let kind = self.store.resolve(&name)?;
-        if let StoreKind::Static(subnets) = &kind
-            && let Some(outside) = subnets.iter().find(|subnet| !carver.allows(**subnet))
-        {
-            return Err(format!(
-                "store.subnets: {outside} is not inside cluster.cidrs, or is reserved there; choose a subnet of the cluster"
-            ));
-        }
-        if self.overlay.vni == 0 || self.overlay.vni >= 1 << 24 {
-            return Err(format!("overlay.vni {} is out of range: use 1 to 16777215", self.overlay.vni));
-        }
-        let beside = if self.encryption.port == u16::MAX { u16::MAX - 1 } else { self.encryption.port + 1 };
-        let detour_port = self.encryption.detour_port.unwrap_or(beside);
-        if detour_port == self.encryption.port {
-            return Err("encryption.detour_port must be another than encryption.port".into());
-        }
-        for (key, port) in [
-            ("encryption.detour_port", detour_port),
-            ("overlay.port", self.overlay.port),
-            ("gossip.listen_port", self.gossip.listen_port),
-            ("encryption.port", self.encryption.port),
-        ] {
-            if port == 0 {
-                return Err(format!("{key} must not be 0"));
+        let node = self.node.resolve(host)?;
+        let cluster = self.cluster.resolve(&self.store, &node.state_dir)?;
+        let store = self.store.resolve(&node.name, &cluster.carver)?;
+        let overlay = self.overlay.resolve()?;
+        let encryption = self.encryption.resolve()?;
+        let gossip = self.gossip.resolve()?;
+        let relay = match encryption.tunnels {
+            true => {
+                self.relay.resolve(&[gossip.port, overlay.port, encryption.port, encryption.detour_port])?
             }
-        }
-        let relay = self.relay.resolve()?.filter(|_| {
             // Nodes without tunnels know none that they could relay.
-            self.encryption.tunnels || self.encryption.policy != Encryption::Never
-        });
-        let ports = [self.gossip.listen_port, self.overlay.port, self.encryption.port, detour_port];
-        if let Some((relay, port)) = relay
-            .as_ref()
-            .and_then(|relay| Some((relay, ports.iter().find(|port| relay.ports.contains(port))?)))
-        {
-            return Err(format!(
-                "relay.ports {}-{} contains port {port}, which weft uses for something else; choose another range",
-                relay.ports.start(),
-                relay.ports.end()
-            ));
-        }
-        for (key, mtu) in [("underlay.mtu", self.underlay.mtu), ("overlay.mtu", self.overlay.mtu)] {
-            if let Some(mtu) = mtu.filter(|mtu| !(MTU_MIN..=MTU_MAX).contains(mtu)) {
-                return Err(format!("{key} {mtu} is out of range: use {MTU_MIN} to {MTU_MAX}"));
-            }
-        }
-        if let Some((node, weight)) = self.site.gateways.iter().find(|(_, weight)| **weight > MAX_WEIGHT) {
-            return Err(format!(
-                "site.gateways: {node} has weight {weight}: use 0 to {MAX_WEIGHT}, 0 to drain it"
-            ));
-        }
-        let v4 = self.underlay.address.iter().filter(|address| address.is_ipv4()).count();
-        if v4 > 1 || self.underlay.address.len() - v4 > 1 {
-            return Err("underlay.address takes at most one IPv4 and one IPv6 address".into());
-        }
-        let metrics = match self.metrics.listen.as_str() {
-            "off" => None,
-            text => Some(text.parse().map_err(|_| {
-                format!(
-                    "metrics.listen {text:?} is no address with a port: write \"127.0.0.1:7118\", or \"off\""
-                )
-            })?),
+            false => self.relay.resolve(&[])?.and(None),
         };
         Ok(Config {
-            node: NodeConfig {
-                name,
-                site: self.node.site,
-                state_dir: self.node.state_dir,
-                socket: self.node.socket,
-                instance: None,
-            },
-            site: SiteConfig {
-                key: self.site.key,
-                key_file: self.site.key_file,
-                gateways: self.site.gateways,
-            },
-            cluster: ClusterConfig { id: self.cluster.id, key_file, carver },
-            store: StoreConfig { kind, lease_ttl },
-            gossip: GossipConfig {
-                port: self.gossip.listen_port,
-                seeds: self.gossip.seeds,
-                advertise: advertised(self.gossip.advertise)?,
-                probe_interval: self.gossip.probe_interval.0,
-            },
-            underlay: UnderlayConfig {
-                device: self.underlay.device,
-                addresses: self.underlay.address,
-                of_cluster: self.underlay.of_cluster,
-                mtu: self.underlay.mtu,
-            },
-            overlay: OverlayConfig {
-                vni: self.overlay.vni,
-                port: self.overlay.port,
-                direct_routing: self.overlay.direct_routing,
-                tx_checksum: match self.overlay.tx_checksum {
-                    Checksum::Auto => TxChecksum::Auto,
-                    Checksum::On => TxChecksum::On,
-                    Checksum::Off => TxChecksum::Off,
-                },
-                mtu: self.overlay.mtu,
-            },
-            encryption: EncryptionConfig {
-                policy: self.encryption.policy,
-                tunnels: self.encryption.tunnels || self.encryption.policy != Encryption::Never,
-                implementation: self.encryption.implementation,
-                port: self.encryption.port,
-                detour_port,
-                rotate_after: self.encryption.rotate_after.0,
-                preshared: self.encryption.preshared,
-            },
-            relay,
+            site: self.site.resolve()?,
+            underlay: self.underlay.resolve()?,
+            metrics: self.metrics.resolve()?,
             masquerade: MasqueradeConfig { enabled: self.masquerade.enabled, except: self.masquerade.except },
             pods: PodsConfig { reserved: self.pods.reserved, hairpin: self.pods.hairpin },
-            metrics,
             log: LogConfig { json: self.log.format == Format::Json, filter: self.log.filter },
+            node,
+            cluster,
+            store,
+            gossip,
+            overlay,
+            encryption,
+            relay,
         })
+    }
+}
+
+fn not_zero(key: &str, port: u16) -> Result<(), String> {
+    if port == 0 { Err(format!("{key} must not be 0")) } else { Ok(()) }
+}
+
+fn check_mtu(key: &str, mtu: Option<u32>) -> Result<(), String> {
+    match mtu.filter(|mtu| !(MTU_MIN..=MTU_MAX).contains(mtu)) {
+        Some(mtu) => Err(format!("{key} {mtu} is out of range: use {MTU_MIN} to {MTU_MAX}")),
+        None => Ok(()),
     }
 }
 

@@ -27,6 +27,7 @@ impl Control {
     /// Puts together what a pass reads, but for the pods: the shell adds them at the last moment.
     pub(super) fn inputs(&mut self, now: Instant) -> Inputs {
         self.note_heard_sites(now);
+        self.note_pairless(now);
         let peers = self.planned_peers(now);
         self.remember_peers(&peers);
         let detour = self.own_detour(&peers, now);
@@ -79,6 +80,7 @@ impl Control {
             carrier: self.carrier(),
             detour: None,
             preshared: self.config.encryption.preshared.then(|| self.mesh.ring().clone()),
+            pairs: self.announced_pair_secrets(),
         }
     }
 
@@ -233,7 +235,9 @@ impl Control {
             vxlan_port: self.config.overlay.port,
             mtu: u16::try_from(underlay.mtu).unwrap_or(u16::MAX),
             capabilities,
-            keys: self.mesh.ring().ids().collect(),
+            // The mesh says these.
+            keys: Vec::new(),
+            follows: None,
             certificate: None,
             gateway: self.config.site.gateways.get(name).copied(),
             tunnel: self.tunnel_facts(),

@@ -5,17 +5,22 @@
 //! path is used once authentic packets came by it. Invariants: everything that is remembered is bounded by the number of members;
 //! a peer is said at most one call and one request a second.
 
+mod observers;
+mod party;
+mod places;
 mod reach;
 mod relays;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use weft_wire::mesh::{PathWord, TunnelMapping, TunnelReach};
-use weft_wire::types::{NodeName, SiteName, TunnelKey};
+use weft_wire::types::NodeName;
 
 use crate::tunnel::{Candidate, Keep, Rank};
+pub use party::{Act, Parties, Party, Seen};
+use places::{direct, is_hopeless, is_known_at, kernel_way};
 pub use reach::Observations;
 pub use relays::GivenUp;
 use relays::{Grant, Relays};
@@ -45,97 +50,6 @@ const NAMED: Duration = Duration::from_secs(120);
 const REMEMBERED: Duration = Duration::from_secs(300);
 /// Between two times that a peer is told where its packets come from, while nothing changes.
 const TOLD: Duration = Duration::from_secs(240);
-
-/// A member, as far as paths are concerned.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Party {
-    /// Its name.
-    pub node: NodeName,
-    /// Its site.
-    pub site: SiteName,
-    /// Whether it answers gossip.
-    pub alive: bool,
-    /// Its addresses.
-    pub addresses: Vec<IpAddr>,
-    /// Unsolicited gossip does not reach it.
-    pub behind: bool,
-    /// The key and port of its tunnels.
-    pub tunnel: Option<(TunnelKey, u16)>,
-    /// What it says of how it is reached.
-    pub reach: TunnelReach,
-    /// The round trip of gossip with it.
-    pub rtt: Option<Duration>,
-}
-
-impl Party {
-    /// Whether its addresses are of no use to other sites.
-    pub fn is_translated(&self) -> bool {
-        self.reach.mapping.translates() || !self.reach.reflexive.is_empty()
-    }
-
-    /// Whether it can be asked for help: packets that it did not ask for seem to reach it.
-    pub fn is_open(&self) -> bool {
-        !self.behind && !self.is_translated()
-    }
-
-    fn tunnels(&self) -> Vec<SocketAddr> {
-        let Some((_, port)) = self.tunnel else { return Vec::new() };
-        self.addresses.iter().map(|address| SocketAddr::new(*address, port)).collect()
-    }
-}
-
-/// Who is in the mesh.
-pub trait Parties {
-    /// Returns this node.
-    fn own(&self) -> Party;
-    /// Returns a member that lives and has tunnels.
-    fn party(&self, node: &NodeName) -> Option<Party>;
-    /// Returns all of them, in no order.
-    fn all(&self) -> Vec<Party>;
-}
-
-/// How a peer's tunnel is, whoever carries it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Seen {
-    /// The peer.
-    pub node: NodeName,
-    /// Where its packets go.
-    pub endpoint: SocketAddr,
-    /// There is a session.
-    pub ready: bool,
-    /// Packets wait for one.
-    pub waits: bool,
-    /// Bytes that were sent and received.
-    pub sent: u64,
-    /// The same, received.
-    pub received: u64,
-}
-
-/// What is to be done.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Act {
-    /// Say this to a member.
-    Say(NodeName, PathWord),
-    /// The peer may be reached at these places; with `trial` they are tried at once.
-    Candidates {
-        /// The peer.
-        node: NodeName,
-        /// Its key.
-        key: TunnelKey,
-        /// The places.
-        places: Vec<Candidate>,
-        /// How long mappings are kept.
-        keep: Keep,
-        /// Whether to try them.
-        trial: bool,
-    },
-    /// Have a session with the peer, that it can say where this node's packets come from.
-    Want(NodeName, TunnelKey),
-    /// What the record says of how this node is reached has changed.
-    Announce,
-    /// What the plan takes for a peer's endpoint has changed.
-    Ways,
-}
 
 /// A peer that needed a path.
 #[derive(Debug, Default)]
@@ -471,62 +385,6 @@ impl Paths {
         acts.push(Act::Candidates { node: party.node.clone(), key, places, keep, trial });
     }
 
-    /// Has sessions with two open nodes of other sites as long as it is not known that nothing stands before this node.
-    fn choose_observers(
-        &mut self,
-        seen: &[Seen],
-        own: &Party,
-        parties: &impl Parties,
-        now: Instant,
-        acts: &mut Vec<Act>,
-    ) {
-        self.mute.retain(|_, since| now.duration_since(*since) < REMEMBERED);
-        let needed = if self.reach(own).mapping == TunnelMapping::None { 0 } else { 2 };
-        let ready: BTreeSet<&NodeName> =
-            seen.iter().filter(|look| look.ready).map(|look| &look.node).collect();
-        let mute = &mut self.mute;
-        self.observers.retain(|node, since| {
-            let open = parties.party(node).is_some_and(|party| party.is_open());
-            let late = !ready.contains(node) && now.duration_since(*since) >= CALLED;
-            if late {
-                mute.insert(node.clone(), now);
-            }
-            open && !late
-        });
-        while self.observers.len() > needed {
-            self.observers.pop_last();
-        }
-        let relayed = |look: &&Seen| self.relay_at(&look.node, look.endpoint).is_none();
-        let mut others: Vec<Party> = seen
-            .iter()
-            .filter(relayed)
-            .filter(|look| !self.observers.contains_key(&look.node) && !self.mute.contains_key(&look.node))
-            .filter(|_| self.observers.len() < needed)
-            .filter_map(|look| parties.party(&look.node))
-            .filter(|party| party.site != own.site && party.is_open())
-            .collect();
-        // Those that are known to be open, then those that there is a session with, then anyone, not the same for all nodes.
-        others.sort_by_key(|party| {
-            let known = party.reach.mapping == TunnelMapping::None;
-            (!known, !ready.contains(&party.node), relays::mix(&own.node, &party.node))
-        });
-        for party in others.into_iter().take(needed.saturating_sub(self.observers.len())) {
-            self.observers.insert(party.node, now);
-        }
-        for node in self.observers.keys() {
-            let Some(party) = parties.party(node) else { continue };
-            let Some((key, _)) = party.tunnel else { continue };
-            if !ready.contains(node) {
-                acts.push(Act::Want(node.clone(), key));
-            }
-            let places = party.tunnels().into_iter().map(|at| Candidate { rank: Rank::Direct, at }).collect();
-            if !self.pairs.contains_key(node) {
-                let keep = Keep::Always;
-                acts.push(Act::Candidates { node: node.clone(), key, places, keep, trial: false });
-            }
-        }
-    }
-
     /// Chooses what the plan takes for the endpoints of peers whose records do not say where they are.
     fn set_ways(
         &mut self,
@@ -555,79 +413,6 @@ impl Paths {
             acts.push(Act::Ways);
         }
     }
-}
-
-/// Whether an endpoint is where a party's record says that it is.
-fn is_known_at(party: &Party, endpoint: SocketAddr) -> bool {
-    if party.is_translated() {
-        party.reach.reflexive.contains(&endpoint)
-    } else {
-        party.tunnels().contains(&endpoint)
-    }
-}
-
-/// Whether no packet of one can come through what stands before the other: both expect another port than the one that the other's
-/// packets come from.
-fn is_hopeless(own: &Party, party: &Party) -> bool {
-    own.reach.mapping == TunnelMapping::Dependent && party.reach.mapping == TunnelMapping::Dependent
-}
-
-/// Returns the places where a peer may be reached without help, the best first.
-fn direct(
-    own: &Party,
-    mine: &TunnelReach,
-    party: &Party,
-    named: impl Iterator<Item = SocketAddr>,
-) -> Vec<SocketAddr> {
-    let families: BTreeSet<bool> = own.addresses.iter().map(IpAddr::is_ipv4).collect();
-    let mut places = Vec::new();
-    let translated =
-        |at: &SocketAddr| party.reach.reflexive.iter().any(|other| other.is_ipv4() == at.is_ipv4());
-    // A private address of another site is a way to it only within the same network: then both seem to be at one address.
-    let neighbours =
-        party.reach.reflexive.iter().any(|theirs| mine.reflexive.iter().any(|ours| ours.ip() == theirs.ip()));
-    let mut addresses: Vec<_> =
-        party.tunnels().into_iter().filter(|at| neighbours || !translated(at)).collect();
-    // Where IPv4 is translated at either end, IPv6 has the better prospects.
-    let behind = |v4: bool| mine.reflexive.iter().any(|at| at.is_ipv4() == v4);
-    addresses.sort_by_key(|at| (behind(at.is_ipv4()), !at.is_ipv4()));
-    places.extend(addresses);
-    places.extend(party.reach.reflexive.iter().copied());
-    places.extend(named);
-    let mut known = BTreeSet::new();
-    places.retain(|at| families.contains(&at.is_ipv4()) && known.insert(*at) && is_usable(at));
-    places
-}
-
-/// Whether packets may be sent there because a peer says so: to a port of one host that is not this one.
-fn is_usable(at: &SocketAddr) -> bool {
-    let broadcast = matches!(at.ip(), IpAddr::V4(ip) if ip.is_broadcast());
-    at.port() > 0
-        && !at.ip().is_loopback()
-        && !at.ip().is_unspecified()
-        && !at.ip().is_multicast()
-        && !broadcast
-}
-
-/// Chooses the one path that the kernel is given: the next one as long as the present one is not answered.
-fn kernel_way(
-    look: &Seen,
-    pair: &Pair,
-    direct: &[SocketAddr],
-    present: Option<SocketAddr>,
-    now: Instant,
-) -> Option<SocketAddr> {
-    let relays = pair.grants.iter().flat_map(|grant| grant.places.iter().copied());
-    let all: Vec<SocketAddr> = direct.iter().copied().chain(relays).collect();
-    let present = present.filter(|present| all.contains(present));
-    let Some(since) = pair.needs else {
-        return Some(present.unwrap_or(look.endpoint)).filter(|at| all.contains(at)).or(all.first().copied());
-    };
-    // A relay that was granted while the pair needs a path is the path.
-    let granted = pair.grants.last().filter(|grant| grant.at >= since).and_then(|grant| grant.places.first());
-    let turn = now.duration_since(since).as_millis() / PUNCH.as_millis();
-    let next = all.get(usize::try_from(turn).unwrap_or(0) % all.len().max(1)).copied();
-    granted.copied().or(next)
 }
 
 #[cfg(test)]

@@ -6,6 +6,10 @@
 //! end sends by it as soon as there is a session (`plan::desired`), and both take packets from both ways all the time. Once all
 //! do, the key that nobody uses any more is replaced, and everybody goes back in the same manner.
 //!
+//! A change begins when no other is seen under way, since the key of a detour must not change while packets take it: in user
+//! space the next key is that of the detour, and a pair that is on another's detour already would lose what is sent there.
+//! Changes that begin before they can have heard of each other find no packets on any detour.
+//!
 //! Pure. Invariants: a node has at most two keys in force; what waits for peers is bounded; the detour outlasts its use.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,6 +27,9 @@ use crate::state::RememberedPeer;
 const CALM: Duration = Duration::from_secs(3);
 /// So long peers have to come by the detour. Two kernels that ask each other at once ask again after five seconds.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// So long a change waits for those of others: for two that take as long as one can. Who died in the middle holds up nobody for
+/// ever.
+const TURN: Duration = Duration::from_secs(150);
 /// So long a detour stays after it was preferred last: sessions on the usual way come up meanwhile.
 const LINGER: Duration = Duration::from_secs(15);
 /// Between two looks whether peers have followed.
@@ -55,6 +62,8 @@ pub(super) struct Told {
 #[derive(Debug, Default)]
 pub(super) struct Rotation {
     keys: Option<OwnKeys>,
+    /// Since when the next key waits for the changes of others to be over.
+    waiting: Option<Instant>,
     /// Since when the detour is preferred.
     since: Option<Instant>,
     /// Since when nothing is pending.
@@ -74,12 +83,14 @@ impl Rotation {
     pub(super) fn new(keys: Option<OwnKeys>, was_open: bool, now: Instant) -> Self {
         let mut rotation = Self { keys, ..Self::default() };
         let Some(keys) = keys else { return rotation };
-        if keys.next.is_some() {
+        if keys.next.is_some() && was_open {
             rotation.since = Some(now);
+        } else if keys.next.is_some() {
+            rotation.waiting = Some(now);
         } else if was_open {
             rotation.preferred = Some(now);
         }
-        rotation.heir = keys.next;
+        rotation.heir = keys.next.filter(|_| was_open);
         // What the last daemon told is still so: peers that heard otherwise would close the detour while it is in use.
         let detour = match keys.carrier {
             Carrier::Kernel => Some(keys.spare),
@@ -103,6 +114,34 @@ impl Rotation {
     fn own_open(&self, now: Instant) -> bool {
         self.prefers() || self.preferred.is_some_and(|at| now < at + LINGER)
     }
+
+    /// Takes which peers prefer their detours.
+    fn note_preferences(&mut self, peers: &BTreeMap<NodeName, RememberedPeer>, now: Instant) {
+        let prefers = |facts: &TunnelFacts| facts.detour.as_ref().is_some_and(|detour| detour.preferred);
+        for (node, _) in peers.iter().filter(|(_, peer)| peer.peer.tunnel.as_ref().is_some_and(prefers)) {
+            self.peers.insert(node.clone(), now);
+        }
+        self.peers.retain(|node, at| now < *at + LINGER && peers.contains_key(node));
+    }
+
+    /// Begins the change that waits, if it is its turn.
+    fn take_turn(&mut self, now: Instant) {
+        let Some(asked) = self.waiting else { return };
+        // A session that is left from the last detour may be one that the peer has no longer.
+        let is_closed = self.told.is_none_or(|told| told.detour.is_none());
+        let is_quiet = self.peers.is_empty() && is_closed;
+        if is_quiet || now >= asked + TURN {
+            if !is_quiet {
+                warn!(
+                    others = self.peers.len(),
+                    "peers change their tunnel keys all the time, this node no longer waits"
+                );
+            }
+            self.waiting = None;
+            self.since = Some(now);
+            self.calm = None;
+        }
+    }
 }
 
 impl Control {
@@ -118,16 +157,16 @@ impl Control {
 
     /// Whether the key is changing, or the last change is not over yet: another one has to wait.
     pub fn is_rotating(&self, now: Instant) -> bool {
-        self.rotation.own_open(now)
+        self.rotation.waiting.is_some() || self.rotation.own_open(now)
     }
 
-    /// Goes over to another key of the tunnels, peers permitting at once. It must be on the disk as the next one, and the kernel's
+    /// Goes over to another key of the tunnels, as soon as peers permit. It must be on the disk as the next one, and the kernel's
     /// shell must have the secret. [`Output::TunnelKey`] tells when it is in force.
     pub fn rotate_tunnel_key(&mut self, next: TunnelKey, now: Instant) {
         let Some(keys) = &mut self.rotation.keys else { return };
         keys.next = Some(next);
-        self.rotation.since = Some(now);
-        self.rotation.calm = None;
+        self.rotation.since = None;
+        self.rotation.waiting = Some(now);
         self.wake(now);
     }
 
@@ -157,8 +196,10 @@ impl Control {
         now: Instant,
     ) -> Option<OwnDetour> {
         let keys = self.rotation.keys?;
-        let facts = |peer: &'_ RememberedPeer| peer.peer.tunnel.clone();
-        let kernels = peers.values().filter_map(facts).any(|facts| facts.carrier == Some(Carrier::Kernel));
+        self.rotation.note_preferences(peers, now);
+        self.rotation.take_turn(now);
+        let mut facts = peers.values().filter_map(|peer| peer.peer.tunnel.as_ref());
+        let kernels = facts.any(|facts| facts.carrier == Some(Carrier::Kernel));
         if self.rotation.prefers() && keys.carrier == Carrier::UserSpace && !kernels {
             // Everybody takes packets under both keys.
             self.use_next_tunnel_key(now);
@@ -168,15 +209,10 @@ impl Control {
         if rotation.prefers() {
             rotation.preferred = Some(now);
         }
-        let prefers = |facts: TunnelFacts| facts.detour.is_some_and(|detour| detour.preferred);
-        for (node, _) in peers.iter().filter(|(_, peer)| facts(peer).is_some_and(prefers)) {
-            rotation.peers.insert(node.clone(), now);
-        }
-        rotation.peers.retain(|node, at| now < *at + LINGER && peers.contains_key(node));
         let own = rotation.own_open(now);
         let detour = match keys.carrier {
             Carrier::UserSpace => {
-                rotation.heir = keys.next.or(rotation.heir).filter(|_| own);
+                rotation.heir = keys.next.filter(|_| rotation.prefers()).or(rotation.heir).filter(|_| own);
                 rotation.heir.map(|key| (key, BTreeSet::new()))
             }
             Carrier::Kernel if own => Some((keys.spare, peers.keys().cloned().collect())),
@@ -229,8 +265,9 @@ impl Control {
                 self.use_next_tunnel_key(now);
             }
         }
-        if open || self.rotation.prefers() {
-            let look = if pending > 0 || self.rotation.prefers() { LOOK } else { LINGER_LOOK };
+        let hurries = self.rotation.prefers() || self.rotation.waiting.is_some();
+        if open || hurries {
+            let look = if pending > 0 || hurries { LOOK } else { LINGER_LOOK };
             let due = now + look;
             self.pass.due = Some(self.pass.due.map_or(due, |earlier| earlier.min(due)));
         }
@@ -246,6 +283,7 @@ impl Control {
             key: told.key,
             port: encryption.port,
             preshared: if encryption.preshared { self.mesh.ring().ids().collect() } else { Vec::new() },
+            pairs: Vec::new(),
             carrier: Some(carrier),
             detour: told.detour.map(|(key, preferred)| Detour { key, port, preferred }),
         })

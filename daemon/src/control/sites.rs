@@ -9,7 +9,10 @@ use base64::prelude::BASE64_STANDARD as BASE64;
 use ipnet::IpNet;
 use tracing::{debug, info, warn};
 use weft_wire::invite::Token;
-use weft_wire::mesh::{JoinError, MemberState, MeshEvent, SiteStanding, SiteView, Trust, WordError};
+use weft_wire::mesh::{
+    Bound, JoinError, MOST_OF_SITE, MOST_UNCERTIFIED, MemberState, MeshEvent, SiteStanding, SiteView, Trust,
+    WordError,
+};
 use weft_wire::seal::{ClusterKey, KeyId, KeyRing};
 use weft_wire::site::SignedStatement;
 use weft_wire::types::{SiteName, Subnet};
@@ -44,7 +47,7 @@ impl Control {
     pub(super) fn recall_mesh_keys(&mut self, now: Instant) {
         if let Some(MeshKeys { version, ring }) = self.memory.mesh_keys.clone() {
             self.mesh.set_wanted_ring(version, ring.clone(), now);
-            self.follow_ring(ring, now);
+            self.follow_ring(version, ring, now);
         }
     }
 
@@ -93,8 +96,8 @@ impl Control {
 
     /// Returns where to look for other sites: only with the cluster key that they have.
     pub(super) fn other_sites_seeds(&self) -> Vec<SocketAddr> {
-        let wanted = self.memory.mesh_keys.as_ref().and_then(|keys| keys.ring.ids().next());
-        if wanted.is_some() && self.mesh.ring().ids().next() == wanted {
+        let wanted = self.memory.mesh_keys.as_ref().map(|keys| keys.ring.first());
+        if wanted == Some(self.mesh.ring().first()) {
             return self.memory.site_seeds.clone();
         }
         Vec::new()
@@ -133,7 +136,7 @@ impl Control {
             MeshEvent::RingWanted { version, ring } => {
                 self.memory.mesh_keys = Some(MeshKeys { version, ring: ring.clone() });
                 self.remember_first(true);
-                self.follow_ring(ring, now);
+                self.follow_ring(version, ring, now);
             }
             MeshEvent::JoinEnded(outcome) => self.handle_join_ended(outcome, now),
             MeshEvent::JoinRefused(sentence) => self.note_site_problem(sentence, now),
@@ -156,6 +159,7 @@ impl Control {
                 );
                 self.note_site_problem(sentence, now);
             }
+            MeshEvent::TooMany(bound) => self.note_site_problem(too_many(&bound), now),
             other => debug!(event = ?other, "event of the mesh"),
         }
     }
@@ -249,6 +253,22 @@ impl Control {
             view.iter().flat_map(|view| prefixes(view)).any(|prefix| prefix.covers(*subnet))
         };
         Some(peer.subnets.iter().all(covered))
+    }
+}
+
+fn too_many(bound: &Bound) -> String {
+    match bound {
+        Bound::Table => "the table of nodes is full, and others are not taken in: `weft peers` lists those that are known; \
+             give the cluster another key if somebody makes nodes up"
+            .into(),
+        Bound::Site(site) => format!(
+            "site {site} has as many nodes as a site may ({MOST_OF_SITE}, or fewer where several large ones share the room), and others \
+             of it are not taken in: expel it if it makes nodes up"
+        ),
+        Bound::Uncertified => format!(
+            "{MOST_UNCERTIFIED} nodes are known that no site has certified, and others are not taken in: somebody with the cluster key \
+             makes nodes up; `weft peers` lists them, and `weft site rekey` changes the key once who does it is out"
+        ),
     }
 }
 

@@ -159,6 +159,7 @@ impl Control {
             }
             (refuse, ..) => {
                 let why = refuse.unwrap_or(RelayRefusal::Unknown);
+                self.relay_refusals[why as usize] += 1;
                 let word = PathWord::RelayRefuse(peer.clone(), why);
                 self.act(vec![Act::Say(from.clone(), word)], now);
             }
@@ -174,6 +175,9 @@ impl Control {
         now: Instant,
     ) {
         self.set_relay_room(room, now);
+        if let Err(why) = outcome {
+            self.relay_refusals[why as usize] += 1;
+        }
         let say = |to: &Member, of: &Member| {
             let word = match outcome {
                 Ok(port) => PathWord::RelayGrant(of.node.clone(), port),
@@ -201,6 +205,11 @@ impl Control {
     /// Returns which relay packets to a peer go by.
     pub fn relay_of(&self, node: &NodeName, endpoint: std::net::SocketAddr) -> Option<&NodeName> {
         self.paths.relay_at(node, endpoint)
+    }
+
+    /// Returns how many times this node refused to relay for a pair, for each reason.
+    pub fn relay_refusals(&self) -> impl Iterator<Item = (RelayRefusal, u64)> {
+        RelayRefusal::ALL.into_iter().zip(self.relay_refusals)
     }
 
     /// Returns the relays that promised and did not carry.

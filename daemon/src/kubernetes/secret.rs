@@ -23,7 +23,7 @@ use super::events::{self, Reason, Remark};
 use super::follow::Answer;
 use super::trouble::{self, Ask, Subject, Troubles, sentence};
 use super::{DEADLINE, News, follow, node, permissions};
-use crate::node::{parse_ring, read_ring, write_ring};
+use crate::ring_file::{parse_ring, read_ring, write_ring};
 use crate::state;
 
 /// The Secret, and the key in it.

@@ -58,10 +58,10 @@ impl Node {
         match news {
             News::Keys(Ok(ring)) => {
                 cluster.keys = None;
-                cluster.first_key = ring.ids().next();
+                cluster.first_key = Some(ring.first());
                 // The word of the site comes before the Secret's: it is of the whole mesh.
                 if self.control.memory.mesh_keys.is_none() {
-                    self.control.follow_ring(ring, now);
+                    self.control.follow_ring(0, ring, now);
                 }
             }
             News::Keys(Err(sentence)) => {
@@ -130,8 +130,8 @@ impl Node {
         let used: Vec<_> = addresses.map(|net| net.addr()).collect();
         let config = &self.control.config;
         let mut remarks = cluster.remarks(config.node.name.as_str(), &used, config.underlay.of_cluster);
-        let wanted = self.control.memory.mesh_keys.as_ref().map(|keys| keys.ring.ids().next());
-        if cluster.first_key.is_some() && wanted.is_some_and(|wanted| wanted != cluster.first_key) {
+        let wanted = self.control.memory.mesh_keys.as_ref().map(|keys| keys.ring.first());
+        if cluster.first_key.is_some() && wanted.is_some() && wanted != cluster.first_key {
             let sentence = format!(
                 "Secret weft-cluster-key has other keys than the mesh of sites, so a new node of this cluster is not understood: replace its text by that of {}",
                 config.cluster.key_file.display()

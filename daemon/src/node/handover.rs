@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use super::{Ended, Node, worker};
-use crate::handover::{Heritage, Message, Talk, Tunnels};
+use crate::handover::{Heritage, Message, Relays, Talk, Tunnels};
 
 /// A daemon that is not at rest by then goes on.
 const REST: Duration = Duration::from_secs(15);
@@ -129,6 +129,7 @@ impl Node {
             local: Some(self.local),
             metrics: self.metrics,
             tunnels: tunnels.map_or(Tunnels::None, Tunnels::Running),
+            relay: self.relay.map_or(Relays::None, Relays::Running),
             talk: self.handing.map(|handing| handing.talk),
         })
     }

@@ -1,6 +1,5 @@
 //! Rotation of the cluster keys and of the node's own key. Each change is on the disk before it is used.
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
@@ -10,6 +9,7 @@ use weft_wire::seal::{ClusterKey, KeyRing};
 use weft_wire::types::TunnelKey;
 
 use super::{Node, worker};
+use crate::ring_file::write_ring;
 use crate::state::{self, StateError, TunnelPlace};
 
 /// After a rotation on schedule that failed, and between two because of a twin.
@@ -17,35 +17,6 @@ const RETRY: Duration = Duration::from_secs(60);
 /// So long peers have to follow a key of the tunnels before a person's word brings another: a session that is only being
 /// made has no place beside two that came after it.
 const FOLLOWED: Duration = Duration::from_secs(5);
-
-/// Reads the cluster keys: one of 64 hexadecimal digits a line, `#` starts a comment, the first one seals.
-pub(crate) fn read_ring(path: &Path) -> Result<KeyRing, String> {
-    let text = state::read_secret(path).map_err(|error| error.to_string())?.ok_or_else(|| {
-        format!(
-            "{} does not exist: make one with `weft cluster-key generate` and copy it to every node of the cluster",
-            path.display()
-        )
-    })?;
-    parse_ring(&text, &path.display().to_string())
-}
-
-/// Reads the text of cluster keys; `place` is where it is from.
-pub(crate) fn parse_ring(text: &str, place: &str) -> Result<KeyRing, String> {
-    let keys = text
-        .lines()
-        .enumerate()
-        .map(|(line, key)| (line + 1, key.split('#').next().unwrap_or_default().trim()))
-        .filter(|(_, key)| !key.is_empty())
-        .map(|(line, key)| key.parse::<ClusterKey>().map_err(|error| format!("{place}:{line}: {error}")))
-        .collect::<Result<Vec<_>, _>>()?;
-    KeyRing::new(keys).map_err(|error| format!("{place}: {error}"))
-}
-
-/// Replaces the file of cluster keys.
-pub(crate) fn write_ring(path: &Path, ring: &KeyRing) -> Result<(), StateError> {
-    let text: String = ring.keys().map(|key| key.to_secret_text() + "\n").collect();
-    state::replace(path, text.as_bytes())
-}
 
 impl Node {
     /// Writes the cluster keys that the control plane goes on with.

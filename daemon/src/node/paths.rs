@@ -63,15 +63,21 @@ impl Node {
             legs: status.legs.iter().flatten().map(ToString::to_string).collect(),
             forwarded: status.counts.forwarded,
             bytes: status.counts.bytes,
-            refused: status.counts.refused,
+            refused: status.counts.refused(),
+            handshakes: status.counts.handshakes,
         };
+        let count = |reason: &str, count| api::Count { reason: reason.into(), count };
         let counts = relay.counts();
+        let refusals = self.control.relay_refusals();
         Some(api::Relaying {
             room: relay.room().into(),
             pairs: relay.status().into_iter().map(pair).collect(),
             forwarded: counts.forwarded,
             bytes: counts.bytes,
-            refused: counts.refused,
+            refused: counts.refused(),
+            dropped: counts.refusals().map(|(why, messages)| count(why.label(), messages)).collect(),
+            handshakes: counts.handshakes,
+            refused_pairs: refusals.map(|(why, pairs)| count(why.label(), pairs)).collect(),
         })
     }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::oneshot;
 use tracing::info;
-use weft_wire::api::{Reply, Site, SiteRequest, Sites};
+use weft_wire::api::{PairSecret, Reply, Site, SiteRequest, Sites};
 use weft_wire::invite::Token;
 use weft_wire::mesh::{LONGEST_INVITATION, MemberState, SiteStanding, SiteView, Terms, Trust};
 use weft_wire::site::SiteKey;
@@ -14,6 +14,7 @@ use weft_wire::types::{NameError, NodeName, PublicKey, SiteName, Subnet};
 
 use super::Node;
 use crate::config::Config;
+use crate::control::PairView;
 use crate::state;
 
 /// Puts together how other sites are judged; nothing where the configuration names no key.
@@ -87,6 +88,17 @@ impl Node {
             sites: mesh.sites().map(shown).collect(),
             site,
         }
+    }
+
+    /// Returns which secrets this node shares with other sites, and with whom it does without.
+    pub(super) fn pair_secrets(&self) -> Vec<PairSecret> {
+        let shown = |view: PairView| PairSecret {
+            site: view.site.to_string(),
+            id: view.latest.as_ref().map(|secret| secret.id().to_string()).unwrap_or_default(),
+            generation: view.latest.as_ref().map_or(0, weft_wire::pair::PairSecret::generation),
+            without: view.without.iter().map(ToString::to_string).collect(),
+        };
+        self.control.pair_views().into_iter().map(shown).collect()
     }
 
     /// Returns what is wrong with other sites, for people.

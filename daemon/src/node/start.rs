@@ -1,32 +1,35 @@
 //! From a configuration to a running node, in the order that lets every mistake be told before anything changes.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::TcpListener;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
-use tracing::info;
+use tracing::{info, warn};
 use weft_ipam::pods::PodPool;
 use weft_ipam::store::{EtcdStore, KubernetesStore, SqliteStore, StaticStore, Store};
 
 use super::cluster::Cluster;
 use super::handover::OPEN_AFTER;
-use super::{Fatal, Inbox, Node, keys, pods, sites, worker};
+use super::{Fatal, Inbox, Node, pods, sites, worker};
 use crate::config::{Config, EncryptionConfig, StoreKind};
 use crate::control::{Control, OwnKeys, PROBE_PORT, Start};
 use crate::gossip::Sockets;
-use crate::handover::{self, Heritage, Talk, Tunnels as Inherited};
+use crate::handover::{self, Heritage, Relays, Talk, Tunnels as Inherited};
 use crate::journal::{self, Journal};
 use crate::kernel::linux::Linux;
 use crate::kernel::netlink::Conn;
 use crate::kernel::{Kernel as _, UnderlaySpec, monitor, preflight};
-use crate::kubernetes::Kubernetes;
+use crate::kubernetes::{Kubernetes, News};
 use crate::leases::Leases;
 use crate::metrics;
 use crate::plan::model::WIREGUARD;
 use crate::relay::Relay;
-use crate::server::{self, Door};
+use crate::ring_file::read_ring;
+use crate::server::{self, Call, Door};
 use crate::state::{self, StateDir, TunnelPlace};
 use crate::tunnel::{TunnelConfig, TunnelSecret};
 
@@ -105,6 +108,27 @@ fn fitting(config: &Config, heritage: Inherited, talk: Option<Talk>) -> (Inherit
     }
 }
 
+/// Returns the relay that the node is to have, with the pairs that are relayed for already.
+fn inherit_relay(
+    config: &Config,
+    heritage: Relays,
+    talk: Option<&Talk>,
+    now: Instant,
+) -> Result<Option<Relay>, Fatal> {
+    let Some(limits) = config.relay.clone() else { return Ok(None) };
+    let offered = matches!(heritage, Relays::Offered);
+    if let Relays::Running(relay) = heritage {
+        return Ok(Some(relay));
+    }
+    let mut relay = Relay::new(limits, now).map_err(fatal)?;
+    match talk.filter(|_| offered).map(Talk::take_relay) {
+        Some(Ok(pairs)) => relay.adopt(pairs, now),
+        Some(Err(error)) => warn!(err = %error, "what the earlier daemon relayed for finds another relay"),
+        None => {}
+    }
+    Ok(Some(relay))
+}
+
 /// Puts a node together. Must run inside the runtime that will run it.
 ///
 /// # Errors
@@ -114,10 +138,11 @@ pub async fn start(config: Config, origin: Origin) -> Result<Node, Fatal> {
     if let Some(sentence) = preflight::missing_capability() {
         return Err(Fatal(sentence));
     }
-    let ring = keys::read_ring(&config.cluster.key_file).map_err(Fatal)?;
+    let ring = read_ring(&config.cluster.key_file).map_err(Fatal)?;
     let trust = sites::trust(&config).map_err(Fatal)?;
     let (dir, heritage, waited_for) = open_state(&config.node.state_dir, origin)?;
-    let Heritage { local, metrics, tunnels, talk, .. } = heritage;
+    let Heritage { local, metrics, tunnels, relay, talk, .. } = heritage;
+    let relay = inherit_relay(&config, relay, talk.as_ref(), now)?;
     let waited_for = waited_for && local.is_some();
     let (tunnels, predecessor) = fitting(&config, tunnels, talk);
     let key = dir.node_key().map_err(fatal)?;
@@ -126,66 +151,15 @@ pub async fn start(config: Config, origin: Origin) -> Result<Node, Fatal> {
     memory.incarnation = memory.incarnation.saturating_add(1);
     dir.set_memory(&memory).map_err(fatal)?;
 
-    let spec = UnderlaySpec {
-        device: config.underlay.device.clone(),
-        addresses: config.underlay.addresses.clone(),
-        of_cluster: config.underlay.of_cluster,
-        mtu: config.underlay.mtu,
-    };
-    let kernel = Linux::open().map_err(|error| {
-        Fatal(format!("the kernel gives no netlink socket: {error}; weftd needs CAP_NET_ADMIN and nf_tables"))
-    })?;
-    let (kernel, tunnel) = match config.encryption.tunnels {
-        false => (kernel, None),
-        true => {
-            let read = |place| dir.tunnel_secret(place).map_err(fatal);
-            let (mut secret, next, spare) =
-                (read(TunnelPlace::Main)?, read(TunnelPlace::Next)?, read(TunnelPlace::Detour)?);
-            let tunnels = TunnelConfig {
-                device: WIREGUARD.into(),
-                port: config.encryption.port,
-                secret: secret.clone().expect("one is made where there is none"),
-                seed: state::random().map_err(fatal)?,
-            };
-            let EncryptionConfig { detour_port, implementation, .. } = config.encryption;
-            let mut kernel = kernel.with_tunnels(tunnels, detour_port, implementation);
-            if kernel.follows_user_space().map_err(fatal)? {
-                secret = Some(dir.new_tunnel_secret(TunnelPlace::Main).map_err(fatal)?);
-            }
-            for secret in [&secret, &next, &spare].into_iter().flatten() {
-                kernel.add_tunnel_secret(secret.clone());
-            }
-            let public = |secret: Option<TunnelSecret>| secret.map(|secret| secret.public());
-            let keys = public(secret).zip(public(spare)).map(|(main, spare)| OwnKeys {
-                main,
-                next: public(next),
-                spare,
-                carrier: kernel.carrier(),
-            });
-            (kernel, keys)
-        }
-    };
+    let (kernel, tunnel) = open_kernel(&config.encryption, &dir)?;
     let kernel = kernel.with_inherited(tunnels, dir.active_peers());
     let (kernel_done, kernel_inbox) = mpsc::channel(EVENTS);
-    let jobs = worker::spawn(Box::new(kernel), spec, kernel_done).map_err(fatal)?;
+    let jobs = worker::spawn(Box::new(kernel), underlay_spec(&config), kernel_done).map_err(fatal)?;
     let (changed, kernel_changed) = mpsc::channel(1);
     monitor::watch(changed).map_err(fatal)?;
 
-    let store: Box<dyn Store> = match &config.store.kind {
-        StoreKind::Sqlite(path) => Box::new(SqliteStore::open(path.clone())),
-        StoreKind::Etcd(options) => Box::new(EtcdStore::open(options.clone()).map_err(fatal)?),
-        StoreKind::Kubernetes(options) => Box::new(KubernetesStore::open(options.clone()).map_err(fatal)?),
-        StoreKind::Static(subnets) => Box::new(StaticStore::new(subnets.clone())),
-    };
-    let (cluster, news) = match &config.store.kind {
-        StoreKind::Kubernetes(options) => {
-            let client = options.client().await.map_err(fatal)?;
-            let (kubernetes, news) = Kubernetes::start(client, options, &config.cluster.key_file);
-            (Some(Cluster::new(kubernetes)), news)
-        }
-        // Nobody sends.
-        _ => (None, mpsc::channel(1).1),
-    };
+    let store = open_store(&config.store.kind)?;
+    let (cluster, news) = follow_cluster(&config).await?;
     let (store_done, store_inbox) = mpsc::channel(EVENTS);
     let leases = Leases::new(store, store_done);
 
@@ -196,15 +170,9 @@ pub async fn start(config: Config, origin: Origin) -> Result<Node, Fatal> {
     let (datagrams, datagram_inbox) = mpsc::channel(DATAGRAMS);
     let sockets = Sockets::new(config.gossip.port, datagrams);
     let (probes, probe_inbox) = mpsc::channel(EVENTS);
-    let (calls, call_inbox) = mpsc::channel(EVENTS);
     // Callers who waited for the hand-over wait until they can have an answer.
     let door = Door::new(!waited_for);
-    let metrics = config.metrics.and_then(|address| metrics::listen(address, metrics));
-    let local = server::listen(&config.node.socket, local).map_err(fatal)?;
-    if let Some(metrics) = &metrics {
-        metrics::serve(metrics.try_clone().map_err(fatal)?, door.clone(), calls.clone()).map_err(fatal)?;
-    }
-    server::serve(local.try_clone().map_err(fatal)?, door.clone(), calls).map_err(fatal)?;
+    let (local, metrics, call_inbox) = open_doors(&config, &door, local, metrics)?;
     let (take_over, take_overs) = mpsc::channel(1);
     super::handover::listen(&dir.file(handover::SOCKET), take_over);
     let inbox = Inbox {
@@ -222,7 +190,6 @@ pub async fn start(config: Config, origin: Origin) -> Result<Node, Fatal> {
     info!(node = %config.node.name, site = %config.node.site, incarnation = memory.incarnation, "weftd started");
     let seed = state::random().map_err(fatal)?;
     let rekey = now + config.encryption.rotate_after;
-    let relay = config.relay.clone().map(|limits| Relay::new(limits, now)).transpose().map_err(fatal)?;
     let start = Start { config, memory, boot, key, ring, tunnel, trust, seed };
     let control = Control::new(start, now);
     let mut node = Node {
@@ -257,6 +224,86 @@ pub async fn start(config: Config, origin: Origin) -> Result<Node, Fatal> {
     };
     node.pods_changed(now);
     Ok(node)
+}
+
+fn underlay_spec(config: &Config) -> UnderlaySpec {
+    UnderlaySpec {
+        device: config.underlay.device.clone(),
+        addresses: config.underlay.addresses.clone(),
+        of_cluster: config.underlay.of_cluster,
+        mtu: config.underlay.mtu,
+    }
+}
+
+/// Opens the kernel, with the keys of the tunnels where the node has any.
+fn open_kernel(encryption: &EncryptionConfig, dir: &StateDir) -> Result<(Linux, Option<OwnKeys>), Fatal> {
+    let kernel = Linux::open().map_err(|error| {
+        Fatal(format!("the kernel gives no netlink socket: {error}; weftd needs CAP_NET_ADMIN and nf_tables"))
+    })?;
+    if !encryption.tunnels {
+        return Ok((kernel, None));
+    }
+    let read = |place| dir.tunnel_secret(place).map_err(fatal);
+    let (mut secret, next, spare) =
+        (read(TunnelPlace::Main)?, read(TunnelPlace::Next)?, read(TunnelPlace::Detour)?);
+    let tunnels = TunnelConfig {
+        device: WIREGUARD.into(),
+        port: encryption.port,
+        secret: secret.clone().expect("one is made where there is none"),
+        seed: state::random().map_err(fatal)?,
+    };
+    let mut kernel = kernel.with_tunnels(tunnels, encryption.detour_port, encryption.implementation);
+    if kernel.follows_user_space().map_err(fatal)? {
+        secret = Some(dir.new_tunnel_secret(TunnelPlace::Main).map_err(fatal)?);
+    }
+    for secret in [&secret, &next, &spare].into_iter().flatten() {
+        kernel.add_tunnel_secret(secret.clone());
+    }
+    let public = |secret: Option<TunnelSecret>| secret.map(|secret| secret.public());
+    let keys = public(secret).zip(public(spare)).map(|(main, spare)| OwnKeys {
+        main,
+        next: public(next),
+        spare,
+        carrier: kernel.carrier(),
+    });
+    Ok((kernel, keys))
+}
+
+fn open_store(kind: &StoreKind) -> Result<Box<dyn Store>, Fatal> {
+    Ok(match kind {
+        StoreKind::Sqlite(path) => Box::new(SqliteStore::open(path.clone())),
+        StoreKind::Etcd(options) => Box::new(EtcdStore::open(options.clone()).map_err(fatal)?),
+        StoreKind::Kubernetes(options) => Box::new(KubernetesStore::open(options.clone()).map_err(fatal)?),
+        StoreKind::Static(subnets) => Box::new(StaticStore::new(subnets.clone())),
+    })
+}
+
+/// Follows the Kubernetes cluster that the node is in, where its leases are there.
+async fn follow_cluster(config: &Config) -> Result<(Option<Cluster>, mpsc::Receiver<News>), Fatal> {
+    let StoreKind::Kubernetes(options) = &config.store.kind else {
+        // Nobody sends.
+        return Ok((None, mpsc::channel(1).1));
+    };
+    let client = options.client().await.map_err(fatal)?;
+    let (kubernetes, news) = Kubernetes::start(client, options, &config.cluster.key_file);
+    Ok((Some(Cluster::new(kubernetes)), news))
+}
+
+/// Listens for people, for the shim and for who reads the metrics, with the sockets of an earlier daemon where they fit.
+fn open_doors(
+    config: &Config,
+    door: &Door,
+    local: Option<UnixListener>,
+    metrics: Option<TcpListener>,
+) -> Result<(UnixListener, Option<TcpListener>, mpsc::Receiver<Call>), Fatal> {
+    let (calls, inbox) = mpsc::channel(EVENTS);
+    let metrics = config.metrics.and_then(|address| metrics::listen(address, metrics));
+    let local = server::listen(&config.node.socket, local).map_err(fatal)?;
+    if let Some(metrics) = &metrics {
+        metrics::serve(metrics.try_clone().map_err(fatal)?, door.clone(), calls.clone()).map_err(fatal)?;
+    }
+    server::serve(local.try_clone().map_err(fatal)?, door.clone(), calls).map_err(fatal)?;
+    Ok((local, metrics, inbox))
 }
 
 /// Looks whether the cluster's ranges fit this machine. A node that holds a lease already keeps serving its pods.

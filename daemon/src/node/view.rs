@@ -1,18 +1,15 @@
 //! What the loop knows, as the local socket tells it. Reads state, changes none, asks the kernel nothing.
 
-use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use weft_wire::api::{
-    Check, Count, Doctor, Hop, Lease, Leases, Peer, PeerCounts, Peers, Pod, Pods, Reconcile, Route, Routes,
-    Status, Store, Trace, TraceRequest, Tunnel, Tunnels,
+    Count, Lease, Leases, Peer, PeerCounts, Peers, Pod, Pods, Reconcile, Route, Routes, Status, Store,
+    Tunnel, Tunnels,
 };
 use weft_wire::mesh::{MemberState, TunnelFacts, Verdict};
 use weft_wire::types::NodeName;
 
 use super::Node;
-use super::reach::{OPEN_ONE, reach_sentence};
-use crate::attach::Attachment;
 use crate::config::TxChecksum;
 use crate::control::duplicate_name;
 use crate::kernel::TunnelLook;
@@ -58,6 +55,7 @@ impl Node {
         let report = self.control.pass.report.as_ref();
         Status {
             reach: self.reach(),
+            refused_records: self.refused_records(),
             instance: self.control.config.node.instance.clone().unwrap_or_default(),
             node: self.control.config.node.name.to_string(),
             site: self.control.config.node.site.to_string(),
@@ -102,6 +100,7 @@ impl Node {
             mapping: self.control.own_reach().mapping.as_str().into(),
             reflexive: self.control.own_reach().reflexive.iter().map(ToString::to_string).collect(),
             relaying: self.relaying(),
+            pair_secrets: self.pair_secrets(),
             tunnels: self.tunnels().map(|tunnels| Tunnels {
                 implementation: tunnels.to_string(),
                 key: self.control.tunnel_key().map(String::from).unwrap_or_default(),
@@ -115,7 +114,7 @@ impl Node {
     }
 
     /// Returns what is wrong with the MTU of pods, where they have IPv6 (RFC 8200 s5).
-    fn too_small_for_ipv6(&self) -> Option<String> {
+    pub(super) fn too_small_for_ipv6(&self) -> Option<String> {
         let mtu = self.control.pass.report.as_ref()?.pod_mtu;
         let underlay = self.control.underlay.as_ref().ok()?;
         let ipv6 = self.control.subnets().iter().any(|subnet| !subnet.is_ipv4());
@@ -127,6 +126,18 @@ impl Node {
                 underlay.mtu + IPV6_MTU - mtu
             )
         })
+    }
+
+    fn refused_records(&self) -> Vec<Count> {
+        let counters = self.control.mesh.counters();
+        let counts = [
+            ("key", counters.refused_keys),
+            ("table", counters.refused_full),
+            ("site", counters.refused_site),
+            ("uncertified", counters.refused_uncertified),
+        ];
+        let counted = counts.into_iter().filter(|(_, count)| *count > 0);
+        counted.map(|(reason, count)| Count { reason: reason.into(), count }).collect()
     }
 
     pub(super) fn tunnels(&self) -> Option<&TunnelLook> {
@@ -162,6 +173,7 @@ impl Node {
         warnings.extend(self.control.problems.lease.keys().cloned());
         warnings.extend(self.recent_route_conflicts(now));
         warnings.extend(self.site_problems(now));
+        warnings.extend(self.control.pair_troubles(now));
         warnings.extend(self.unreached());
         warnings.extend(self.control.problems.memory.iter().cloned());
         warnings.extend(self.control.problems.ring.iter().cloned());
@@ -208,7 +220,7 @@ impl Node {
         recent.then(|| duplicate_name(name, &format!("asked for the lease of {subnet}"), key))
     }
 
-    fn recent_route_conflicts(&self, now: Instant) -> impl Iterator<Item = String> + '_ {
+    pub(super) fn recent_route_conflicts(&self, now: Instant) -> impl Iterator<Item = String> + '_ {
         let recent = move |at: &Instant| now.duration_since(*at) < MEMORY * 10;
         self.control
             .problems
@@ -328,329 +340,4 @@ impl Node {
         });
         Pods { pods: pods.collect() }
     }
-
-    /// Follows a packet from one pod to another, as far as this node can tell.
-    pub(super) fn trace(&self, request: &TraceRequest, now: Instant) -> Trace {
-        let mut hops = Vec::new();
-        let mut hop = |what: &str, ok: bool, detail: String| {
-            hops.push(Hop { what: what.into(), ok, detail });
-            ok
-        };
-        let ok = self.follow(request, now, &mut hop);
-        let verdict = match hops.iter().find(|hop: &&Hop| !hop.ok) {
-            Some(broken) => format!("broken at {}: {}", broken.what, broken.detail),
-            None => {
-                format!("{} reaches {} as far as this node can tell", request.source, request.destination)
-            }
-        };
-        Trace { hops, verdict, ok }
-    }
-
-    fn follow(
-        &self,
-        request: &TraceRequest,
-        now: Instant,
-        hop: &mut impl FnMut(&str, bool, String) -> bool,
-    ) -> bool {
-        let Some(source) = self.find_pod(&request.source) else {
-            return hop(
-                "source pod",
-                false,
-                format!(
-                    "{} is no pod of this node; `weft pods` lists them, run the trace on its own node",
-                    request.source
-                ),
-            );
-        };
-        hop("source pod", true, format!("{} on {}", addresses(source), source.host_ifname()));
-        let ready = self.control.ready();
-        let detail = ready
-            .as_ref()
-            .map_or_else(Clone::clone, |network| format!("{}, mtu {}", network.bridge, network.mtu));
-        if !hop("bridge", ready.is_ok(), detail) {
-            return false;
-        }
-        if let Some(local) = self.find_pod(&request.destination) {
-            return hop(
-                "destination pod",
-                true,
-                format!("{} on this node, {}", addresses(local), local.host_ifname()),
-            );
-        }
-        let Ok(address) = request.destination.parse::<IpAddr>() else {
-            return hop(
-                "destination pod",
-                false,
-                format!(
-                    "{} is no pod of this node; give the address of a pod on another node",
-                    request.destination
-                ),
-            );
-        };
-        let owner = self.control.lease_views(now).into_iter().find(|view| view.subnet.contains(address));
-        let member =
-            self.control.mesh.members().find(|member| {
-                member.record.facts.subnets.iter().any(|leased| leased.subnet.contains(address))
-            });
-        if let Some(owner) = &owner {
-            hop(
-                "lease",
-                true,
-                format!("{} is leased by {} (epoch {})", owner.subnet, owner.node, owner.epoch),
-            );
-        } else if self.leases.kind() != "static" {
-            let known =
-                format!("no lease covers {address}; it is no pod address, or its node's lease has expired");
-            return hop("lease", false, known);
-        }
-        let Some(member) = member else {
-            let node = owner.map_or_else(|| "no node".to_owned(), |owner| owner.node.to_string());
-            return hop(
-                "record",
-                false,
-                format!("{node} has announced no subnet with {address}; is weftd up there?"),
-            );
-        };
-        let (accepted, verdict) = match member.verdict {
-            Verdict::Accepted => (true, "accepted".to_owned()),
-            Verdict::Pending { why } | Verdict::Refused { why } => (false, why.clone()),
-        };
-        let record = format!("version {} of {}: {verdict}", member.record.version, member.node);
-        if !hop("record", accepted, record) {
-            return false;
-        }
-        let route = self
-            .control
-            .pass
-            .report
-            .iter()
-            .flat_map(|report| &report.routes)
-            .find(|route| route.prefix.contains(&address));
-        let (installed, detail) = match route {
-            Some(route) => (
-                route.installed,
-                format!(
-                    "{} by {} dev {} mtu {} {}",
-                    route.prefix, route.transport, route.dev, route.mtu, route.reason
-                ),
-            ),
-            None => (false, format!("none to {address} in the kernel")),
-        };
-        if !hop("route", installed, detail) {
-            return false;
-        }
-        let seen = member.last_seen.map_or_else(
-            || "never heard directly".to_owned(),
-            |at| format!("heard {} ms ago", now.duration_since(at).as_millis()),
-        );
-        let rtt = member
-            .rtt
-            .map_or_else(String::new, |rtt| format!(", round trip {:.2} ms", rtt.as_secs_f64() * 1e3));
-        let alive = matches!(member.state, MemberState::Alive | MemberState::Suspect);
-        hop("peer", alive, format!("{} is {}, {seen}{rtt}", member.node, member.state))
-    }
-
-    /// Finds a pod of this node by name, NAMESPACE/NAME, container id or address.
-    fn find_pod(&self, what: &str) -> Option<&Attachment> {
-        let address: Option<IpAddr> = what.parse().ok();
-        self.pods.attachments().find(|attachment| {
-            let pod = &attachment.pod;
-            attachment.id.container() == what
-                || (!pod.name.is_empty() && pod.name == what)
-                || what
-                    .split_once('/')
-                    .is_some_and(|(namespace, name)| pod.namespace == namespace && pod.name == name)
-                || attachment.addresses.iter().any(|own| Some(own.address.addr()) == address)
-        })
-    }
-
-    /// Looks at everything that usually breaks.
-    pub(super) fn doctor(&self, now: Instant) -> Doctor {
-        let mut checks = Vec::new();
-        let mut check = |name: &str, problems: Vec<String>, fine: String, advice: &str| {
-            let ok = problems.is_empty();
-            checks.push(Check {
-                name: name.into(),
-                ok,
-                detail: if ok { fine } else { problems.join("; ") },
-                advice: if ok { String::new() } else { advice.into() },
-            });
-        };
-        let status = self.status(now);
-        check(
-            "ready",
-            self.control.ready().err().into_iter().collect(),
-            "pods can be attached".into(),
-            "see the sentence above; the checks below narrow it down",
-        );
-        check(
-            "store",
-            self.control.store_error.clone().into_iter().collect(),
-            format!("{} answers", self.leases.kind()),
-            "running pods are not affected; bring the store back before leases expire",
-        );
-        check(
-            "leases",
-            self.control.problems.lease.keys().cloned().collect(),
-            format!("holds {}", status.subnets.join(", ")),
-            "`weft leases` lists every lease",
-        );
-        let counts = status.peers.unwrap_or_default();
-        let lonely = counts.alive == 0 && !self.control.config.gossip.seeds.is_empty();
-        check(
-            "peers",
-            lonely
-                .then(|| "no peer answers".to_owned())
-                .into_iter()
-                .chain((counts.dead > 0).then(|| format!("{} peers are dead", counts.dead)))
-                .collect(),
-            format!("{} alive", counts.alive),
-            "check that UDP port gossip.listen_port is open between the nodes, and `weft peers`",
-        );
-        let reach = self.reach().unwrap_or_default();
-        check("nat", self.unreached(), reach_sentence(&reach), OPEN_ONE);
-        let mut identity: Vec<String> = Vec::new();
-        identity.extend(
-            self.control
-                .problems
-                .wrong_key
-                .filter(|(_, at)| now.duration_since(*at) < MEMORY)
-                .map(|(from, _)| format!("{from} gossips with a key that is not in this node's ring")),
-        );
-        identity.extend(
-            self.control
-                .problems
-                .duplicate_name
-                .as_ref()
-                .filter(|(_, _, at)| now.duration_since(*at) < MEMORY)
-                .map(|(from, key, _)| {
-                    duplicate_name(self.control.config.node.name.as_str(), &format!("gossips at {from}"), key)
-                }),
-        );
-        identity.extend(self.recent_route_conflicts(now));
-        check(
-            "identity",
-            identity,
-            "no other node has this name, key or subnet".into(),
-            "every node needs its own name and the cluster's key",
-        );
-        if self.control.mesh.judges_sites() {
-            check(
-                "sites",
-                self.site_problems(now).collect(),
-                "nothing is wrong between sites".into(),
-                "`weft sites` shows who is in; what a sentence names is to be changed there, then invite and join anew",
-            );
-        }
-        if let Some(tunnels) = self.tunnels() {
-            let tunnels = tunnels.status();
-            let sessions = tunnels.iter().filter(|tunnel| tunnel.handshake.is_some()).count();
-            let silent = tunnels.iter().filter(|tunnel| tunnel.handshake.is_none() && tunnel.waiting > 0);
-            check(
-                "tunnels",
-                silent
-                    .map(|tunnel| {
-                        format!("{} does not answer handshakes at {}", tunnel.node, tunnel.endpoint)
-                    })
-                    .collect(),
-                format!(
-                    "sessions with {sessions} of {} peers; the others had nothing to carry",
-                    tunnels.len()
-                ),
-                "check that UDP port encryption.port is open between the nodes",
-            );
-        }
-        if self.tunnels().is_some() {
-            let gone = self.relay_problems(now);
-            let fine = self.relaying().map_or("relays for nobody".into(), |relaying| {
-                format!(
-                    "relays for {} pairs, {} % of its ports are free",
-                    relaying.pairs.len(),
-                    relaying.room
-                )
-            });
-            check(
-                "relays",
-                gone,
-                fine,
-                "see that UDP relay.ports of that node are open to all sites, or set relay.enabled = false on it",
-            );
-        }
-        let routes = || self.control.pass.report.iter().flat_map(|report| &report.routes);
-        check(
-            "routes",
-            routes()
-                .filter(|route| route.dev.is_empty())
-                .map(|route| format!("no way to {} of {}: {}", route.prefix, route.node, route.reason))
-                .collect(),
-            format!("{} subnets of peers have a way", routes().count()),
-            "the sentence says on which node to change what; pods of other nodes are reached all the same",
-        );
-        check(
-            "kernel",
-            status
-                .reconcile
-                .map(|reconcile| reconcile.failed)
-                .unwrap_or_default()
-                .into_iter()
-                .chain(self.control.problems.underlay.clone())
-                .collect(),
-            format!("as planned, after {} passes", self.control.pass.passes),
-            "the daemon tries again; the sentence is the kernel's own",
-        );
-        check(
-            "forwarding",
-            self.control.pass.report.iter().flat_map(|report| report.warnings.iter().cloned()).collect(),
-            "nothing seen that cuts pods off".into(),
-            "let the firewall's forward chain accept the cluster's CIDRs",
-        );
-        check(
-            "host",
-            self.preflight.clone(),
-            "no overlap with the cluster's CIDRs".into(),
-            "choose cluster.cidrs that nothing else uses",
-        );
-        let own = self.control.underlay.as_ref().map_or(0, |underlay| underlay.mtu);
-        let smaller: Vec<_> = self
-            .control
-            .mesh
-            .members()
-            .filter(|member| u32::from(member.record.facts.mtu) < own && member.state == MemberState::Alive)
-            .map(|member| {
-                format!("{} has underlay mtu {}, this node {own}", member.node, member.record.facts.mtu)
-            })
-            .collect();
-        check(
-            "mtu",
-            smaller.into_iter().chain(self.too_small_for_ipv6()).collect(),
-            format!("underlay {own}, pods {}", status.pod_mtu),
-            "set underlay.mtu to the smallest of the cluster on every node, and see that it leaves IPv6 its 1,280",
-        );
-        check(
-            "paths",
-            self.path_problems(now),
-            self.path_summary(),
-            "`weft peers` shows MTU, round trip and loss of each path; see docs/operations.md, paths",
-        );
-        let full: Vec<_> = self
-            .control
-            .subnets()
-            .into_iter()
-            .filter(|subnet| self.pods.pool().free(*subnet) == 0)
-            .map(|subnet| format!("{subnet} has no free pod address"))
-            .collect();
-        check(
-            "pods",
-            full,
-            format!("{} attached", status.pods),
-            "delete pods on this node, or give nodes larger blocks",
-        );
-        Doctor { ok: checks.iter().all(|check| check.ok), checks }
-    }
-}
-
-fn addresses(attachment: &Attachment) -> String {
-    let addresses: Vec<_> =
-        attachment.addresses.iter().map(|address| address.address.addr().to_string()).collect();
-    addresses.join(", ")
 }

@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 use weft_wire::mesh::{Carrier, TunnelFacts};
+use weft_wire::pair;
 use weft_wire::preshared::PresharedKey;
 use weft_wire::types::{MacAddress, NodeName, Subnet, TunnelKey};
 
@@ -247,8 +248,10 @@ fn encrypted_way(
         let endpoint = way.copied().unwrap_or(SocketAddr::new(address, entrance.port));
         let entry = tunnel_to(inputs, peer, dev, (entrance.key, endpoint), plan)?;
         entry.prefixes.push(subnet.net());
-        let how =
-            entry.preshared.as_ref().map(|key| format!(", with a secret from cluster key {}", key.from));
+        let how = entry.preshared.as_ref().map(|key| {
+            let pair = key.pair.map(|pair| format!(" and secret {pair} of the two sites"));
+            format!(", with a secret from cluster key {}{}", key.from, pair.unwrap_or_default())
+        });
         Ok((dev, format!("encrypted to {endpoint}{}", how.unwrap_or_default())))
     };
     let sessions = &inputs.sessions;
@@ -396,9 +399,19 @@ fn preshared(
         (Some(_), []) => Err(format!(
             "this node wants a secret from the cluster key in handshakes, and {node} uses none; set encryption.preshared there as here"
         )),
-        (Some(ring), theirs) => PresharedKey::of_pair(ring, theirs, own, other).map(Some).ok_or_else(|| {
-            format!("{node} and this node have no cluster key in common; `weft cluster-key list` on both shows what they have, `add` adds one")
-        }),
+        (Some(ring), theirs) => {
+            let alone = PresharedKey::of_pair(ring, theirs, own, other).ok_or_else(|| {
+                format!("{node} and this node have no cluster key in common; `weft cluster-key list` on both shows what they have, `add` adds one")
+            })?;
+            // Until both have one they do without: a tunnel that waits for it would be of no use to anybody.
+            let announced = peer.tunnel.as_ref().map_or(&[][..], |facts| &facts.pairs);
+            let shared = inputs.dataplane.pairs.get(&peer.site);
+            let common = shared.and_then(|shared| pair::common(shared, announced));
+            Ok(Some(match common {
+                Some(secret) => alone.mixed_with(secret),
+                None => alone,
+            }))
+        }
     }
 }
 

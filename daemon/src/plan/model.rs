@@ -7,6 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use weft_wire::mesh::{Carrier, TunnelFacts};
+use weft_wire::pair::PairSecret;
 use weft_wire::preshared::PresharedKey;
 use weft_wire::seal::KeyRing;
 use weft_wire::types::{MacAddress, NodeName, SiteName, Subnet, TunnelKey};
@@ -104,6 +105,8 @@ pub struct Dataplane {
     pub encryption: Encryption,
     /// The cluster keys, where handshakes need a secret made from one.
     pub preshared: Option<KeyRing>,
+    /// The secrets that this node's site shares with others, the latest first: mixed in as well.
+    pub pairs: BTreeMap<SiteName, Vec<PairSecret>>,
     /// The key of the node's tunnels. With one, the WireGuard device is there and the MTU of pods leaves room for it.
     pub tunnel: Option<TunnelKey>,
     /// Who carries the tunnels, if there are any.

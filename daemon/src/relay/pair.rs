@@ -5,6 +5,8 @@
 //! there. Invariants: what is sent is what was received, each message once and only to the other end; what is remembered is
 //! bounded.
 
+pub mod state;
+
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -42,7 +44,37 @@ pub enum Refused {
     /// Nobody has heard of the other end yet.
     NoOtherEnd,
     /// The pair sends more than it may.
-    Limit,
+    PairLimit,
+    /// All pairs together send more than they may.
+    TotalLimit,
+    /// The kernel did not take it.
+    NotSent,
+}
+
+impl Refused {
+    /// Every reason, in the order of the counters.
+    pub const ALL: [Self; 7] = [
+        Self::NotWireguard,
+        Self::NotOfThePair,
+        Self::Stranger,
+        Self::NoOtherEnd,
+        Self::PairLimit,
+        Self::TotalLimit,
+        Self::NotSent,
+    ];
+
+    /// Returns a short name, for metric labels.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::NotWireguard => "not_wireguard",
+            Self::NotOfThePair => "not_of_the_pair",
+            Self::Stranger => "stranger",
+            Self::NoOtherEnd => "no_other_end",
+            Self::PairLimit => "pair_limit",
+            Self::TotalLimit => "total_limit",
+            Self::NotSent => "not_sent",
+        }
+    }
 }
 
 /// What to do with a message.
@@ -71,8 +103,36 @@ pub struct Counts {
     pub forwarded: u64,
     /// Their bytes.
     pub bytes: u64,
-    /// Messages that were not.
-    pub refused: u64,
+    /// Handshakes of the pair among what came: initiations and answers to them.
+    pub handshakes: u64,
+    refused: [u64; Refused::ALL.len()],
+}
+
+impl Counts {
+    /// Returns how many messages were not forwarded, for each reason.
+    pub fn refusals(&self) -> impl Iterator<Item = (Refused, u64)> {
+        Refused::ALL.into_iter().zip(self.refused)
+    }
+
+    /// Returns how many messages were not forwarded.
+    pub fn refused(&self) -> u64 {
+        self.refused.iter().sum()
+    }
+
+    /// Counts messages that were not forwarded.
+    pub fn refuse(&mut self, why: Refused, messages: usize) {
+        self.refused[why as usize] += messages as u64;
+    }
+
+    /// Adds what another pair counted.
+    pub fn add(&mut self, other: &Self) {
+        self.forwarded += other.forwarded;
+        self.bytes += other.bytes;
+        self.handshakes += other.handshakes;
+        for (sum, count) in self.refused.iter_mut().zip(other.refused) {
+            *sum += count;
+        }
+    }
 }
 
 /// A pair.
@@ -180,10 +240,11 @@ impl Pair {
     /// Takes a message.
     pub fn handle(&mut self, from: SocketAddr, message: &[u8], now: Instant) -> Step {
         if !self.allowance.take(message.len(), now) {
-            self.counts.refused += 1;
-            return Step::Drop(Refused::Limit);
+            self.counts.refuse(Refused::PairLimit, 1);
+            return Step::Drop(Refused::PairLimit);
         }
-        let step = match Outside::read(message) {
+        let outside = Outside::read(message);
+        let step = match outside {
             None => Step::Drop(Refused::NotWireguard),
             Some(Outside::Initiation { sender }) => self.initiation(from, sender, message, now),
             Some(Outside::Response { sender, receiver }) => {
@@ -202,8 +263,10 @@ impl Pair {
                 self.last = Some(now);
             }
             Step::Hold { held } => held.iter().for_each(|held| count(held.len())),
-            Step::Drop(_) => self.counts.refused += 1,
+            Step::Drop(why) => self.counts.refuse(*why, 1),
         }
+        let shakes_hands = matches!(outside, Some(Outside::Initiation { .. } | Outside::Response { .. }));
+        self.counts.handshakes += u64::from(shakes_hands && !matches!(step, Step::Drop(_)));
         step
     }
 
@@ -311,4 +374,4 @@ impl Allowance {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -133,12 +133,21 @@ impl Endpoints {
         self.current
     }
 
-    /// Takes what the record says: only a change of it outweighs what packets taught.
-    pub(super) fn follow(&mut self, announced: SocketAddr) {
-        if self.announced != announced {
-            self.announced = announced;
+    /// Takes what the record says: only a change of it outweighs what packets taught, and not of a path that works or of a relay, since
+    /// a peer behind a translator that maps by destination has another address for each peer.
+    pub(super) fn follow(&mut self, announced: SocketAddr, now: Instant) {
+        if self.announced == announced {
+            return;
+        }
+        self.announced = announced;
+        let works = self.is_fresh(now) || self.rank(self.current) == Rank::Relay;
+        if !(self.is_managed() && works) {
             self.move_to(announced);
         }
+    }
+
+    fn is_fresh(&self, now: Instant) -> bool {
+        self.heard.is_some_and(|heard| now.duration_since(heard) < FRESH)
     }
 
     /// Goes on where another daemon heard the peer.
@@ -193,7 +202,7 @@ impl Endpoints {
             self.heard = Some(now);
             return;
         }
-        let is_fresh = self.heard.is_some_and(|heard| now.duration_since(heard) < FRESH);
+        let is_fresh = self.is_fresh(now);
         let (theirs, ours) = (self.rank(from), self.rank(self.current));
         let keeps = match what {
             // The peer asks there because it is not answered elsewhere.
@@ -262,7 +271,7 @@ impl Endpoints {
 
     /// Tries other paths for as long as somebody wants it.
     fn try_others(&mut self, due: &mut Due, ready: bool, now: Instant) {
-        let is_fresh = self.heard.is_some_and(|heard| now.duration_since(heard) < FRESH);
+        let is_fresh = self.is_fresh(now);
         let pause = if ready && is_fresh { TRY } else { REQUEST };
         let turn = self.tried.is_none_or(|tried| now.duration_since(tried) >= pause);
         if self.trial.is_none() || !turn {
@@ -323,7 +332,12 @@ impl Endpoints {
 
     fn all(&self) -> Vec<SocketAddr> {
         let mut all = vec![self.current];
-        all.extend(self.candidates.iter().map(|candidate| candidate.at).filter(|at| *at != self.current));
+        let others = self.candidates.iter().map(|candidate| candidate.at).chain([self.announced]);
+        for other in others {
+            if !all.contains(&other) {
+                all.push(other);
+            }
+        }
         all
     }
 }
@@ -360,12 +374,30 @@ mod tests {
         let mut endpoints = Endpoints::new(at(DIRECT));
         endpoints.heard(at(7), Heard::Data, now);
         assert_eq!(endpoints.current(), at(7));
-        endpoints.follow(at(DIRECT));
+        endpoints.follow(at(DIRECT), now);
         assert_eq!(endpoints.current(), at(7));
-        endpoints.follow(at(8));
+        endpoints.follow(at(8), now);
         assert_eq!(endpoints.current(), at(8));
         endpoints.sent(true, now);
         assert_eq!(endpoints.due(true, now + SILENT), Due::default());
+    }
+
+    #[test]
+    fn another_address_in_the_record_does_not_end_a_path_that_works_and_is_asked_once_it_does_not() {
+        let now = Instant::now();
+        for (port, quiet, follows) in [
+            (DIRECT, FRESH / 2, false),
+            (DIRECT, FRESH, true),
+            (RELAY, FRESH / 2, false),
+            (RELAY, FRESH, false),
+        ] {
+            let mut endpoints = on(port, now);
+            endpoints.follow(at(8), now + quiet);
+            assert_eq!(endpoints.current() == at(8), follows, "{port} after {quiet:?}");
+            endpoints.sent(true, now + quiet);
+            let asked = endpoints.due(true, now + quiet + SILENT).ask;
+            assert!(asked.contains(&at(8)), "{asked:?}");
+        }
     }
 
     #[test]

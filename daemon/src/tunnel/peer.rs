@@ -191,7 +191,7 @@ impl<N: Noise> Session<N> {
 
     /// Takes what the record says: only a change of it outweighs what packets taught.
     pub(super) fn follow(&mut self, announced: SocketAddr) {
-        self.endpoints.follow(announced);
+        self.endpoints.follow(announced, Instant::now());
     }
 
     pub(super) fn ready(&self) -> bool {

@@ -12,6 +12,7 @@ type Job = Box<dyn FnOnce() + Send>;
 pub struct Netns {
     jobs: Option<mpsc::Sender<Job>>,
     thread: Option<thread::JoinHandle<()>>,
+    #[allow(dead_code, reason = "not every test names it to a tool outside")]
     pub tid: i32,
 }
 

@@ -65,7 +65,7 @@ fn two_of_another_implementation_reach_each_other_through_a_relay_and_move_witho
     // A stranger is heard, and neither answered nor forwarded for.
     let counts = relay.counts();
     place.sh(&format!("bash -c 'for i in $(seq 20); do echo hello > /dev/udp/127.0.0.1/{port}; done'"));
-    wait_until("the stranger is counted", || relay.counts().refused >= counts.refused + 20);
+    wait_until("the stranger is counted", || relay.counts().refused() >= counts.refused() + 20);
 
     // The pair keeps its port, and there is no third.
     let now = Instant::now();

@@ -32,7 +32,8 @@ pub(super) struct Desk {
     watchers: mpsc::UnboundedSender<mpsc::Sender<Change>>,
 }
 
-enum Call {
+/// A call, with where its answer goes.
+pub(super) enum Call {
     List(oneshot::Sender<Result<Snapshot, StoreError>>),
     Put(Key, Expect, Vec<u8>, oneshot::Sender<Result<u64, PutError>>),
     Delete(Key, u64, oneshot::Sender<Result<u64, PutError>>),

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 
+use super::desk::Call;
 use super::{Answer, Change, Expect, Key, PutError, Snapshot, Store, StoreError, Watch};
 use file::File;
 
@@ -46,12 +47,6 @@ pub struct SqliteStore {
     path: PathBuf,
     calls: std_mpsc::Sender<Call>,
     watchers: std_mpsc::Sender<mpsc::Sender<Change>>,
-}
-
-enum Call {
-    List(oneshot::Sender<Result<Snapshot, StoreError>>),
-    Put(Key, Expect, Vec<u8>, oneshot::Sender<Result<u64, PutError>>),
-    Delete(Key, u64, oneshot::Sender<Result<u64, PutError>>),
 }
 
 impl SqliteStore {

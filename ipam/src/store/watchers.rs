@@ -1,5 +1,7 @@
 //! Those who are told of changes: each with a bounded backlog, and told to list when it is full.
 
+use std::time::Duration;
+
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 
@@ -7,6 +9,9 @@ use super::Change;
 
 /// How many changes wait for a watcher before it is told to list instead.
 pub(super) const BACKLOG: usize = 64;
+
+/// The first and the longest wait before a watch that failed begins anew.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 
 /// Where new watchers come from.
 pub(super) type Joined = mpsc::UnboundedReceiver<mpsc::Sender<Change>>;
@@ -35,6 +40,15 @@ impl Watchers {
 
     pub(super) fn tell(&mut self, change: &Change) {
         self.0.retain(|watcher| tell(watcher, change));
+    }
+
+    /// Waits after the watch has failed, so many times in a row; `outage` times are an outage, of which watchers are told once: a
+    /// list will tell the asker why.
+    pub(super) async fn wait_out(&mut self, failures: u32, outage: u32) {
+        if failures == outage {
+            self.tell(&Change::Relist);
+        }
+        tokio::time::sleep(BACKOFF.0.saturating_mul(1 << failures.min(10)).min(BACKOFF.1)).await;
     }
 }
 

@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use rcgen::KeyPair;
 use serde_json::json;
 use weft_ipam::store::kubernetes::{KubernetesOptions, Mode};
 
 use super::authority::{Authority, NOW, Validity};
+use super::certificates::token_keys;
+use super::objects::{self, MANIFESTS};
 use super::server::{self, Etcd, free_ports};
 use super::support::Directory;
 
@@ -23,10 +24,8 @@ const ADMIN: &str = "token-of-the-tests";
 /// Finds a program of Kubernetes.
 pub fn program(name: &str) -> Option<PathBuf> {
     let given = std::env::var_os("WEFT_KUBERNETES_BIN").map(PathBuf::from);
-    let cached =
-        std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache/weft-tests/kubernetes/bin"));
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let places = given.into_iter().chain(cached).chain(std::env::split_paths(&path));
+    let places = given.into_iter().chain([objects::built().join("bin")]).chain(std::env::split_paths(&path));
     places.map(|place| place.join(name)).find(|file| file.is_file())
 }
 
@@ -57,10 +56,6 @@ pub fn without_controllers() -> bool {
     missing || self::missing()
 }
 
-fn manifest(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/kubernetes/base").join(name)
-}
-
 /// A cluster of an API server alone.
 pub struct Cluster {
     pub etcd: Etcd,
@@ -76,11 +71,8 @@ impl Cluster {
     pub fn start() -> Self {
         let mut cluster = Self::bare(NOW);
         cluster.await_ready();
-        cluster.kubectl(&["create", "namespace", "weft-system"]);
-        cluster.kubectl(&["create", "serviceaccount", "weft", "-n", "weft-system"]);
-        for name in ["crd.yaml", "rbac.yaml", "admission.yaml"] {
-            cluster.apply(name);
-        }
+        objects::account().iter().for_each(|object| cluster.create(&object.to_string()));
+        MANIFESTS.iter().for_each(|name| cluster.apply(name));
         for node in ["n1", "n2", "n3"] {
             cluster.add_node(node);
             cluster.add_pod(node);
@@ -98,9 +90,9 @@ impl Cluster {
         let ca = Authority::new("the CA of Kubernetes");
         ca.write(&directory, "ca");
         ca.sign(&directory, "server", "127.0.0.1", validity);
-        let key = KeyPair::generate().expect("a key");
-        std::fs::write(directory.join("accounts.key"), key.serialize_pem()).expect("a file");
-        std::fs::write(directory.join("accounts.pub"), key.public_key_pem()).expect("a file");
+        let keys = token_keys();
+        std::fs::write(directory.join("accounts.key"), keys.secret).expect("a file");
+        std::fs::write(directory.join("accounts.pub"), keys.public).expect("a file");
         std::fs::write(directory.join("tokens.csv"), format!("{ADMIN},admin,admin,system:masters\n"))
             .expect("a file");
         let [port] = free_ports();
@@ -233,29 +225,16 @@ impl Cluster {
 
     /// Applies one of weft's manifests.
     pub fn apply(&self, name: &str) {
-        self.kubectl(&["apply", "-f", &manifest(name).display().to_string()]);
+        self.kubectl(&["apply", "-f", &objects::manifest(name).display().to_string()]);
     }
 
     pub fn add_node(&self, node: &str) {
-        let object = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": node}});
-        self.create(&object.to_string());
+        self.create(&objects::node(node, &json!({})).to_string());
     }
 
     /// Adds a pod of weft on a node, as the DaemonSet would.
     pub fn add_pod(&self, node: &str) {
-        let object = json!({
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {"name": format!("weft-{node}"), "namespace": "weft-system"},
-            "spec": {
-                "serviceAccountName": "weft",
-                "automountServiceAccountToken": false,
-                "nodeName": node,
-                "hostNetwork": true,
-                "containers": [{"name": "weft", "image": "weft"}],
-            },
-        });
-        self.create(&object.to_string());
+        self.create(&objects::pod(node).to_string());
     }
 
     pub fn create(&self, object: &str) {
@@ -264,10 +243,8 @@ impl Cluster {
 
     /// Returns what the kubelet of a node would put into the pod of weft there.
     pub fn token(&self, node: &str) -> String {
-        let pod = format!("weft-{node}");
-        let bound = ["--bound-object-kind=Pod", "--bound-object-name", &pod];
-        let token = [&["create", "token", "weft", "-n", "weft-system"][..], &bound].concat();
-        self.kubectl(&token).trim().to_owned()
+        let words = objects::token(node);
+        self.kubectl(&words.iter().map(String::as_str).collect::<Vec<_>>()).trim().to_owned()
     }
 
     pub fn token_file(&self, node: &str) -> PathBuf {
@@ -350,15 +327,7 @@ pub fn options(node: &str, kubeconfig: PathBuf) -> KubernetesOptions {
 }
 
 pub fn kubeconfig(server: &str, ca: &Path, user: &serde_json::Value) -> String {
-    json!({
-        "apiVersion": "v1",
-        "kind": "Config",
-        "clusters": [{"name": "c", "cluster": {"server": server, "certificate-authority": ca}}],
-        "users": [{"name": "u", "user": user}],
-        "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
-        "current-context": "x",
-    })
-    .to_string()
+    objects::kubeconfig(server, &ca.display().to_string(), user)
 }
 
 fn end(child: &mut Option<Child>) {

@@ -23,6 +23,7 @@ pub fn facts(peer: usize, ring: &KeyRing) -> TunnelFacts {
         key: TunnelKey(PublicKey::from(&secret(peer)).to_bytes()),
         port: FIRST_PORT + u16::try_from(peer).expect("peers fit the ports"),
         preshared: ring.ids().collect(),
+        pairs: Vec::new(),
         carrier: Some(Carrier::UserSpace),
         detour: None,
     }

@@ -119,6 +119,8 @@ pub struct Machine {
     pub broken: Vec<String>,
     /// The cluster keys that it was told are wanted everywhere.
     wanted_ring: Option<KeyRing>,
+    /// Handshakes go through by chance; otherwise who runs the machines says whom there are sessions with.
+    pub by_chance: bool,
     /// How its daemon judges other sites.
     pub trust: Option<Trust>,
 }
@@ -168,6 +170,7 @@ impl Machine {
             rng: ChaCha8Rng::seed_from_u64(rng.next_u64()),
             broken: Vec::new(),
             wanted_ring: None,
+            by_chance: true,
             trust: None,
         }
     }
@@ -213,7 +216,7 @@ impl Machine {
         let mut control = Control::new(start, local);
         control.handle_pods(self.disk.journal.is_empty(), local);
         if let Some(ring) = &self.wanted_ring {
-            control.follow_ring(ring.clone(), local);
+            control.follow_ring(0, ring.clone(), local);
         }
         self.daemon = Some(Daemon {
             control,
@@ -320,7 +323,7 @@ impl Machine {
     }
 
     /// Returns who carries the machine's tunnels.
-    fn carrier(&self) -> Carrier {
+    pub fn carrier(&self) -> Carrier {
         if self.number.is_multiple_of(2) { Carrier::Kernel } else { Carrier::UserSpace }
     }
 
@@ -344,7 +347,7 @@ impl Machine {
     pub fn want_ring(&mut self, ring: KeyRing, now: Instant) {
         let local = self.clock.read(now);
         if let Some(daemon) = &mut self.daemon {
-            daemon.control.follow_ring(ring.clone(), local);
+            daemon.control.follow_ring(0, ring.clone(), local);
         }
         self.wanted_ring = Some(ring);
     }
@@ -431,7 +434,7 @@ impl Machine {
             let answer = self.store.borrow_mut().perform(request, &mut self.link);
             return self.put_off(now, 40, Todo::Answer(answer));
         }
-        if matches!(todo, Todo::Pass) {
+        if matches!(todo, Todo::Pass) && self.by_chance {
             self.shake_hands();
         }
         let Some(daemon) = &mut self.daemon else { return };

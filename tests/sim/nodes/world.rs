@@ -34,11 +34,11 @@ const GATHERED: usize = 400;
 
 /// The machines and what is between them.
 pub struct World {
-    net: Net<Machine>,
+    pub(super) net: Net<Machine>,
     store: Rc<RefCell<SharedStore>>,
     revision: u64,
     /// Where each machine is.
-    places: Vec<SocketAddr>,
+    pub(super) places: Vec<SocketAddr>,
     wanted: Vec<BTreeSet<AttachmentId>>,
     leaving: BTreeMap<usize, Duration>,
     next_pod: usize,
@@ -95,7 +95,7 @@ fn key(rng: &mut impl RngCore) -> NodeKey {
     NodeKey::from_secret(secret)
 }
 
-fn tunnel_key(rng: &mut impl RngCore) -> TunnelKey {
+pub(super) fn tunnel_key(rng: &mut impl RngCore) -> TunnelKey {
     let mut key = [0; 32];
     rng.fill_bytes(&mut key);
     TunnelKey(key)
@@ -160,15 +160,15 @@ impl World {
         }
     }
 
-    fn machine(&mut self, number: usize) -> &mut Machine {
+    pub(super) fn machine(&mut self, number: usize) -> &mut Machine {
         self.net.host_mut(self.places[number]).expect("every machine has a place")
     }
 
-    fn machines(&self) -> Vec<&Machine> {
+    pub(super) fn machines(&self) -> Vec<&Machine> {
         self.places.iter().map(|place| self.net.host(*place).expect("every machine has a place")).collect()
     }
 
-    fn with(&mut self, number: usize, act: impl FnOnce(&mut Machine, std::time::Instant)) {
+    pub(super) fn with(&mut self, number: usize, act: impl FnOnce(&mut Machine, std::time::Instant)) {
         self.net.with(self.places[number], act);
     }
 
@@ -199,7 +199,7 @@ impl World {
     }
 
     /// Lets time pass while the runtime looks after its pods, and sees to it that the laws hold.
-    fn pass_time(&mut self, duration: Duration) -> Result<(), String> {
+    pub(super) fn pass_time(&mut self, duration: Duration) -> Result<(), String> {
         let end = self.net.now + duration;
         while self.net.now < end {
             let next = end.min(self.net.now + MOMENT);

@@ -5,13 +5,13 @@
 //! permissions and policies of `deploy/` hold for it.
 
 use std::fs;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::authority::Authority;
 use super::cluster::until;
+use super::objects::{self, MANIFESTS};
 use super::plane;
 use super::programs::Programs;
 use super::server::Server;
@@ -76,16 +76,9 @@ impl Api {
         ];
         plane::await_api(lab, &programs, &authority, place, &mut servers);
         let api = Self { programs, authority, place: place.to_owned(), servers };
-        api.apply(
-            lab,
-            &json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": "weft-system" } }),
-        );
-        api.apply(lab, &json!({
-            "apiVersion": "v1", "kind": "ServiceAccount", "metadata": { "name": "weft", "namespace": "weft-system" },
-        }));
-        for file in ["crd.yaml", "rbac.yaml", "admission.yaml"] {
-            let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../deploy/kubernetes/base").join(file);
-            let text = fs::read_to_string(path).expect("deploy/ has it");
+        objects::account().iter().for_each(|object| api.apply(lab, object));
+        for file in MANIFESTS {
+            let text = fs::read_to_string(objects::manifest(file)).expect("deploy/ has it");
             let output = api.feed(lab, &["apply", "-f", "-"], &text);
             assert!(output.status.success(), "{file}: {}", String::from_utf8_lossy(&output.stderr));
         }
@@ -102,10 +95,7 @@ impl Api {
 
     /// Makes a Node as a kubelet would.
     pub fn make_node(&self, lab: &Lab, name: &str, spec: &Value) {
-        self.apply(
-            lab,
-            &json!({ "apiVersion": "v1", "kind": "Node", "metadata": { "name": name }, "spec": spec }),
-        );
+        self.apply(lab, &objects::node(name, spec));
         let addresses: Vec<_> = lab
             .state()
             .node(name)
@@ -129,26 +119,12 @@ impl Api {
     pub fn let_in(&self, lab: &Lab, node: &str) {
         let pod = format!("weft-{node}");
         // The token stays good as long as the pod is there, whatever becomes of the Node: nobody removes pods here.
-        self.apply(lab, &json!({
-            "apiVersion": "v1", "kind": "Pod", "metadata": { "name": pod, "namespace": "weft-system" },
-            "spec": { "nodeName": node, "serviceAccountName": "weft", "containers": [{ "name": "weft", "image": "none" }] },
-        }));
+        self.apply(lab, &objects::pod(node));
+        let words = objects::token(node);
+        let words: Vec<&str> = words.iter().map(String::as_str).chain(["--duration=10h"]).collect();
         let mut token = String::new();
         until("there is a token", PATIENCE, || {
-            let output = self.run(
-                lab,
-                &[
-                    "create",
-                    "token",
-                    "weft",
-                    "-n",
-                    "weft-system",
-                    "--duration=10h",
-                    "--bound-object-kind=Pod",
-                    "--bound-object-name",
-                    &pod,
-                ],
-            );
+            let output = self.run(lab, &words);
             token = String::from_utf8_lossy(&output.stdout).trim().to_owned();
             output.status.success()
         });

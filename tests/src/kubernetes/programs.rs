@@ -5,6 +5,8 @@ use std::process::Command;
 
 use nix::unistd::geteuid;
 
+use super::objects;
+
 /// What `make kubernetes` built.
 #[derive(Debug, Clone)]
 pub struct Programs(PathBuf);
@@ -27,11 +29,7 @@ pub(crate) const IMAGES: [&str; 3] = ["pause.tar", "agnhost.tar", "coredns.tar"]
 impl Programs {
     /// Names the directory that the Makefile uses.
     pub fn of_this_user() -> Self {
-        let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-        let cache = set("XDG_CACHE_HOME")
-            .or_else(|| Some(set("HOME")?.join(".cache")))
-            .unwrap_or_else(|| "/root/.cache".into());
-        Self(cache.join("weft-tests/kubernetes"))
+        Self(objects::built())
     }
 
     /// The directory of the executables.

@@ -130,7 +130,11 @@ pub struct Meshes {
 impl Meshes {
     /// A network without meshes, from the seed of the environment.
     pub fn new(test: &str) -> Self {
-        let seed = seed::of(test);
+        Self::from_seed(seed::of(test))
+    }
+
+    /// A network without meshes, from this seed.
+    pub fn from_seed(seed: u64) -> Self {
         Self { net: Net::new(seed), seed, keep_events: true }
     }
 

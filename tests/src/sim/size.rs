@@ -122,12 +122,12 @@ impl Measured {
     }
 
     fn knows_everyone(&self, node: usize) -> bool {
-        let alive =
-            |member: &MemberView<'_>| member.state == MemberState::Alive && member.verdict.is_accepted();
         let mesh = self.meshes.mesh(node);
-        // All are looked at only when their number is right: five thousand times five thousand are many.
-        let others = self.running.len() - 1;
-        mesh.living() == others && mesh.members().filter(alive).count() == others
+        // All are looked at only when their number is right, and no more once one is wrong: five thousand times five thousand are many.
+        let mut living =
+            mesh.members().filter(|member| matches!(member.state, MemberState::Alive | MemberState::Suspect));
+        mesh.living() == self.running.len() - 1
+            && living.all(|member| member.state == MemberState::Alive && member.verdict.is_accepted())
     }
 
     /// Runs until every running node is right, and then until the mesh rests; what that costs is counted.
@@ -321,6 +321,7 @@ pub fn reconciler_work(nodes: usize) -> [Work; 3] {
             hairpin: false,
             encryption: Encryption::Never,
             preshared: None,
+            pairs: Default::default(),
             tunnel: None,
             carrier: Carrier::UserSpace,
             detour: None,

@@ -275,6 +275,8 @@ pub struct MemberView<'a> {
     pub last_seen: Option<Instant>,
     /// Whether its routes may be installed.
     pub verdict: &'a Verdict,
+    /// Whether the own store or its site vouches for it; in a mesh without sites of their own keys always.
+    pub vouched: bool,
 }
 
 /// What the caller does next.
@@ -296,6 +298,17 @@ pub enum Output {
         /// What happens then, for logs.
         reason: &'static str,
     },
+}
+
+/// How many members there may be.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Bound {
+    /// Of all sites: 65,536.
+    Table,
+    /// Of a site that is certified by it: [`MOST_OF_SITE`](super::MOST_OF_SITE), or fewer where large sites share what is left.
+    Site(SiteName),
+    /// In a mesh of sites, that no site has certified: [`MOST_UNCERTIFIED`](super::MOST_UNCERTIFIED).
+    Uncertified,
 }
 
 /// Something that the rest of the node wants to know.
@@ -338,13 +351,15 @@ pub enum MeshEvent {
     },
     /// A statement of a site is new: persist [`Mesh::statements`](super::Mesh::statements).
     StatementsChanged,
-    /// The mesh is to have these cluster keys: persist them, then go there ([`Mesh::set_ring`](super::Mesh::set_ring)).
+    /// The mesh is to have these cluster keys: persist them, then go there ([`Mesh::follow_ring`](super::Mesh::follow_ring)).
     RingWanted {
         /// For [`Mesh::set_wanted_ring`](super::Mesh::set_wanted_ring) of a later run.
         version: u64,
         /// The keys.
         ring: KeyRing,
     },
+    /// The secrets that the own site shares with others changed: persist [`Mesh::pair_secrets`](super::Mesh::pair_secrets).
+    PairSecretsChanged,
     /// How [`Mesh::join`](super::Mesh::join) ended: which site let this one in, or why not, one sentence.
     JoinEnded(Result<SiteName, String>),
     /// A site that an invitation was for could not be let in; one sentence.
@@ -370,6 +385,8 @@ pub enum MeshEvent {
         /// Whose is not.
         other: SiteName,
     },
+    /// Nodes are not taken in since there are as many as there may be. Reported at most every ten seconds a bound.
+    TooMany(Bound),
     /// A member said something about the paths between tunnels.
     PathWord {
         /// Who, as whoever has a cluster key may claim.
@@ -496,8 +513,12 @@ pub struct Counters {
     pub verified: u64,
     /// Records dropped because another key holds their node's name.
     pub refused_keys: u64,
-    /// Records dropped because the table is full.
+    /// Records of new nodes dropped because the table is full.
     pub refused_full: u64,
+    /// And because their site has as many as it may.
+    pub refused_site: u64,
+    /// And because there are as many that no site has certified as there may be.
+    pub refused_uncertified: u64,
     /// Anti-entropy exchanges started.
     pub syncs: u64,
     /// Records that anti-entropy sent or asked for.

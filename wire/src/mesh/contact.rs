@@ -43,7 +43,7 @@ impl Window {
 pub(super) struct Contact {
     pub(super) session: u64,
     pub(super) window: Window,
-    /// Where its latest datagram that came straight was sent from.
+    /// Where its latest datagram that came straight was sent from, if it answers there.
     pub(super) heard: Option<Heard>,
     pub(super) last_seen: Instant,
     /// Which of the record's gossip addresses answered last.
@@ -51,6 +51,13 @@ pub(super) struct Contact {
     pub(super) rtt: Option<Duration>,
     pub(super) loss: f32,
     pub(super) challenge: Option<Challenge>,
+    /// What it is asked before it is sent more than it sends.
+    pub(super) asked: Option<Question>,
+    /// It answered in this session, and from where straight, the latest first.
+    proven: bool,
+    places: [Option<SocketAddr>; 2],
+    /// It was told less than it asked for, as it had not answered yet.
+    pub(super) stinted: bool,
     /// No other session is taken without a challenge, not even a later one.
     pub(super) strict: bool,
 }
@@ -69,6 +76,19 @@ pub(super) struct Challenge {
     pub(super) session: u64,
     pub(super) token: u64,
     pub(super) at: Instant,
+    /// Where it went straight.
+    pub(super) to: Option<SocketAddr>,
+}
+
+/// A question that tells a sender that is there from a datagram that somebody repeats from its address, or from another's.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Question {
+    pub(super) token: u64,
+    /// Where it goes straight.
+    pub(super) to: Option<SocketAddr>,
+    pub(super) drawn: Instant,
+    /// When it went out last.
+    pub(super) sent: Option<Instant>,
 }
 
 impl Contact {
@@ -83,13 +103,33 @@ impl Contact {
             loss: 0.0,
             challenge: None,
             strict: false,
+            asked: None,
+            proven: false,
+            places: [None; 2],
+            stinted: false,
         }
     }
 
-    /// Takes a fresh sequence number, and where it came from straight. An address moves only with the latest of them: one that
+    /// Whether it answered in this session: at this address, or anywhere.
+    pub(super) fn is_proven(&self, at: Option<SocketAddr>) -> bool {
+        self.proven && at.is_none_or(|at| self.places.contains(&Some(at)))
+    }
+
+    /// Takes that it answered, and at which address straight.
+    pub(super) fn prove(&mut self, at: Option<SocketAddr>) {
+        self.proven = true;
+        if at.is_some() && !self.places.contains(&at) {
+            self.places = [at, self.places[0]];
+        }
+        if self.asked.is_some_and(|asked| asked.to == at) {
+            self.asked = None;
+        }
+    }
+
+    /// Takes a fresh sequence number, and where it came from straight, if it answers there. An address moves only with the latest of them: one that
     /// was held back on its way moves nothing.
     pub(super) fn take(&mut self, seq: u64, straight: Option<SocketAddr>, now: Instant) {
-        if let Some(at) = straight
+        if let Some(at) = straight.filter(|at| self.is_proven(Some(*at)))
             && (seq >= self.window.top() || self.heard.is_none_or(|heard| heard.at == at))
         {
             self.heard = Some(Heard { at, when: now });

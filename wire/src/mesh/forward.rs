@@ -98,9 +98,10 @@ impl Mesh {
     pub(super) fn send_through(&mut self, keeper: Id, name: &str, body: Body, first: Vec<proto::Update>) {
         let Some(to) = self.straight(keeper) else { return };
         let keeper = self.table.at(keeper).name().clone();
-        let room = self.room_through(&keeper, name);
+        let most = self.room_through(&keeper, name);
+        let room = most.min(self.room_within_credit(MAX_CONTENT).saturating_sub(MAX_CONTENT - most));
         let Some(datagram) = self.pack(name, body, first, room) else {
-            self.counters.not_forwarded[NotForwarded::TooLong as usize] += 1;
+            self.counters.not_forwarded[NotForwarded::TooLong as usize] += u64::from(room == most);
             return;
         };
         self.send_around(to, keeper.as_str(), datagram);
@@ -120,7 +121,8 @@ impl Mesh {
             self.counters.not_forwarded[NotForwarded::TooLong as usize] += 1;
             return;
         }
-        self.emit(to, name, &around.encode_to_vec());
+        let key = self.key_for(name, None);
+        self.emit(key, to, name, &around.encode_to_vec());
     }
 
     /// Takes a datagram around another: it is for this node, or to be passed on.
@@ -129,6 +131,7 @@ impl Mesh {
         reply: &ReplyTo,
         around: &proto::Datagram,
         forward: &proto::Forward,
+        length: usize,
     ) -> Result<(), Rejected> {
         let inner = proto::Datagram::decode(&forward.datagram[..]).map_err(|_| Rejected::Malformed)?;
         let stray = !around.updates.is_empty() || matches!(inner.body, Some(Body::Forward(_)));
@@ -136,8 +139,11 @@ impl Mesh {
             return Err(Rejected::Malformed);
         }
         if inner.to != self.config.node.as_str() {
-            self.remember(reply, around);
+            self.remember(reply, around, None);
             self.note_arrival(reply);
+            self.open_credit(reply, length);
+            self.ask_back(reply);
+            self.close_credit(reply);
             let outcome = self.pass_on(reply, &inner, &forward.datagram);
             match outcome {
                 Ok(()) => self.counters.forwarded += 1,
@@ -149,8 +155,8 @@ impl Mesh {
         if inner.from == around.from {
             return Err(Rejected::Malformed);
         }
-        self.receive_message(reply.from, inner, true)?;
-        self.remember(reply, around);
+        self.receive_message(reply.from, inner, reply.key, true, length)?;
+        self.remember(reply, around, None);
         self.note_arrival(reply);
         Ok(())
     }

@@ -14,7 +14,7 @@ use super::api::Output;
 use super::membership::{Id, Tombstone};
 use super::proto::{self, Body, Liveness};
 use super::timer::Timer;
-use crate::seal::MAX_CONTENT;
+use crate::seal::{KeyId, MAX_CONTENT};
 use crate::site::{SignedStatement, Subject};
 
 /// News is told to so many members at a time.
@@ -109,7 +109,7 @@ impl Mesh {
         if self.queue.is_empty() {
             return;
         }
-        for id in self.table.sample(&mut self.rng, FANOUT, None) {
+        for id in self.table.sample(&mut self.rng, FANOUT) {
             if self.queue.is_empty() {
                 break;
             }
@@ -130,16 +130,32 @@ impl Mesh {
 
     /// Seals and queues one datagram: the body, `first`, then as much news as fits.
     pub(super) fn send(&mut self, to: SocketAddr, name: &str, body: Body, first: Vec<proto::Update>) {
-        let content = self.pack(name, body, first, MAX_CONTENT);
-        self.emit(to, name, &content.expect("every body fits a datagram"));
+        self.send_under(self.key_for(name, None), to, name, body, first);
+    }
+
+    /// The same under a key of the ring.
+    pub(super) fn send_under(
+        &mut self,
+        key: KeyId,
+        to: SocketAddr,
+        name: &str,
+        body: Body,
+        first: Vec<proto::Update>,
+    ) {
+        let room = self.room_within_credit(MAX_CONTENT);
+        match self.pack(name, body, first, room) {
+            Some(content) => self.emit(key, to, name, &content),
+            None => debug_assert!(self.credit.is_some(), "every body fits a datagram"),
+        }
     }
 
     /// Seals and queues what was packed.
-    pub(super) fn emit(&mut self, to: SocketAddr, name: &str, content: &[u8]) {
+    pub(super) fn emit(&mut self, key: KeyId, to: SocketAddr, name: &str, content: &[u8]) {
         let mut nonce = [0; 24];
         self.rng.fill_bytes(&mut nonce);
-        let datagram = self.config.ring.seal(&self.config.cluster, nonce, content);
+        let datagram = self.config.ring.seal_with(key, &self.config.cluster, nonce, content);
         self.note_sent(to, name);
+        self.spend(datagram.len());
         self.counters.sent += 1;
         self.counters.sent_bytes += datagram.len() as u64;
         self.outputs.push_back(Output::Send { to, datagram });
@@ -170,15 +186,24 @@ impl Mesh {
             updates: Vec::new(),
             body: Some(body),
         };
+        if datagram.encoded_len() > room && self.credit.is_some() {
+            shorten(&mut datagram, room);
+        }
         let mut used = datagram.encoded_len();
         if used > room {
+            self.fall_short();
             return None;
+        }
+        if matches!(&datagram.body, Some(Body::Ack(ack)) if ack.challenge != 0) {
+            self.note_asked(name);
         }
         for update in updates {
             let length = framed_len(&update);
             if used + length <= room {
                 used += length;
                 datagram.updates.push(update);
+            } else {
+                self.fall_short();
             }
         }
         self.piggyback(&mut datagram, used, room);
@@ -273,6 +298,19 @@ pub(super) fn forgotten(tombstone: &Tombstone) -> proto::Update {
 
 pub(super) fn stated(signed: &SignedStatement) -> proto::Update {
     proto::Update { statement: Some(signed.to_proto()), ..proto::Update::default() }
+}
+
+/// Leaves out what an answer can do without, as far as it has to.
+fn shorten(datagram: &mut proto::Datagram, room: usize) {
+    (datagram.version, datagram.incarnation) = (0, 0);
+    if let Some(Body::Ack(ack)) = &mut datagram.body {
+        ack.seen.clear();
+    }
+    if datagram.encoded_len() > room
+        && let Some(Body::Ack(ack)) = &mut datagram.body
+    {
+        ack.challenge = 0;
+    }
 }
 
 /// The bytes that one more update adds to a datagram.

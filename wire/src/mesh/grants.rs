@@ -18,17 +18,24 @@ use super::membership::Id;
 use super::proto::{self, Body};
 use super::timer::Timer;
 use super::trust::WordError;
-use crate::seal::KeyRing;
+use crate::seal::{KeyRing, RingName};
 use crate::sealed_box;
 use crate::site::{ClaimedStatement, KeyGrant, SignedStatement, SiteKey, Statement, Subject};
 use crate::types::PublicKey;
 
+/// Keys that another site gave are passed on to sites so long after: what was said before them, as that a site is expelled, has come by then.
+const PASS_ON: Duration = Duration::from_secs(5);
+/// Keys that are made anew are so many versions ahead: they hold against those that go out at the same time to sites that are let in, which
+/// may be known to the very site that is to be shut out.
+const ANEW: u64 = 16;
 /// Between two rounds of keys, and so many members a round.
 const ROUND: (Duration, usize) = (Duration::from_secs(1), 32);
 
 #[derive(Debug, Default)]
 pub(super) struct Grants {
     wanted: Option<(u64, KeyRing)>,
+    /// When they may be passed on to other sites.
+    pass_on: Option<Instant>,
     /// The name hashes of members of the own site that do not have the keys yet.
     waiting: BTreeSet<u64>,
     /// Who was sent them last.
@@ -43,6 +50,7 @@ impl Mesh {
         self.advance(now);
         self.sites.note_keys(version);
         self.grants.wanted = Some((version, ring));
+        self.grants.pass_on = Some(self.now + PASS_ON);
         self.note_all_ungranted();
         self.settle();
     }
@@ -59,7 +67,7 @@ impl Mesh {
     pub fn rekey(&mut self, ring: KeyRing, now: Instant) -> Result<(), WordError> {
         self.advance(now);
         self.signer.as_ref().ok_or(WordError::NotSigner)?;
-        self.want(self.keys_version() + 1, ring);
+        self.want(self.keys_version() + ANEW, ring);
         self.grant_to_sites()?;
         self.settle();
         Ok(())
@@ -74,6 +82,7 @@ impl Mesh {
         self.sites.note_keys(version);
         self.grants.wanted = Some((version, ring.clone()));
         self.outputs.push_back(Output::Event(MeshEvent::RingWanted { version, ring }));
+        self.renew_pairs();
         self.note_all_ungranted();
     }
 
@@ -107,6 +116,7 @@ impl Mesh {
         // Who seals something else than it says gives nothing.
         let ring = opened.and_then(KeyRing::from_secret_bytes).filter(|ring| ring.tag() == grant.ring);
         if let Some(ring) = ring {
+            self.grants.pass_on = Some(self.now + PASS_ON);
             self.want(grant.version, ring);
         }
     }
@@ -176,11 +186,12 @@ impl Mesh {
 
     /// Has a member wait for the keys, if it is of the own site and does not say that it has them.
     pub(super) fn note_ungranted(&mut self, id: Id) {
-        let Some((_, ring)) = &self.grants.wanted else { return };
+        let Some((version, ring)) = &self.grants.wanted else { return };
+        let wanted = RingName::of(*version, ring);
         let member = self.table.at(id);
         let (hash, record) = (member.hash, member.signed.record());
         let own = record.site == self.config.site && member.verdict.is_accepted();
-        let has = ring.ids().all(|id| record.facts.keys.contains(&id));
+        let has = record.facts.follows.is_some_and(|follows| follows >= wanted);
         let needs = own && !record.facts.subnets.is_empty() && !has && self.table.me != Some(id);
         if !needs {
             self.grants.waiting.remove(&hash);
@@ -191,7 +202,8 @@ impl Mesh {
 
     pub(super) fn on_grant_timer(&mut self) {
         self.grants.armed = false;
-        if self.grant_to_sites().is_err() {
+        let early = self.grants.pass_on.is_some_and(|at| at > self.now);
+        if !early && self.grant_to_sites().is_err() {
             return;
         }
         // Around, so that those who do not take theirs do not keep them from others.
@@ -214,7 +226,7 @@ impl Mesh {
                 self.send_to_member(id, body, Vec::new());
             }
         }
-        if !self.grants.waiting.is_empty() {
+        if early || !self.grants.waiting.is_empty() {
             self.arm_grants(ROUND.0);
         }
     }

@@ -19,11 +19,12 @@ use zeroize::Zeroizing;
 use super::Mesh;
 use super::api::{MeshEvent, Output, Rejected};
 use super::proto;
+use super::sites::AHEAD;
 use super::timer::Timer;
 use super::trust::WordError;
 use crate::invite::{MAX_ADDRESSES, Token};
 use crate::record::check;
-use crate::seal::{KeyId, KeyRing, MAX_CONTENT, MAX_DATAGRAM};
+use crate::seal::{KeyId, KeyRing, MAX_CONTENT, MAX_DATAGRAM, key_id};
 use crate::site::{ClaimedStatement, SIGNATURE, SignedStatement, SiteKey, SiteRecord, Statement, Subject};
 use crate::types::{SiteName, Subnet};
 
@@ -133,10 +134,10 @@ impl Joins {
     }
 
     fn ring(&self, datagram: &[u8]) -> Option<&KeyRing> {
-        let id = KeyId(datagram.get(1..5)?.try_into().ok()?);
+        let id = key_id(datagram)?;
         let joining = self.joining.iter().map(|joining| &joining.ring);
         let mut rings = self.invitations.iter().map(|invitation| &invitation.ring).chain(joining);
-        rings.find(|ring| ring.ids().next() == Some(id))
+        rings.find(|ring| ring.first() == id)
     }
 
     fn make_room(&mut self, now: Instant) {
@@ -178,7 +179,7 @@ impl Mesh {
         let (mesh, site) = (self.config.cluster.clone(), self.config.site.clone());
         let token = Token { mesh, site, key, addresses, secret };
         let ring = token.ring();
-        let id = ring.ids().next().expect("a ring has a key");
+        let id = ring.first();
         self.joins.make_room(self.now);
         self.joins.invitations.push_back(Invitation {
             id,
@@ -245,7 +246,7 @@ impl Mesh {
         if datagram.len() < MAX_DATAGRAM - 1 {
             return Err(Rejected::Malformed);
         }
-        let id = ring.ids().next().expect("a ring has a key");
+        let id = ring.first();
         let place = self.joins.invitations.iter().position(|invitation| invitation.id == id);
         let Some(place) = place else { return Err(Rejected::Reflected) };
         let answer = self.answer(place, &message)?;
@@ -363,7 +364,9 @@ impl Mesh {
             _ => return Err(Rejected::Malformed),
         }
         if self.joins.invitations[place].used.is_none() {
-            let why = self.is_over(place, question.attempt).or_else(|| self.objection_to(place, &record));
+            let over = self.is_over(place, question.attempt);
+            let why =
+                over.or_else(|| self.objection_to(place, &record)).or_else(|| self.leaps(question.version));
             if let Some(why) = why {
                 return Ok(Err(self.refuse(&record.site, why)));
             }
@@ -376,6 +379,16 @@ impl Mesh {
         }
         let admission = self.sites.find(&Subject(own, record.key, false)).cloned();
         Ok(admission.ok_or_else(|| format!("site {} was expelled meanwhile", record.site)))
+    }
+
+    /// Why the mesh does not go on from the version that the joiner's cluster keys have: the other sites would not follow.
+    fn leaps(&self, version: u64) -> Option<String> {
+        let own = self.keys_version();
+        (version > own.saturating_add(AHEAD)).then(|| {
+            format!(
+                "its cluster keys have version {version}, which is too far ahead of {own} here to be the number of their changes: remove memory.json of its nodes and join anew"
+            )
+        })
     }
 
     /// Lets a site in, and gives the mesh's cluster keys a version that the site takes too.
@@ -392,8 +405,8 @@ impl Mesh {
         }
         self.merge_statement(Arc::new(word));
         self.merge_statement(Arc::new(admission));
-        let ring = self.wanted_ring().unwrap_or(&self.config.ring).clone();
-        self.want(self.keys_version().max(version.min(1 << 62)) + 1, ring);
+        let ring = self.wanted_ring().unwrap_or(self.final_ring()).clone();
+        self.want(self.keys_version().max(version) + 1, ring);
         self.grant_to_site(record.key).map(drop)
     }
 
@@ -432,7 +445,7 @@ impl Mesh {
         let mut question = proto::Joining { step, attempt, clock, ..proto::Joining::default() };
         match step {
             WHO => {
-                let id = joining.ring.ids().next().expect("a ring has a key");
+                let id = joining.ring.first();
                 question.statement = Some(joining.own.to_proto());
                 question.proof = prove(signer, attempt, id).into();
             }

@@ -15,6 +15,7 @@ use rand_core::RngCore;
 use super::api::{MemberState, MemberView, Verdict};
 use super::contact::Contact;
 use super::proto::Liveness;
+use super::quota::{Account, Quotas};
 use super::sync::{Item, Sums};
 use crate::record::{Reach, SignedRecord};
 use crate::types::{NodeName, PublicKey};
@@ -36,8 +37,13 @@ pub(super) struct Member {
     pub(super) liveness: Liveness,
     pub(super) incarnation: u64,
     pub(super) verdict: Verdict,
+    /// A store or a site once vouched for subnets of it: it is not made up by who has a cluster key, even while its lease is on
+    /// the way. With whom it counts now is its account.
+    pub(super) once_vouched: bool,
     /// Whether the record's certificate was found to hold, and under which site key.
     pub(super) certified: Option<(PublicKey, bool)>,
+    /// With whom it counts; nobody before it was judged.
+    account: Option<Account>,
     pub(super) contact: Option<Box<Contact>>,
     pub(super) suspicion: Option<Box<Suspicion>>,
     /// Since when it is dead or gone.
@@ -55,6 +61,11 @@ pub(super) struct Suspicion {
 impl Member {
     pub(super) fn name(&self) -> &NodeName {
         &self.signed.record().node
+    }
+
+    /// Whether the own store or its site vouches for it, or that was not asked.
+    pub(super) fn is_vouched(&self) -> bool {
+        self.account != Some(Account::Uncertified)
     }
 
     pub(super) fn state(&self) -> MemberState {
@@ -79,6 +90,7 @@ impl Member {
             loss: contact.map_or(0.0, |contact| contact.loss),
             last_seen: contact.map(|contact| contact.last_seen),
             verdict: &self.verdict,
+            vouched: self.is_vouched(),
         }
     }
 
@@ -109,8 +121,11 @@ pub(super) struct Table {
     free: Vec<Id>,
     index: BTreeMap<u64, Id>,
     living: Vec<Id>,
+    /// The living that nobody vouches for.
+    doubtful: Vec<Id>,
+    /// Those of the dead that somebody vouches for: the others are not looked for.
     dead: Vec<Id>,
-    /// The name hashes of the living that say that they are open.
+    /// The name hashes of those of the living that say that they are open.
     open: BTreeSet<u64>,
     /// How far the present round of probes has come in `living`.
     cursor: usize,
@@ -118,6 +133,7 @@ pub(super) struct Table {
     pub(super) tombstones: BTreeMap<u64, Tombstone>,
     strangers: BTreeMap<u64, Contact>,
     pub(super) me: Option<Id>,
+    quotas: Quotas,
 }
 
 /// Hashes a node's name: its key in the table and its place in the anti-entropy tree.
@@ -142,7 +158,9 @@ impl Table {
             liveness: Liveness::Alive,
             incarnation,
             verdict: Verdict::Pending { why: "not judged yet".into() },
+            once_vouched: false,
             certified: None,
+            account: None,
             contact: self.strangers.remove(&hash).map(Box::new),
             suspicion: None,
             gone_since: None,
@@ -167,6 +185,7 @@ impl Table {
         let Some(member) = self.slots.get_mut(id as usize).and_then(Option::take) else { return };
         self.sums.toggle(&member.item(), false);
         self.index.remove(&member.hash);
+        member.account.iter().for_each(|account| self.quotas.leave(account));
         self.free.push(id);
         if self.tombstones.len() >= MAX_STRANGERS {
             self.tombstones.pop_first();
@@ -183,6 +202,24 @@ impl Table {
             self.sums.toggle(&member.item(), false);
             change(member);
             self.sums.toggle(&member.item(), true);
+        }
+        self.enlist(id);
+    }
+
+    pub(super) fn quotas(&self) -> &Quotas {
+        &self.quotas
+    }
+
+    /// Has a member count with this account; one that counts with another stays there where this one has no room.
+    pub(super) fn recount(&mut self, id: Id, account: Account) {
+        let counts = self.at(id).account.as_ref();
+        if counts == Some(&account) || (counts.is_some() && !self.quotas.has_room(&account)) {
+            return;
+        }
+        self.delist(id);
+        self.quotas.enter(&account);
+        if let Some(former) = self.at_mut(id).account.replace(account) {
+            self.quotas.leave(&former);
         }
         self.enlist(id);
     }
@@ -248,11 +285,20 @@ impl Table {
 
     /// How many others are alive or suspect.
     pub(super) fn living(&self) -> usize {
-        self.living.len()
+        self.living.len() + self.doubtful.len()
     }
 
-    /// The next member to probe: every living one once a round, each round in another order.
+    /// Whether it is the turn of those that nobody vouches for: they have turns by their number, and half of them at most.
+    fn is_turn_of_doubtful(&self, rng: &mut ChaCha8Rng) -> bool {
+        let doubtful = self.doubtful.len().min(self.living.len().max(1));
+        doubtful > 0 && below(rng, self.living.len() + doubtful) < doubtful
+    }
+
+    /// The next member to probe: every living one once a round, each round in another order; in between those that nobody vouches for.
     pub(super) fn next_to_probe(&mut self, rng: &mut ChaCha8Rng) -> Option<Id> {
+        if self.is_turn_of_doubtful(rng) {
+            return Some(self.doubtful[below(rng, self.doubtful.len())]);
+        }
         if self.living.is_empty() {
             return None;
         }
@@ -268,8 +314,24 @@ impl Table {
         Some(self.living[self.cursor - 1])
     }
 
-    /// Up to `count` different living members, without `except`.
-    pub(super) fn sample(&self, rng: &mut ChaCha8Rng, count: usize, except: Option<Id>) -> Vec<Id> {
+    /// Up to `count` different living members, those that nobody vouches for among them.
+    pub(super) fn sample(&self, rng: &mut ChaCha8Rng, count: usize) -> Vec<Id> {
+        if self.doubtful.is_empty() {
+            return self.sample_vouched(rng, count, None);
+        }
+        let doubtful = (0..count).filter(|_| self.is_turn_of_doubtful(rng)).count();
+        let mut picked = self.sample_vouched(rng, count - doubtful, None);
+        for _ in 0..doubtful {
+            let id = self.doubtful[below(rng, self.doubtful.len())];
+            if !picked.contains(&id) {
+                picked.push(id);
+            }
+        }
+        picked
+    }
+
+    /// Up to `count` different living members that somebody vouches for, without `except`.
+    pub(super) fn sample_vouched(&self, rng: &mut ChaCha8Rng, count: usize, except: Option<Id>) -> Vec<Id> {
         let mut picked = Vec::with_capacity(count);
         if self.living.len() <= count * 2 {
             picked.extend(self.living.iter().copied().filter(|id| Some(*id) != except));
@@ -306,15 +368,17 @@ impl Table {
             return None;
         }
         match self.at(id).state() {
-            MemberState::Alive | MemberState::Suspect => Some(Class::Living),
-            MemberState::Dead => Some(Class::Dead),
-            MemberState::Left => None,
+            MemberState::Alive | MemberState::Suspect if self.at(id).is_vouched() => Some(Class::Living),
+            MemberState::Alive | MemberState::Suspect => Some(Class::Doubtful),
+            MemberState::Dead if self.at(id).is_vouched() => Some(Class::Dead),
+            MemberState::Dead | MemberState::Left => None,
         }
     }
 
     fn list(&mut self, class: Class) -> &mut Vec<Id> {
         match class {
             Class::Living => &mut self.living,
+            Class::Doubtful => &mut self.doubtful,
             Class::Dead => &mut self.dead,
         }
     }
@@ -354,5 +418,6 @@ impl Table {
 #[derive(Debug, Clone, Copy)]
 enum Class {
     Living,
+    Doubtful,
     Dead,
 }

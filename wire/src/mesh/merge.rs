@@ -6,9 +6,9 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use super::api::{MeshConfig, MeshEvent, Output, Rejected};
+use super::api::{Bound, MeshConfig, MeshEvent, Output, Rejected};
 use super::gossip::Topic;
-use super::membership::{Id, MAX_MEMBERS, name_hash};
+use super::membership::{Id, name_hash};
 use super::proto::{self, Liveness};
 use super::timer::Timer;
 use super::{MOST, Mesh};
@@ -54,7 +54,8 @@ pub(super) enum Checked {
         kept: SiteName,
         other: SiteName,
     },
-    Full,
+    /// A new node for which there is no place.
+    TooMany(Bound),
     Nothing,
 }
 
@@ -89,7 +90,7 @@ impl Mesh {
             Some(member) => {
                 let known = &member.signed;
                 if claimed.claim().node != known.record().node {
-                    return Ok((Checked::Full, false)); // Two names with one hash: the first one stays.
+                    return Ok((Checked::RefusedKey, false)); // Two names with one hash: the first one stays.
                 }
                 match self.compare(known, claimed.claim(), claimed.order()) {
                     Order::Newer => {}
@@ -106,8 +107,8 @@ impl Mesh {
                 if buried {
                     return Ok((Checked::Nothing, false));
                 }
-                if self.table.len() >= MAX_MEMBERS {
-                    return Ok((Checked::Full, false));
+                if let Err(bound) = self.room_for(claimed.claim()) {
+                    return Ok((Checked::TooMany(bound), false));
                 }
             }
         }
@@ -232,7 +233,7 @@ impl Mesh {
                     self.outputs.push_back(Output::Event(MeshEvent::TwoSites { node, kept, other }));
                 }
             }
-            Checked::Full => self.counters.refused_full += 1,
+            Checked::TooMany(bound) => self.refuse_newcomer(bound),
             Checked::Nothing => {}
         }
     }
@@ -264,6 +265,10 @@ impl Mesh {
                 id
             }
             None => {
+                // The same datagram may have brought others.
+                if let Err(bound) = self.room_for(signed.record()) {
+                    return self.refuse_newcomer(bound);
+                }
                 let id = self.table.insert(signed, incarnation, false);
                 self.routes_dirty = true;
                 if self.table.at(id).signed.record().left {

@@ -52,7 +52,18 @@ pub enum RelayRefusal {
 }
 
 impl RelayRefusal {
-    const ALL: [Self; 4] = [Self::Unwilling, Self::Full, Self::Unknown, Self::NoPort];
+    /// Every reason.
+    pub const ALL: [Self; 4] = [Self::Unwilling, Self::Full, Self::Unknown, Self::NoPort];
+
+    /// Returns a short name, for metric labels.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Unwilling => "unwilling",
+            Self::Full => "full",
+            Self::Unknown => "unknown",
+            Self::NoPort => "no_port",
+        }
+    }
 
     fn to_proto(self) -> u32 {
         self as u32 + 1
@@ -81,11 +92,20 @@ impl Mesh {
 
     /// Passes a word on to the rest of the node. Who is no member has nothing to say: its record is not known.
     pub(super) fn on_path_word(&mut self, reply: &ReplyTo, word: PathWord) {
+        if self.credit.is_some() && asks_for_packets(&to_body(&word)) {
+            // Who is there asks again.
+            return;
+        }
         if self.table.find_member(reply.hash).is_some_and(|member| member.gone_since.is_none()) {
             let event = MeshEvent::PathWord { from: reply.name.clone(), word };
             self.outputs.push_back(Output::Event(event));
         }
     }
+}
+
+/// Whether packets follow from a body, perhaps many, or to others: who sent it has to answer first.
+pub(super) fn asks_for_packets(body: &Body) -> bool {
+    matches!(body, Body::Call(_) | Body::RelayAsk(_) | Body::PingRequest(_))
 }
 
 fn to_body(word: &PathWord) -> Body {

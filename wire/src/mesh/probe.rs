@@ -14,6 +14,7 @@ use super::gossip::Topic;
 use super::membership::{Id, Suspicion, below};
 use super::proto::{self, Body, Liveness};
 use super::timer::Timer;
+use super::way::Way;
 use super::{Mesh, ReplyTo};
 use crate::record::{socket_from_bytes, socket_to_bytes};
 use crate::types::NodeName;
@@ -37,6 +38,8 @@ const MAX_SEEDS: usize = 64;
 #[derive(Debug)]
 pub(super) struct Pending {
     target: Option<u64>,
+    /// Where the first Ping went straight.
+    to: Option<SocketAddr>,
     sent: Instant,
     purpose: Purpose,
 }
@@ -95,7 +98,7 @@ impl Mesh {
         probe.repeated = true;
         let Some(id) = self.table.find(probe.target) else { return };
         let name = self.table.at(id).name().to_string();
-        let relays = self.table.sample(&mut self.rng, RELAYS, Some(id));
+        let relays = self.table.sample_vouched(&mut self.rng, RELAYS, Some(id));
         for relay in relays {
             let hash = self.table.at(relay).hash;
             if let Some(probe) = &mut self.probe {
@@ -123,12 +126,14 @@ impl Mesh {
         }
         let Some(id) = self.table.find(probe.target) else { return };
         self.counters.probes_failed += 1;
-        // Relays that do not even say "no answer" point to a fault on this side.
-        self.worsen_health(if probe.relays.is_empty() {
-            1
-        } else {
-            (probe.relays.len() - probe.nacks) as u32
-        });
+        let member = self.table.at(id);
+        // Relays that do not even say "no answer" point to a fault on this side; so does silence, if not of who may be made up.
+        if !probe.relays.is_empty() || member.is_vouched() {
+            self.worsen_health(match probe.relays.len() {
+                0 => 1,
+                relays => (relays - probe.nacks) as u32,
+            });
+        }
         let member = self.table.at(id);
         if member.liveness <= Liveness::Suspect {
             let (incarnation, me) = (member.incarnation, [self.config.node.clone()]);
@@ -204,24 +209,30 @@ impl Mesh {
         if let Some(id) = self.table.random_dead(&mut self.rng) {
             self.ping_member(id, Purpose::Rejoin);
         }
-        let seeds = self.config.seeds.len();
+        let seeds = self.strange_seeds();
         if alone {
-            for place in 0..seeds.min(MAX_SEEDS) {
-                self.ping_seed(self.config.seeds[place]);
-            }
-        } else if seeds > 0 {
-            let seed = self.config.seeds[below(&mut self.rng, seeds)];
-            let owner = self.seed_owners.get(&seed).and_then(|hash| self.table.find_member(*hash));
-            if owner.is_none_or(|owner| owner.gone_since.is_some()) {
-                self.ping_seed(seed);
-            }
+            self.ping_seeds(seeds);
+        } else if !seeds.is_empty() {
+            let seed = seeds[below(&mut self.rng, seeds.len())];
+            self.ping_seed(seed);
         }
     }
 
+    /// The seeds that are neither this node's nor known to be a living member's.
+    pub(super) fn strange_seeds(&self) -> Vec<SocketAddr> {
+        let is_own = |seed: &SocketAddr| self.facts.as_ref().is_some_and(|facts| facts.gossip.contains(seed));
+        let strange = |seed: &&SocketAddr| {
+            let owner = self.seed_owners.get(seed).and_then(|hash| self.table.find_member(*hash));
+            !is_own(seed) && owner.is_none_or(|owner| owner.gone_since.is_some())
+        };
+        self.config.seeds.iter().filter(strange).copied().collect()
+    }
+
+    pub(super) fn ping_seeds(&mut self, seeds: Vec<SocketAddr>) {
+        seeds.into_iter().take(MAX_SEEDS).for_each(|seed| self.ping_seed(seed));
+    }
+
     fn ping_seed(&mut self, seed: SocketAddr) {
-        if self.facts.as_ref().is_some_and(|facts| facts.gossip.contains(&seed)) {
-            return;
-        }
         let Some(token) = self.expect_ack(None, Purpose::Seed(seed)) else { return };
         let first = self.table.me.map(|me| self.full_update(me)).into_iter().collect();
         self.send(
@@ -237,10 +248,13 @@ impl Mesh {
     }
 
     fn ping_member(&mut self, id: Id, purpose: Purpose) -> Option<u64> {
-        self.way(id)?;
+        let way = self.way(id)?;
         let (hash, have) = (self.table.at(id).hash, self.table.at(id).item().version);
         let token = self.expect_ack(Some(hash), purpose)?;
-        self.send_to_member(id, Body::Ping(proto::Ping { token, have, ..Default::default() }), Vec::new());
+        if let (Way::At(to), Some(pending)) = (way, self.pending.get_mut(&token)) {
+            pending.to = Some(to);
+        }
+        self.send_by(way, id, Body::Ping(proto::Ping { token, have, ..Default::default() }), Vec::new());
         Some(token)
     }
 
@@ -255,8 +269,19 @@ impl Mesh {
             _ => self.config.timing.probe_interval * (WORST_HEALTH + 2),
         };
         self.timers.set(self.now + patience, Timer::Expire(token));
-        self.pending.insert(token, Pending { target, sent: self.now, purpose });
+        let to = match purpose {
+            Purpose::Seed(seed) => Some(seed),
+            _ => None,
+        };
+        self.pending.insert(token, Pending { target, to, sent: self.now, purpose });
         Some(token)
+    }
+
+    /// Where a Ping with this token went that the member, or whoever is at a seed's address, was to answer; `None` within it where that
+    /// was not straight.
+    pub(super) fn asked_by_ping(&self, hash: u64, token: u64) -> Option<Option<SocketAddr>> {
+        let pending = self.pending.get(&token)?;
+        pending.target.is_none_or(|target| target == hash).then_some(pending.to)
     }
 
     pub(super) fn on_expire_timer(&mut self, token: u64) {
@@ -267,10 +292,14 @@ impl Mesh {
 
     pub(super) fn on_ping(&mut self, reply: &ReplyTo, ping: &proto::Ping) {
         let first = self.own_record_beyond(ping.have);
-        let ack =
-            proto::Ack { token: ping.token, have: self.version_of(reply.hash), seen: self.seen_at(reply) };
-        self.reply(reply, Body::Ack(ack), first);
-        if ping.again_ms > 0 {
+        if self.is_question_overdue(reply) {
+            self.ask_back(reply);
+        }
+        let wants = !first.is_empty() || ping.again_ms > 0 || self.needs_proof(reply);
+        let challenge = if wants { self.question_for(reply) } else { 0 };
+        let (have, seen) = (self.version_of(reply.hash), self.seen_at(reply));
+        self.reply(reply, Body::Ack(proto::Ack { token: ping.token, have, seen, challenge }), first);
+        if ping.again_ms > 0 && self.credit.is_none() {
             self.promise_again(reply, ping);
         }
     }
@@ -285,7 +314,7 @@ impl Mesh {
         let relayed = self
             .table
             .find_name(target)
-            .filter(|id| Some(*id) != self.table.me)
+            .filter(|id| Some(*id) != self.table.me && self.credit.is_none())
             .and_then(|id| self.ping_member(id, Purpose::Relay { reply: reply.clone(), token }));
         if relayed.is_none() {
             self.reply(reply, Body::Nack(proto::Nack { token }), Vec::new());
@@ -304,6 +333,11 @@ impl Mesh {
 
     pub(super) fn on_ack(&mut self, reply: &ReplyTo, ack: &proto::Ack) {
         let seen = socket_from_bytes(&ack.seen);
+        if ack.challenge != 0 {
+            let have = self.version_of(reply.hash);
+            let answer = proto::Ack { token: ack.challenge, have, seen: self.seen_at(reply), challenge: 0 };
+            self.reply(reply, Body::Ack(answer), Vec::new());
+        }
         if self.keeper_answered(reply, ack.token, seen) {
             return;
         }
@@ -337,7 +371,7 @@ impl Mesh {
         match pending.purpose {
             Purpose::Relay { reply: asker, token } => {
                 let have = self.version_of(asker.hash);
-                self.reply(&asker, Body::Ack(proto::Ack { token, have, seen: Vec::new() }), Vec::new());
+                self.reply(&asker, Body::Ack(proto::Ack { token, have, ..Default::default() }), Vec::new());
             }
             Purpose::User { token } => {
                 if let Some(member) = self.table.find_member(reply.hash) {

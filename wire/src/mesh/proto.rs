@@ -60,6 +60,10 @@ pub struct Record {
     pub tunnel_preshared: Vec<u8>,
     #[prost(bytes = "vec", tag = "19")]
     pub cluster_keys: Vec<u8>,
+    #[prost(uint64, tag = "33")]
+    pub ring_version: u64,
+    #[prost(fixed64, tag = "34")]
+    pub ring_tag: u64,
     #[prost(bytes = "vec", tag = "22")]
     pub certificate: Vec<u8>,
     #[prost(uint32, tag = "23")]
@@ -76,6 +80,8 @@ pub struct Record {
     pub tunnel_mapping: u32,
     #[prost(uint32, tag = "32")]
     pub relay_room: u32,
+    #[prost(bytes = "vec", tag = "35")]
+    pub tunnel_pairs: Vec<u8>,
     #[prost(fixed64, repeated, tag = "27")]
     pub keepers: Vec<u64>,
     #[prost(uint32, tag = "28")]
@@ -173,6 +179,8 @@ pub struct Ack {
     pub have: u64,
     #[prost(bytes = "vec", tag = "3")]
     pub seen: Vec<u8>,
+    #[prost(fixed64, tag = "4")]
+    pub challenge: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -304,6 +312,46 @@ pub struct Grant {
 }
 
 #[derive(Clone, PartialEq, Message)]
+pub struct PairOffer {
+    #[prost(bytes = "vec", tag = "1")]
+    pub other: Vec<u8>,
+    #[prost(bytes = "vec", tag = "2")]
+    pub latest: Vec<u8>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct PairPart {
+    #[prost(fixed64, tag = "1")]
+    pub attempt: u64,
+    #[prost(uint32, tag = "2")]
+    pub part: u32,
+    #[prost(bool, tag = "3")]
+    pub answers: bool,
+    #[prost(bytes = "vec", tag = "4")]
+    pub content: Vec<u8>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct PairQuestion {
+    #[prost(bytes = "vec", tag = "1")]
+    pub other: Vec<u8>,
+    #[prost(uint32, tag = "2")]
+    pub known: u32,
+    #[prost(bytes = "vec", tag = "3")]
+    pub key: Vec<u8>,
+    #[prost(bytes = "vec", tag = "4")]
+    pub signature: Vec<u8>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct PairAnswer {
+    #[prost(bytes = "vec", tag = "1")]
+    pub sealed: Vec<u8>,
+    #[prost(bytes = "vec", tag = "2")]
+    pub signature: Vec<u8>,
+}
+
+#[derive(Clone, PartialEq, Message)]
 pub struct Joining {
     #[prost(uint32, tag = "1")]
     pub step: u32,
@@ -361,6 +409,10 @@ pub enum Body {
     Forward(Forward),
     #[prost(message, tag = "35")]
     Grant(Grant),
+    #[prost(message, tag = "43")]
+    PairOffer(PairOffer),
+    #[prost(message, tag = "44")]
+    PairPart(PairPart),
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -379,6 +431,9 @@ pub struct Datagram {
     pub incarnation: u64,
     #[prost(message, repeated, tag = "7")]
     pub updates: Vec<Update>,
-    #[prost(oneof = "Body", tags = "8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 20, 25, 26, 27, 28, 29, 35")]
+    #[prost(
+        oneof = "Body",
+        tags = "8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 20, 25, 26, 27, 28, 29, 35, 43, 44"
+    )]
     pub body: Option<Body>,
 }

@@ -39,6 +39,16 @@ impl Routes {
         matches!(&self.authority, Authority::Store(table) if table.is_owner(node, key))
     }
 
+    pub(super) fn authority(&self) -> &Authority {
+        &self.authority
+    }
+
+    /// Whether the store names the record's node, with its key or one that it follows.
+    pub(super) fn vouches_for(&self, record: &NodeRecord) -> bool {
+        let keys = record.endorsements.iter().map(|earlier| &earlier.key).chain([&record.key]);
+        keys.into_iter().any(|key| self.is_owner(&record.node, key))
+    }
+
     /// Who claims an address of `subnet`. Claims do not overlap, so the last one that starts in or before
     /// the subnet is the only candidate before it and the first of those inside it otherwise.
     fn claimed(&self, subnet: Subnet, except: u64) -> Option<(Subnet, u64)> {
@@ -54,7 +64,8 @@ impl Routes {
     }
 }
 
-enum Judgement {
+/// What to think of a record.
+pub(super) enum Judgement {
     Accepted,
     Pending(String),
     Refused(String),
@@ -121,8 +132,11 @@ impl Mesh {
             self.routes_dirty = true;
             member.verdict = verdict;
         }
+        member.once_vouched |=
+            routed.as_ref().is_some_and(|signed| !signed.record().facts.subnets.is_empty());
         member.routed = routed;
         self.note_uncertified(id);
+        self.count_member(id);
     }
 
     /// Whether what is in use may stay while a later record of the member is pending.
@@ -139,28 +153,10 @@ impl Mesh {
         let (hash, signed) = (member.hash, Arc::clone(&member.signed));
         let record = signed.record();
         let site = &record.site;
-        let Some(view) = self.sites.views().get(site) else {
-            return Judgement::Pending(format!("site {site} is not let in, or not known here yet"));
+        let key = match self.certifier(record) {
+            Ok(key) => key,
+            Err(judgement) => return judgement,
         };
-        let (prefixes, least_serial, void) = match &view.standing {
-            SiteStanding::Unknown => {
-                return Judgement::Pending(format!("site {site} has not said what it announces"));
-            }
-            SiteStanding::Expelled => return Judgement::Refused(format!("site {site} is expelled")),
-            SiteStanding::Left => return Judgement::Refused(format!("site {site} has left")),
-            SiteStanding::Member { prefixes, least_serial, void } => (prefixes, least_serial, void),
-        };
-        let outside = |leased: &&LeasedSubnet| !prefixes.iter().any(|prefix| prefix.covers(leased.subnet));
-        if let Some(leased) = record.facts.subnets.iter().find(outside) {
-            return Judgement::Refused(format!("{} is not of the prefixes of site {site}", leased.subnet));
-        }
-        let Some(certificate) = record.facts.certificate else {
-            return Judgement::Pending(format!("site {site} has not certified it yet"));
-        };
-        if certificate.serial < *least_serial || void.contains(&record.key) {
-            return Judgement::Refused(format!("site {site} has declared its certificate void"));
-        }
-        let key = view.key;
         if !self.is_certified(id, &key) {
             return Judgement::Pending(format!("site {site} has not certified what it announces"));
         }
@@ -179,6 +175,35 @@ impl Mesh {
             return Judgement::Accepted;
         }
         Judgement::Conflict { subnet, kept }
+    }
+
+    /// Returns the site key that the certificate in a record of another site has to be by, where that site may certify what the
+    /// record says; else what to think of the record.
+    pub(super) fn certifier(&self, record: &NodeRecord) -> Result<PublicKey, Judgement> {
+        let site = &record.site;
+        let Some(view) = self.sites.views().get(site) else {
+            return Err(Judgement::Pending(format!("site {site} is not let in, or not known here yet")));
+        };
+        let (prefixes, least_serial, void) = match &view.standing {
+            SiteStanding::Unknown => {
+                return Err(Judgement::Pending(format!("site {site} has not said what it announces")));
+            }
+            SiteStanding::Expelled => return Err(Judgement::Refused(format!("site {site} is expelled"))),
+            SiteStanding::Left => return Err(Judgement::Refused(format!("site {site} has left"))),
+            SiteStanding::Member { prefixes, least_serial, void } => (prefixes, least_serial, void),
+        };
+        let outside = |leased: &&LeasedSubnet| !prefixes.iter().any(|prefix| prefix.covers(leased.subnet));
+        if let Some(leased) = record.facts.subnets.iter().find(outside) {
+            let why = format!("{} is not of the prefixes of site {site}", leased.subnet);
+            return Err(Judgement::Refused(why));
+        }
+        let Some(certificate) = record.facts.certificate else {
+            return Err(Judgement::Pending(format!("site {site} has not certified it yet")));
+        };
+        if certificate.serial < *least_serial || void.contains(&record.key) {
+            return Err(Judgement::Refused(format!("site {site} has declared its certificate void")));
+        }
+        Ok(view.key)
     }
 
     fn displace(&mut self, id: Id, why: String) {

@@ -17,7 +17,7 @@ const MOST: usize = 1024;
 /// What the sum of no statements at all is, so that it differs from that of a node that takes none.
 const EMPTY: u64 = 1;
 /// So far ahead of what is known a version of the mesh's cluster keys may be: nobody can use up the numbers.
-const AHEAD: u64 = 1 << 20;
+pub(super) const AHEAD: u64 = 1 << 20;
 
 #[derive(Debug, Default)]
 pub(super) struct Sites {

@@ -111,7 +111,7 @@ impl Mesh {
         // Spread over time, so that a cluster that started at once does not compare at once.
         let jitter = interval.mul_f64(below(&mut self.rng, 256) as f64 / 1024.0);
         self.arm_sync(self.now + interval - interval / 8 + jitter);
-        if let Some(id) = self.table.sample(&mut self.rng, 1, None).pop() {
+        if let Some(id) = self.table.sample(&mut self.rng, 1).pop() {
             self.sync_with(id);
         }
     }

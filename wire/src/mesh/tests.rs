@@ -148,8 +148,13 @@ fn arb_body() -> impl Strategy<Value = Body> {
             again_ms,
             padding: Vec::new(),
         })),
-        (any::<u64>(), any::<u64>(), prop_oneof![vec(any::<u8>(), 0..20), vec(any::<u8>(), 6)])
-            .prop_map(|(token, have, seen)| Body::Ack(proto::Ack { token, have, seen })),
+        (any::<u64>(), any::<u64>(), prop_oneof![vec(any::<u8>(), 0..20), vec(any::<u8>(), 6)], any::<u64>())
+            .prop_map(|(token, have, seen, challenge)| Body::Ack(proto::Ack {
+                token,
+                have,
+                seen,
+                challenge
+            })),
         any::<u64>().prop_map(|token| Body::Nack(proto::Nack { token })),
         (any::<u64>(), ".{0,9}|m[0-3]")
             .prop_map(|(token, target)| Body::PingRequest(proto::PingRequest { token, target })),
@@ -258,4 +263,23 @@ proptest! {
         feed(&mut a, &news, now);
         prop_assert_eq!(once, merged(&a));
     }
+}
+
+#[test]
+fn a_site_that_was_renamed_says_so() {
+    let now = Instant::now();
+    let key = || SiteKey::from_secret([5; 32]);
+    let prefixes = || vec!["10.0.0.0/16".parse().expect("a prefix")];
+    let trust = || Trust { site: key().public(), prefixes: prefixes(), signer: Some(key()) };
+    let mut before = start("n", Authority::Claims, now);
+    before.set_trust(trust(), Vec::new(), now).expect("it speaks");
+    let remembered: Vec<_> = before.statements().cloned().collect();
+    let mut after = Mesh::new(
+        MeshConfig { site: "renamed".parse().expect("a name"), ..before.config.clone() },
+        [3; 32],
+        now,
+    );
+    after.set_trust(trust(), remembered, now).expect("it speaks");
+    let said = after.sites.own_record().expect("it has spoken");
+    assert_eq!((said.site.as_str(), said.version), ("renamed", 2));
 }

@@ -32,6 +32,8 @@ pub(super) enum Timer {
     Grant,
     /// A question of this site's joining has no answer yet.
     Join,
+    /// Secrets of two sites are to be made, offered or forgotten.
+    Pairs,
 }
 
 impl Timer {
@@ -47,6 +49,7 @@ impl Timer {
             Self::Expire(_) => "give up a request",
             Self::Grant => "give cluster keys",
             Self::Join => "ask to be let in",
+            Self::Pairs => "see to the secrets of pairs of sites",
             Self::Certify => "certify nodes of the own site",
             Self::Judge => "judge members of other sites again",
             Self::Reach => "look at how this node is reached",

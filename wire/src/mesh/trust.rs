@@ -225,6 +225,8 @@ impl Mesh {
         let nothing = SiteRecord { site, key, version: 0, prefixes, least_serial: 0, void, left: false };
         let known = self.sites.own_record().unwrap_or(&nothing);
         let mut wanted = known.clone();
+        // It may have had another name when it spoke last.
+        wanted.site = self.config.site.clone();
         change(&mut wanted);
         if wanted != *known || known.version == 0 {
             wanted.version = known.version + 1;
@@ -273,6 +275,7 @@ impl Mesh {
 
     pub(super) fn on_judge_timer(&mut self) {
         if std::mem::take(&mut self.rejudge) {
+            self.review_pairs();
             self.judge_all();
         }
     }
@@ -284,16 +287,10 @@ impl Mesh {
 
     /// The highest epoch of a record that its site has certified.
     pub(super) fn certified_epoch(&self, record: &NodeRecord) -> Option<Epoch> {
-        let view = self.sites.views().get(&record.site)?;
-        let SiteStanding::Member { prefixes, least_serial, void } = &view.standing else { return None };
-        let subnets = &record.facts.subnets;
-        let inside = subnets.iter().all(|leased| prefixes.iter().any(|prefix| prefix.covers(leased.subnet)));
-        let is_void = record.facts.certificate?.serial < *least_serial || void.contains(&record.key);
-        if !inside || is_void {
-            return None;
-        }
-        let holds = self.config.verify.verify_certificate(&view.key, &self.config.cluster, record);
-        holds.then(|| subnets.iter().map(|leased| leased.epoch).max().unwrap_or_default())
+        let site = self.certifier(record).ok()?;
+        let holds = self.config.verify.verify_certificate(&site, &self.config.cluster, record);
+        let epochs = record.facts.subnets.iter().map(|leased| leased.epoch);
+        holds.then(|| epochs.max().unwrap_or_default())
     }
 
     /// Whether a site key has certified a member's present record; looked at once a record.
@@ -315,6 +312,7 @@ impl Mesh {
         let Some(signer) = &self.signer else { return };
         let key = signer.public();
         self.note_ungranted(id);
+        self.note_unpaired(id);
         let member = self.table.at(id);
         let (hash, record) = (member.hash, member.signed.record());
         let own = record.site == self.config.site && member.verdict.is_accepted();

@@ -1,9 +1,11 @@
 //! Laws of the record encoding.
 
+use ipnet::IpNet;
 use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::*;
+use crate::types::to_hex;
 
 const CLUSTER: &str = "test";
 
@@ -55,6 +57,7 @@ prop_compose! {
         mtu in any::<u16>(),
         capabilities in any::<u64>().prop_map(Capabilities),
         keys in vec(any::<[u8; 4]>().prop_map(KeyId), 0..=MAX_KEYS),
+        follows in proptest::option::of((any::<u64>(), 1..=u64::MAX)),
         gateway in proptest::option::of(0..=MAX_WEIGHT),
         certificate in proptest::option::of((any::<u64>(), vec(any::<u8>(), SIGNATURE))),
         tunnel in proptest::option::of((any::<[u8; 32]>(), 1..=u16::MAX, vec(any::<[u8; 4]>(), 0..=MAX_KEYS))),
@@ -69,13 +72,15 @@ prop_compose! {
             detour: detour.clone(),
             key: TunnelKey(key),
             port,
-            preshared: preshared.into_iter().map(KeyId).collect(),
+            preshared: preshared.iter().copied().map(KeyId).collect(),
+            pairs: preshared.into_iter().rev().map(KeyId).collect(),
         });
         let certificate = certificate.map(|(serial, signature)| {
             let bytes = [&u64::to_be_bytes(serial)[..], &signature].concat();
             Certificate::from_bytes(&bytes).expect("of the right length")
         });
-        Facts { subnets, gossip, underlay, vtep_v4, vtep_v6, vni, vxlan_port, mtu, capabilities, keys, tunnel, gateway, certificate, reachability, tunnel_reach }
+        let follows = follows.map(|(version, tag)| RingName { version, tag });
+        Facts { subnets, gossip, underlay, vtep_v4, vtep_v6, vni, vxlan_port, mtu, capabilities, keys, follows, tunnel, gateway, certificate, reachability, tunnel_reach }
     }
 }
 
@@ -96,6 +101,77 @@ fn arb_signed() -> impl Strategy<Value = SignedRecord> {
 fn sign_with(key: &NodeKey) -> SignedRecord {
     let (node, site) = ("n1".parse().expect("a name"), "s1".parse().expect("a name"));
     SignedRecord::sign(key, CLUSTER, node, site, 1, Facts::default(), false)
+}
+
+/// Everything that a record may say, each thing as long as it may be.
+fn most_of_all() -> Facts {
+    let ip = IpAddr::from([0xfd; 16]);
+    let socket = SocketAddr::new(ip, u16::MAX);
+    let keys = vec![KeyId([7; 4]); MAX_KEYS];
+    let subnet = IpNet::new(ip, 128).expect("a length of the family").try_into().expect("no host bits");
+    let detour = Detour { key: TunnelKey([9; 32]), port: u16::MAX, preferred: true };
+    Facts {
+        subnets: vec![LeasedSubnet { subnet, epoch: Epoch(u64::MAX) }; MAX_SUBNETS],
+        gossip: vec![socket; MAX_GOSSIP],
+        underlay: vec![ip; MAX_UNDERLAY],
+        vtep_v4: Some(MacAddress([2; 6])),
+        vtep_v6: Some(MacAddress([2; 6])),
+        vni: (1 << 24) - 1,
+        vxlan_port: u16::MAX,
+        mtu: u16::MAX,
+        capabilities: Capabilities(u64::MAX),
+        keys: keys.clone(),
+        follows: Some(RingName { version: u64::MAX, tag: u64::MAX }),
+        tunnel: Some(TunnelFacts {
+            key: TunnelKey([8; 32]),
+            port: u16::MAX,
+            preshared: keys,
+            pairs: vec![KeyId([7; 4]); MAX_PAIRS],
+            carrier: Some(Carrier::Kernel),
+            detour: Some(detour),
+        }),
+        gateway: Some(MAX_WEIGHT),
+        certificate: Certificate::from_bytes(&[0xff; 8 + SIGNATURE]),
+        reachability: Reachability {
+            reach: Reach::Behind,
+            keepers: vec![u64::MAX; MAX_KEEPERS],
+            outside: vec![socket; MAX_OUTSIDE],
+        },
+        tunnel_reach: TunnelReach {
+            reflexive: vec![socket; MAX_UNDERLAY],
+            mapping: TunnelMapping::Dependent,
+            relay_room: 100,
+        },
+    }
+}
+
+#[test]
+fn the_largest_record_keeps_its_limit_and_gives_up_what_is_needed_least() {
+    let name = "x".repeat(63);
+    let (node, site): (NodeName, SiteName) = (name.parse().expect("a name"), name.parse().expect("a name"));
+    let mut key = NodeKey::from_secret([0; 32]);
+    for rotation in 1..=MAX_ENDORSEMENTS {
+        key = NodeKey::from_secret([rotation as u8; 32]).endorsed_by(&key, CLUSTER, &node);
+    }
+    let wanted = most_of_all();
+    assert!(wanted.certificate.is_some());
+    let signed = SignedRecord::sign(&key, CLUSTER, node, site, u64::MAX, wanted.clone(), true);
+    let length = signed.bytes.len() + SIGNATURE;
+    assert!(length <= MAX_RECORD, "{length}");
+    // What nobody can do without is all there, and one of each list of addresses and keys.
+    let facts = &signed.record.facts;
+    let tunnel = facts.tunnel.as_ref().expect("not given up");
+    assert!(!facts.gossip.is_empty() && !tunnel.preshared.is_empty());
+    let restored = Facts {
+        gossip: wanted.gossip.clone(),
+        tunnel: wanted.tunnel.clone(),
+        reachability: wanted.reachability.clone(),
+        tunnel_reach: wanted.tunnel_reach.clone(),
+        ..facts.clone()
+    };
+    assert_eq!(restored, wanted);
+    let claimed = ClaimedRecord::parse(signed.to_proto()).expect("others take it");
+    assert_eq!(claimed.verify(CLUSTER), Ok(signed));
 }
 
 proptest! {
@@ -194,4 +270,70 @@ fn fields_that_this_version_does_not_know_survive_relaying() {
     signed.bytes = bytes.clone().into();
     let verified = ClaimedRecord::parse(signed.to_proto()).expect("a record").verify(CLUSTER);
     assert_eq!(verified.expect("a signature").to_proto().record, bytes);
+}
+
+/// What a node with everything announces: two families, tunnels with a detour, a certificate, keepers.
+fn full_facts(pairs: usize) -> Facts {
+    let socket = |text: &str| -> SocketAddr { text.parse().expect("an address") };
+    let addresses = [socket("192.0.2.1:7117"), socket("[2001:db8::1]:7117")];
+    let leased = |text: &str| LeasedSubnet { subnet: text.parse().expect("a subnet"), epoch: Epoch(1 << 20) };
+    let key = |number: usize| KeyId((number as u32).to_be_bytes());
+    Facts {
+        subnets: vec![leased("10.32.1.0/24"), leased("fd00:32:0:1::/64")],
+        gossip: addresses.to_vec(),
+        underlay: addresses.iter().map(SocketAddr::ip).collect(),
+        vtep_v4: Some(MacAddress([1; 6])),
+        vtep_v6: Some(MacAddress([2; 6])),
+        vni: 1,
+        vxlan_port: 8472,
+        mtu: 1500,
+        capabilities: Capabilities::VXLAN,
+        keys: vec![key(1), key(2)],
+        follows: Some(RingName { version: 1 << 20, tag: u64::MAX }),
+        tunnel: Some(TunnelFacts {
+            key: TunnelKey([1; 32]),
+            port: 51820,
+            preshared: vec![key(1), key(2)],
+            pairs: (0..pairs).map(key).collect(),
+            carrier: Some(Carrier::Kernel),
+            detour: Some(Detour { key: TunnelKey([2; 32]), port: 51821, preferred: true }),
+        }),
+        certificate: Certificate::from_bytes(&[1; 72]),
+        reachability: Reachability {
+            reach: Reach::Behind,
+            keepers: vec![u64::MAX; MAX_KEEPERS],
+            outside: Vec::new(),
+        },
+        tunnel_reach: TunnelReach {
+            reflexive: addresses.to_vec(),
+            mapping: TunnelMapping::Independent,
+            relay_room: 0,
+        },
+        gateway: Some(MAX_WEIGHT),
+    }
+}
+
+fn sign_full(pairs: usize, rotations: u8) -> Facts {
+    let node: NodeName = "ip-10-0-12-34.eu-central-1.compute.internal".parse().expect("a name");
+    let mut key = NodeKey::from_secret([1; 32]);
+    for rotation in 0..rotations {
+        key = NodeKey::from_secret([rotation + 2; 32]).endorsed_by(&key, CLUSTER, &node);
+    }
+    let site = "eu-central-1".parse().expect("a name");
+    SignedRecord::sign(&key, CLUSTER, node, site, 1 << 40, full_facts(pairs), false).record().facts.clone()
+}
+
+fn named(facts: &Facts) -> usize {
+    facts.tunnel.as_ref().map_or(0, |tunnel| tunnel.pairs.len())
+}
+
+#[test]
+fn a_record_with_everything_has_room_for_the_secrets_of_fifty_sites_and_no_longer_one_loses_how_it_is_reached()
+ {
+    let fifty = sign_full(50, 0);
+    assert_eq!(fifty, full_facts(50));
+    let most = sign_full(2 * MAX_PAIRS, 3);
+    let full = full_facts(0);
+    assert!(named(&most) <= MAX_PAIRS);
+    assert_eq!((most.reachability, most.tunnel_reach), (full.reachability, full.tunnel_reach));
 }

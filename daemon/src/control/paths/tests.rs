@@ -1,5 +1,7 @@
 //! Which paths are told of, when, and whom a pair asks.
 
+use weft_wire::types::TunnelKey;
+
 use super::*;
 
 const PORT: u16 = 51_820;

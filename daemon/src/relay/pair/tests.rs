@@ -8,7 +8,7 @@ use super::*;
 const A: u8 = 1;
 const B: u8 = 2;
 
-fn member(number: u8) -> Member {
+pub(in crate::relay) fn member(number: u8) -> Member {
     Member { node: format!("n{number}").parse().expect("a name"), keys: vec![TunnelKey([number; 32])] }
 }
 
@@ -26,15 +26,15 @@ fn handshake(kind: u8, length: usize, to: u8, indices: [u32; 2]) -> Vec<u8> {
     message
 }
 
-fn initiation(to: u8, sender: u32) -> Vec<u8> {
+pub(in crate::relay) fn initiation(to: u8, sender: u32) -> Vec<u8> {
     handshake(1, INITIATION, to, [sender, 0])
 }
 
-fn response(to: u8, sender: u32, receiver: u32) -> Vec<u8> {
+pub(in crate::relay) fn response(to: u8, sender: u32, receiver: u32) -> Vec<u8> {
     handshake(2, RESPONSE, to, [sender, receiver])
 }
 
-fn data(receiver: u32) -> Vec<u8> {
+pub(in crate::relay) fn data(receiver: u32) -> Vec<u8> {
     let mut message = vec![0; LEAST_DATA];
     message[0] = 4;
     message[4..8].copy_from_slice(&receiver.to_le_bytes());
@@ -74,8 +74,11 @@ fn who_is_not_of_the_pair_is_not_served() {
         (vec![0; 100], Refused::NotWireguard),
         (Vec::new(), Refused::NotWireguard),
     ] {
+        let before = pair.counts.refused[why as usize];
         assert_eq!(pair.handle(at(9), &message, now), Step::Drop(why));
+        assert_eq!(pair.counts.refused[why as usize], before + 1);
     }
+    assert_eq!((pair.counts.refused(), pair.counts.handshakes), (5, 3), "three made the session");
     assert_eq!(pair.legs(), [Some(at(A)), Some(at(B))]);
 }
 
@@ -117,10 +120,11 @@ fn a_pair_keeps_its_limit_and_is_over_when_idle() {
     let now = Instant::now();
     let mut pair = Pair::new([member(A), member(B)], 1000, now);
     let mut sent = 0;
-    while pair.handle(at(A), &initiation(B, 10), now) != Step::Drop(Refused::Limit) {
+    while pair.handle(at(A), &initiation(B, 10), now) != Step::Drop(Refused::PairLimit) {
         sent += INITIATION;
     }
     assert!(sent <= 1 << 16, "{sent}");
+    assert_eq!(pair.counts.refusals().find(|(_, count)| *count > 0), Some((Refused::PairLimit, 1)));
     let later = now + Duration::from_secs(1);
     assert_eq!(pair.handle(at(A), &initiation(B, 10), later), Step::Hold { held: None });
     assert!(!pair.is_over(later) && pair.is_over(now + UNUSED));
@@ -135,6 +139,26 @@ fn keys_that_changed_are_followed() {
     assert_eq!(pair.handle(at(A), &initiation(5, 12), now), Step::Drop(Refused::NotOfThePair));
     pair.follow(&[member(A), Member { keys: vec![TunnelKey([5; 32])], ..member(B) }]);
     assert_eq!(pair.handle(at(A), &initiation(5, 12), now), forwarded(at(B)));
+}
+
+#[test]
+fn a_pair_goes_on_where_another_daemon_was() {
+    let now = Instant::now();
+    let mut pair = met(now);
+    // A is about to move, and B has not answered yet.
+    assert_eq!(pair.handle(at(8), &initiation(B, 11), now), forwarded(at(B)));
+    let later = now + Duration::from_millis(1500);
+    let told = serde_json::to_vec(&pair.state(later)).expect("plain data");
+    let state: state::PairState = serde_json::from_slice(&told).expect("as it was written");
+    let mut pair = Pair::resume(state.clone(), 1 << 30, later);
+    assert_eq!(pair.state(later), state);
+    assert_eq!(pair.handle(at(B), &data(10), later), forwarded(at(A)));
+    assert_eq!(pair.handle(at(7), &data(20), later), forwarded(at(B)), "by its session");
+    assert_eq!(pair.legs()[0], Some(at(7)), "it had been silent for long enough");
+    assert_eq!(pair.handle(at(B), &response(A, 21, 11), later), forwarded(at(8)));
+    assert_eq!(pair.handle(at(A), &initiation(3, 12), later), Step::Drop(Refused::NotOfThePair));
+    let pair = Pair::resume(met(now).state(now + UNUSED), 1 << 30, later);
+    assert!(!pair.is_over(later) && pair.is_over(later + IDLE - UNUSED), "it ages on the way");
 }
 
 proptest! {

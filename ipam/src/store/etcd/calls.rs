@@ -16,7 +16,7 @@ use super::proto::{
     LeaseGrantResponse, LeaseKeepAliveRequest, LeaseKeepAliveResponse, Op, Operand, PutRequest, RangeRequest,
     RequestOp, ResponseHeader, TxnRequest, TxnResponse,
 };
-use super::trouble::{Then, Trouble};
+use super::trouble::{Failed, Then, Trouble};
 use crate::store::desk;
 use crate::store::{Entry, Expect, Key, PutError, Snapshot, StoreError};
 
@@ -335,27 +335,6 @@ impl desk::Calls for Calls {
             "etcd did not answer within {} s: look at `etcdctl endpoint status --cluster`",
             desk::BOUND.as_secs()
         ))
-    }
-}
-
-/// Why a write did not happen, or may not have.
-enum Failed {
-    Conflict(Option<Entry>),
-    Trouble(Trouble),
-}
-
-impl From<Trouble> for Failed {
-    fn from(trouble: Trouble) -> Self {
-        Self::Trouble(trouble)
-    }
-}
-
-impl From<Failed> for PutError {
-    fn from(failed: Failed) -> Self {
-        match failed {
-            Failed::Conflict(entry) => Self::Conflict(entry),
-            Failed::Trouble(trouble) => Self::Store(trouble.into()),
-        }
     }
 }
 

@@ -4,7 +4,6 @@
 //! seen, and where etcd cannot (compacted, set back, another cluster) the watchers are told to list.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use tonic::Streaming;
 
@@ -15,11 +14,9 @@ use super::trouble::{Then, Trouble};
 use crate::store::watchers::{Joined, Watchers};
 use crate::store::{Change, Entry};
 
-/// The first and the longest wait before the next attempt.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
-
-/// So many failures in a row are an outage.
-const LOST: u32 = 2;
+/// So many failures in a row are an outage. Not the first: when a member goes, all its nodes move on, and all of them listing at
+/// once is the last thing that etcd needs.
+const OUTAGE: u32 = 2;
 
 /// Where a watch goes on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,13 +40,7 @@ pub(super) async fn run(link: Arc<Link>, mut joined: Joined) {
         };
         failures += 1;
         tracing::debug!(err = %trouble, failures, "the watch of etcd ended");
-        if failures == LOST {
-            // A list will tell the asker why. Not at the first failure: when a member goes, all its nodes move on,
-            // and all of them listing at once is the last thing that etcd needs.
-            watchers.tell(&Change::Relist);
-        }
-        let wait = BACKOFF.0.saturating_mul(1 << failures.min(10)).min(BACKOFF.1);
-        tokio::time::sleep(wait).await;
+        watchers.wait_out(failures, OUTAGE).await;
     }
 }
 
@@ -65,7 +56,7 @@ async fn follow(
     let live = link.live().await?;
     let result = async {
         let mut stream = open(link, &live, watchers, seen).await?;
-        if std::mem::take(failures) >= LOST {
+        if std::mem::take(failures) >= OUTAGE {
             // A sign of life for those whose calls failed.
             watchers.tell(&Change::Relist);
         }

@@ -1,15 +1,14 @@
 //! What may go wrong between this node and etcd, as sentences that say what to do.
 
 use std::error::Error;
-use std::fmt;
 use std::io;
 
 use tokio_rustls::rustls::{AlertDescription, CertificateError, Error as TlsError};
 use tonic::{Code, Status};
 
 use super::access::{Endpoint, EtcdOptions};
-use crate::store::StoreError;
 use crate::store::cause::{deepest, find};
+use crate::store::trouble::{self, mistrusted};
 
 /// What follows from a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,19 +24,18 @@ pub(super) enum Then {
 }
 
 /// A failure.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Trouble {
-    pub(super) then: Then,
-    pub(super) sentence: String,
-}
+pub(super) type Trouble = trouble::Trouble<Then>;
+
+/// Why a write did not happen, or may not have.
+pub(super) type Failed = trouble::Failed<Then>;
 
 impl Trouble {
     pub(super) fn tell(sentence: impl Into<String>) -> Self {
-        Self { then: Then::Tell, sentence: sentence.into() }
+        Self::new(Then::Tell, sentence)
     }
 
     pub(super) fn elsewhere(sentence: impl Into<String>) -> Self {
-        Self { then: Then::Elsewhere, sentence: sentence.into() }
+        Self::new(Then::Elsewhere, sentence)
     }
 
     /// A call or a connection that took too long.
@@ -80,10 +78,10 @@ impl Trouble {
             Code::DataLoss => Self::tell(format!(
                 "etcd at {endpoint} says that its data is corrupt: see `etcdctl alarm list`, and restore the member"
             )),
-            Code::Unauthenticated => Self { then: Then::Login, sentence: login() },
+            Code::Unauthenticated => Self::new(Then::Login, login()),
             // Users or roles were changed since the token was made.
             Code::InvalidArgument if said.contains("revision of auth store is old") => {
-                Self { then: Then::Login, sentence: login() }
+                Self::new(Then::Login, login())
             }
             Code::InvalidArgument if said.contains("invalid user ID or password") => Self::tell(format!(
                 "etcd refuses the user {user} or the password: correct store.user and store.password_file"
@@ -116,18 +114,6 @@ impl Trouble {
     }
 }
 
-impl fmt::Display for Trouble {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.sentence)
-    }
-}
-
-impl From<Trouble> for StoreError {
-    fn from(trouble: Trouble) -> Self {
-        Self(trouble.sentence)
-    }
-}
-
 /// Says why a member cannot be spoken to.
 fn unreachable(endpoint: &Endpoint, options: &EtcdOptions, error: &(dyn Error + 'static)) -> String {
     if let Some(error) = find::<TlsError>(error) {
@@ -148,16 +134,12 @@ fn unreachable(endpoint: &Endpoint, options: &EtcdOptions, error: &(dyn Error + 
 
 fn tls(endpoint: &Endpoint, options: &EtcdOptions, error: &TlsError) -> String {
     use CertificateError as Bad;
+    if let TlsError::InvalidCertificate(bad) = error
+        && let Some(sentence) = mistrusted(&format!("etcd at {endpoint}"), "store.ca_file", bad)
+    {
+        return sentence;
+    }
     match error {
-        TlsError::InvalidCertificate(Bad::Expired | Bad::ExpiredContext { .. }) => format!(
-            "the certificate of etcd at {endpoint} has expired by this node's clock: renew it, or set the clock"
-        ),
-        TlsError::InvalidCertificate(Bad::NotValidYet | Bad::NotValidYetContext { .. }) => format!(
-            "the certificate of etcd at {endpoint} is not valid yet by this node's clock: set the clock, or renew the certificate"
-        ),
-        TlsError::InvalidCertificate(Bad::UnknownIssuer | Bad::BadSignature) => format!(
-            "the certificate of etcd at {endpoint} is not signed by the CA in store.ca_file: name the CA that signed it"
-        ),
         TlsError::InvalidCertificate(Bad::NotValidForName | Bad::NotValidForNameContext { .. }) => format!(
             "the certificate of etcd at {endpoint} is not for {}: write a name of the certificate in store.endpoints",
             endpoint.host()

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::link::{Ask, Link};
 use super::object::{self, DEFINITION, FIELDS, Object, Page, VERSION, name_of, revision_of};
-use super::trouble::{Then, Trouble, undefined};
+use super::trouble::{Failed, Then, Trouble, undefined};
 use crate::lease::LeaseValue;
 use crate::store::desk;
 use crate::store::{Entry, Expect, Key, PutError, Snapshot, StoreError};
@@ -235,25 +235,4 @@ fn escaped(token: &str) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
     let one = |byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") };
     token.bytes().map(one).collect()
-}
-
-/// Why a write did not happen, or may not have.
-enum Failed {
-    Conflict(Option<Entry>),
-    Trouble(Trouble),
-}
-
-impl From<Trouble> for Failed {
-    fn from(trouble: Trouble) -> Self {
-        Self::Trouble(trouble)
-    }
-}
-
-impl From<Failed> for PutError {
-    fn from(failed: Failed) -> Self {
-        match failed {
-            Failed::Conflict(entry) => Self::Conflict(entry),
-            Failed::Trouble(trouble) => Self::Store(trouble.into()),
-        }
-    }
 }

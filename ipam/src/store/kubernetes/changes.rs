@@ -17,16 +17,15 @@ use super::trouble::{Then, Trouble};
 use crate::store::Change;
 use crate::store::watchers::{Joined, Watchers};
 
-/// The first and the longest wait before the next attempt.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 /// The API server is asked to end a watch after so long, so that watches move to one that is new.
 const LIFE: Duration = Duration::from_secs(290);
 /// It sends a bookmark about every minute; one that sends nothing for so long hangs.
 const SILENCE: Duration = Duration::from_secs(90);
 /// A watch that ends sooner than this did not serve.
 const BRIEF: Duration = Duration::from_secs(1);
-/// So many failures in a row, three seconds of them, are an outage.
-const LOST: u32 = 5;
+/// So many failures in a row, three seconds of them, are an outage. Not fewer: when an API server is restarted its watches come
+/// back, and all nodes listing at once is the last thing that it needs then.
+const OUTAGE: u32 = 5;
 
 /// Watches while there are watchers. Dropped with the store.
 pub(super) async fn run(link: Arc<Link>, mut joined: Joined) {
@@ -47,13 +46,7 @@ pub(super) async fn run(link: Arc<Link>, mut joined: Joined) {
         }
         failures += 1;
         tracing::debug!(err = %trouble, failures, "the watch of Kubernetes ended");
-        if failures == LOST {
-            // A list will tell the asker why. Not sooner: when an API server is restarted its watches come back, and all
-            // nodes listing at once is the last thing that it needs then.
-            watchers.tell(&Change::Relist);
-        }
-        let wait = BACKOFF.0.saturating_mul(1 << failures.min(10)).min(BACKOFF.1);
-        tokio::time::sleep(wait).await;
+        watchers.wait_out(failures, OUTAGE).await;
     }
 }
 
@@ -94,7 +87,7 @@ async fn follow(
     let result = async {
         let began = Instant::now();
         let mut events = open(link, &live, &ask).await?;
-        if std::mem::take(failures) >= LOST {
+        if std::mem::take(failures) >= OUTAGE {
             // A sign of life for those whose calls failed.
             watchers.tell(&Change::Relist);
         }

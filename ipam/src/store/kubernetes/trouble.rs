@@ -9,8 +9,8 @@ use tokio_rustls::rustls::{CertificateError, Error as TlsError};
 use super::access::KubernetesOptions;
 use super::link::Ask;
 use super::object::DEFINITION;
-use crate::store::StoreError;
 use crate::store::cause::{deepest, find};
+use crate::store::trouble::{self, mistrusted};
 
 /// What follows from a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,17 +30,12 @@ pub(super) enum Then {
 }
 
 /// A failure.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Trouble {
-    pub(super) then: Then,
-    pub(super) sentence: String,
-}
+pub(super) type Trouble = trouble::Trouble<Then>;
+
+/// Why a write did not happen, or may not have.
+pub(super) type Failed = trouble::Failed<Then>;
 
 impl Trouble {
-    pub(super) fn new(then: Then, sentence: impl Into<String>) -> Self {
-        Self { then, sentence: sentence.into() }
-    }
-
     pub(super) fn tell(sentence: impl Into<String>) -> Self {
         Self::new(Then::Tell, sentence)
     }
@@ -133,18 +128,6 @@ fn one_line(text: &str) -> String {
     text.chars().take(400).collect()
 }
 
-impl From<Trouble> for StoreError {
-    fn from(trouble: Trouble) -> Self {
-        Self(trouble.sentence)
-    }
-}
-
-impl std::fmt::Display for Trouble {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.sentence)
-    }
-}
-
 /// Says why the API server cannot be spoken to.
 fn unreachable(server: &str, options: &KubernetesOptions, error: &kube::Error) -> String {
     if let Some(error) = find::<TlsError>(error) {
@@ -165,16 +148,12 @@ fn unreachable(server: &str, options: &KubernetesOptions, error: &kube::Error) -
 fn tls(server: &str, options: &KubernetesOptions, error: &TlsError) -> String {
     use CertificateError as Bad;
     let source = options.source();
+    if let TlsError::InvalidCertificate(bad) = error
+        && let Some(sentence) = mistrusted(&format!("the API server at {server}"), &source, bad)
+    {
+        return sentence;
+    }
     match error {
-        TlsError::InvalidCertificate(Bad::Expired | Bad::ExpiredContext { .. }) => format!(
-            "the certificate of the API server at {server} has expired by this node's clock: renew it, or set the clock"
-        ),
-        TlsError::InvalidCertificate(Bad::NotValidYet | Bad::NotValidYetContext { .. }) => format!(
-            "the certificate of the API server at {server} is not valid yet by this node's clock: set the clock, or renew the certificate"
-        ),
-        TlsError::InvalidCertificate(Bad::UnknownIssuer | Bad::BadSignature) => format!(
-            "the certificate of the API server at {server} is not signed by the CA in {source}: name the CA that signed it"
-        ),
         TlsError::InvalidCertificate(Bad::NotValidForName | Bad::NotValidForNameContext { .. }) => format!(
             "the certificate of the API server is not for {server}: write a name of the certificate in {source}"
         ),

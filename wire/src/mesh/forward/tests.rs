@@ -82,6 +82,21 @@ fn sent(mesh: &mut Mesh, now: Instant) -> Vec<(SocketAddr, proto::Datagram)> {
     }
 }
 
+/// Says hello, and answers the question that comes for it.
+fn meet(mesh: &mut Mesh, from: SocketAddr, hello: &proto::Datagram, seq: u64, now: Instant) {
+    give(mesh, from, hello, now).expect("taken");
+    let question = sent(mesh, now).into_iter().filter(|(to, _)| *to == from);
+    let mut asked = question.filter_map(|(_, said)| match said.body {
+        Some(Body::Ack(ack)) if ack.challenge != 0 => Some(ack.challenge),
+        _ => None,
+    });
+    let token = asked.next_back().expect("who has not answered yet is asked");
+    let body = Some(Body::Ack(proto::Ack { token, have: 9, ..Default::default() }));
+    let answer = proto::Datagram { seq, updates: Vec::new(), body, ..hello.clone() };
+    give(mesh, from, &answer, now).expect("taken");
+    sent(mesh, now);
+}
+
 fn dropped(mesh: &Mesh) -> Vec<(&'static str, u64)> {
     let counted = mesh.counters().not_forwarded().filter(|(_, count)| *count > 0);
     counted.map(|(reason, count)| (reason.label(), count)).collect()
@@ -90,9 +105,8 @@ fn dropped(mesh: &Mesh) -> Vec<(&'static str, u64)> {
 /// A keeper that "kept" named, and that has heard it and "asker".
 fn scene(now: Instant) -> Mesh {
     let mut mesh = keeper(now);
-    give(&mut mesh, at(20), &hello("kept", "keeper", &["keeper"], 1), now).expect("taken");
-    give(&mut mesh, at(30), &hello("asker", "keeper", &["other"], 1), now).expect("taken");
-    sent(&mut mesh, now);
+    meet(&mut mesh, at(20), &hello("kept", "keeper", &["keeper"], 1), 0, now);
+    meet(&mut mesh, at(30), &hello("asker", "keeper", &["other"], 1), 0, now);
     mesh
 }
 
@@ -178,14 +192,18 @@ fn what_was_passed_on_is_taken_once_and_does_not_move_its_sender() {
     let id = mesh.table.find(name_hash("asker")).expect("its record came with it");
     let contact = mesh.table.at(id).contact.as_ref().expect("it was heard");
     assert_eq!(contact.heard, None, "of where it is nothing is known");
-    // Heard straight, it is answered there, and what comes through the keeper after that changes nothing.
-    give(&mut mesh, at(50), &hello("asker", "me", &["keeper"], 5), now).expect("taken");
+    // Heard straight, and where it answers, it is answered there, and what comes through the keeper after that changes nothing.
+    give(&mut mesh, at(50), &hello("asker", "me", &["keeper"], 3), now).expect("taken");
+    assert_ne!(mesh.way(id), Some(Way::At(at(50))), "anybody may have sent that from there");
+    sent(&mut mesh, now);
+    meet(&mut mesh, at(50), &hello("asker", "me", &["keeper"], 5), 1, now);
     give(&mut mesh, at(40), &passed(4, &hello("asker", "me", &["keeper"], 6)), now).expect("taken");
     assert_eq!(mesh.way(id), Some(Way::At(at(50))));
     // One that was held back on its way, and comes from elsewhere, moves nothing either.
     give(&mut mesh, at(66), &hello("asker", "me", &["keeper"], 4), now).expect("taken");
     assert_eq!(mesh.way(id), Some(Way::At(at(50))));
-    give(&mut mesh, at(51), &hello("asker", "me", &["keeper"], 7), now).expect("taken");
+    sent(&mut mesh, now);
+    meet(&mut mesh, at(51), &hello("asker", "me", &["keeper"], 7), 8, now);
     assert_eq!(mesh.way(id), Some(Way::At(at(51))), "who roams is followed");
 }
 

@@ -41,7 +41,7 @@ pub(super) struct Keeper {
     /// A Ping waits for its answer.
     asked: Option<Instant>,
     missed: u32,
-    /// When the last datagram went to it, and how long none had gone before that.
+    /// When the last datagram went to it, and the longest time without one since it said last where it sees this node.
     sent: Instant,
     rested: Duration,
     /// Where it saw this node last.
@@ -91,10 +91,7 @@ impl Keeper {
     }
 
     pub(super) fn note_sent(&mut self, now: Instant) {
-        let rested = now.saturating_duration_since(self.sent);
-        if rested > TICK {
-            self.rested = rested;
-        }
+        self.rested = self.rested.max(now.saturating_duration_since(self.sent));
         self.sent = now;
         self.traffic += 1;
     }
@@ -103,11 +100,13 @@ impl Keeper {
         self.traffic += 1;
     }
 
-    /// What it says of where it sees this node: another port after a pause is a mapping that was lost in it.
+    /// What it says of where it sees this node: another port is a mapping that was lost, in the longest pause at least. The last
+    /// one may be shorter, after a datagram that nobody answered.
     fn take_seen(&mut self, seen: SocketAddr) {
+        let rested = std::mem::take(&mut self.rested);
         match self.seen.replace(seen) {
             Some(before) if before.ip() != seen.ip() => self.cadence = Cadence::default(),
-            Some(before) if before != seen && self.rested >= TICK * 5 => self.cadence.lost(self.rested),
+            Some(before) if before != seen && rested >= TICK * 5 => self.cadence.lost(rested),
             _ => {}
         }
     }
@@ -331,7 +330,7 @@ impl Mesh {
         let Some(id) = self.table.find(hash) else { return };
         if let Some(Way::At(to)) = self.way(id) {
             let (name, have) = (self.table.at(id).name().to_string(), self.table.at(id).item().version);
-            self.send(to, &name, Body::Ack(proto::Ack { token, have, seen: Vec::new() }), Vec::new());
+            self.send(to, &name, Body::Ack(proto::Ack { token, have, ..Default::default() }), Vec::new());
         }
     }
 }
@@ -353,6 +352,26 @@ mod tests {
         assert!(!keeper.take_ack(6, now), "of another Ping");
         assert!(keeper.take_ack(5, now + Duration::from_secs(after)));
         keeper.pause() > Cadence::default().pause()
+    }
+
+    #[test]
+    fn a_mapping_that_is_gone_was_lost_in_the_longest_pause_and_not_in_the_last() {
+        let (mut now, second) = (Instant::now(), Duration::from_secs(1));
+        let mut keeper = Keeper::new("k".parse().expect("a name"), 1, now);
+        keeper.cadence.held(second * 73);
+        keeper.take_seen("192.0.2.1:20001".parse().expect("an address"));
+        // What nobody answers goes through a new mapping; the next Ping, which tells, comes sooner after it.
+        for rest in [95, 64] {
+            now += second * rest;
+            keeper.note_sent(now);
+        }
+        keeper.take_seen("192.0.2.1:20002".parse().expect("an address"));
+        assert_eq!(keeper.cadence.trial(), Some(second * 84), "between 73 and 95");
+        // The pauses before that say nothing of the next loss.
+        now += second * 78;
+        keeper.note_sent(now);
+        keeper.take_seen("192.0.2.1:20003".parse().expect("an address"));
+        assert_eq!(keeper.cadence.trial(), None, "between 73 and 78 there is nothing to gain");
     }
 
     #[test]
