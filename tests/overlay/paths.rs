@@ -85,7 +85,7 @@ fn a_pair_that_is_cut_off_goes_by_a_relay_changes_it_when_it_dies_and_goes_direc
         .background("n1/a", &["ping", "-n", "-i", "0.1", "-s", "400", "-p", &pattern, "-w", "600", &address]);
 
     // A TCP flow that tells when each of its lines came.
-    let stamp = "nc.openbsd -l 9000 | perl -MTime::HiRes=time -ne '$|=1; print time, \"\\n\"' > /run/stamps";
+    let stamp = ": > /run/stamps; nc.openbsd -l 9000 | perl -MTime::HiRes=time -ne '$|=1; print time, \"\\n\"' > /run/stamps";
     let listener = lab.background("n2/a", &["sh", "-c", stamp]);
     let lines = format!(
         "perl -e '$|=1; while (print \"x\\n\") {{ select(undef, undef, undef, 0.02) }}' | nc.openbsd {address} 9000"

@@ -11,6 +11,7 @@ mod places;
 mod reach;
 mod relays;
 
+use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -20,7 +21,7 @@ use weft_wire::types::NodeName;
 
 use crate::tunnel::{Candidate, Keep, Rank};
 pub use party::{Act, Parties, Party, Seen};
-use places::{direct, is_hopeless, is_known_at, kernel_way};
+use places::{direct, is_hopeless, is_known_at, kernel_way, relay_at_address};
 pub use reach::Observations;
 pub use relays::GivenUp;
 use relays::{Grant, Relays};
@@ -79,6 +80,8 @@ struct Flow {
     /// Since when bytes went unanswered, and from which count on.
     silent: Option<(Instant, u64)>,
     told: Option<(SocketAddr, Instant)>,
+    /// Which endpoint was looked for among the members' addresses, and when.
+    looked_for: Option<(SocketAddr, Instant)>,
 }
 
 /// By which path each peer is reached.
@@ -132,12 +135,22 @@ impl Paths {
         let before = self.reach(&own);
         let mut acts = Vec::new();
         let mut others = false;
+        let members = OnceCell::new();
         for look in seen {
             let Some(party) = parties.party(&look.node).filter(|party| party.site != own.site) else {
                 continue;
             };
             others = true;
             let silent = self.note_flow(look, now);
+            if silent.is_none() {
+                self.note_relay_of_peer(
+                    look,
+                    (&own, &party),
+                    || members.get_or_init(|| parties.all()),
+                    now,
+                    &mut acts,
+                );
+            }
             if look.ready {
                 self.tell_observed(look, &party, now, &mut acts);
             }
@@ -220,7 +233,7 @@ impl Paths {
     /// Returns for how long bytes to a peer went unanswered.
     fn note_flow(&mut self, look: &Seen, now: Instant) -> Option<Duration> {
         let Seen { sent, received, endpoint, .. } = *look;
-        let first = Flow { sent, received, endpoint, silent: None, told: None };
+        let first = Flow { sent, received, endpoint, silent: None, told: None, looked_for: None };
         let flow = self.flows.entry(look.node.clone()).or_insert(first);
         // What was not answered elsewhere says nothing of the path that the tunnel went over to. The kernel does not choose.
         let moved = look.endpoint != flow.endpoint && !self.in_kernel;
@@ -233,6 +246,34 @@ impl Paths {
         (flow.sent, flow.received) = (look.sent, look.received);
         let (since, from) = flow.silent?;
         (look.sent - from > MORE_THAN_A_KEEPALIVE).then(|| now.duration_since(since))
+    }
+
+    /// Takes that a peer's packets come by a relay that this node has no word of, or gave up: the peer has, and both use what
+    /// works. What a relay's address says of the peer would mislead it and others.
+    fn note_relay_of_peer<'a>(
+        &mut self,
+        look: &Seen,
+        (own, party): (&Party, &Party),
+        members: impl FnOnce() -> &'a Vec<Party>,
+        now: Instant,
+        acts: &mut Vec<Act>,
+    ) {
+        let at = look.endpoint;
+        if !look.ready || is_known_at(party, at) || self.relay_at(&look.node, at).is_some() {
+            return;
+        }
+        let Some(flow) = self.flows.get_mut(&look.node) else { return };
+        if flow.looked_for.is_some_and(|(before, when)| before == at && now.duration_since(when) < UPGRADE) {
+            return;
+        }
+        flow.looked_for = Some((at, now));
+        if let Some(relay) = relay_at_address(at, [own, party], members()) {
+            let pair = self.pairs.entry(look.node.clone()).or_default();
+            pair.last = Some(now);
+            let grant = Grant { relay: relay.node.clone(), places: vec![at], at: now, carried: true };
+            relays::take_grant(&mut pair.grants, grant);
+            self.offer(own, party, false, now, acts);
+        }
     }
 
     /// Tells a peer where its packets come from, where that is news.

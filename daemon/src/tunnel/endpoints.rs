@@ -129,6 +129,17 @@ impl Endpoints {
         }
     }
 
+    /// Returns the paths to the same peer for a session under other keys: what leads to it does not depend on them. All are tried at
+    /// once, and a record that says nothing new sends nobody elsewhere.
+    pub(super) fn for_other_keys(&self, announced: SocketAddr, now: Instant) -> Self {
+        let mut other = Self::new(announced);
+        if announced == self.announced {
+            other.current = self.current;
+        }
+        other.set_candidates(&self.candidates, self.keep, !self.candidates.is_empty(), now);
+        other
+    }
+
     pub(super) fn current(&self) -> SocketAddr {
         self.current
     }
@@ -398,6 +409,21 @@ mod tests {
             let asked = endpoints.due(true, now + quiet + SILENT).ask;
             assert!(asked.contains(&at(8)), "{asked:?}");
         }
+    }
+
+    #[test]
+    fn other_keys_have_the_same_paths_and_ask_at_all_of_them() {
+        let now = Instant::now();
+        let endpoints = on(RELAY, now);
+        let mut same = endpoints.for_other_keys(at(DIRECT), now);
+        assert_eq!(same.current(), at(RELAY));
+        assert_eq!(same.due(false, now).try_at, [at(DIRECT), at(STANDBY), at(RELAY)]);
+        let mut moved = endpoints.for_other_keys(at(8), now);
+        assert_eq!(moved.current(), at(8), "keys that are spoken for elsewhere");
+        assert_eq!(moved.due(false, now).try_at, [at(DIRECT), at(RELAY), at(STANDBY), at(8)]);
+        let mut plain = Endpoints::new(at(DIRECT)).for_other_keys(at(DIRECT), now);
+        assert!(!plain.is_managed());
+        assert_eq!(plain.due(false, now), Due::default());
     }
 
     #[test]

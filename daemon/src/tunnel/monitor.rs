@@ -48,7 +48,8 @@ impl TunnelMonitor {
     pub fn status(&self) -> Vec<TunnelStatus> {
         let count = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
         let status = |peer: &Arc<Peer>| {
-            let session = peer.session();
+            let used = peer.for_sending();
+            let session = used.session();
             TunnelStatus {
                 node: peer.node.clone(),
                 key: peer.key,
@@ -64,7 +65,9 @@ impl TunnelMonitor {
 
     /// Tells where else a peer may be reached; with `trial` that is tried at once. A peer that is gone needs nothing.
     pub fn set_paths(&self, key: &TunnelKey, candidates: &[Candidate], keep: Keep, trial: bool) {
-        if let Some(peer) = self.0.table().peers.get(key) {
+        let table = self.0.table();
+        let Some(peer) = table.peers.get(key) else { return };
+        for peer in [Some(Arc::clone(peer)), peer.previous()].into_iter().flatten() {
             peer.session().endpoints().set_candidates(candidates, keep, trial, Instant::now());
         }
     }

@@ -33,7 +33,8 @@ pub(super) struct Peer {
     pub(super) key: TunnelKey,
     /// 24 random bits: the upper ones of the receiver indices that this node gives out to the peer.
     pub(super) index: u32,
-    pub(super) traffic: Traffic,
+    /// Of the node, whichever keys it went under.
+    pub(super) traffic: Arc<Traffic>,
     session: Mutex<Session>,
     /// The same node under the keys before, and since when these are no longer in force.
     previous: Mutex<Option<(Arc<Peer>, Instant)>>,
@@ -86,12 +87,16 @@ impl Peer {
         own: TunnelSecret,
         previous: Option<Arc<Peer>>,
     ) -> Self {
+        let mut session = Session::new(wanted, index, own);
+        if let Some(previous) = &previous {
+            session.endpoints = previous.session().endpoints.for_other_keys(wanted.endpoint, Instant::now());
+        }
         Self {
             node: wanted.node.clone(),
             key: wanted.key,
             index,
-            traffic: Traffic::default(),
-            session: Mutex::new(Session::new(wanted, index, own)),
+            traffic: previous.as_ref().map(|previous| Arc::clone(&previous.traffic)).unwrap_or_default(),
+            session: Mutex::new(session),
             previous: Mutex::new(previous.map(|previous| (previous, Instant::now()))),
         }
     }

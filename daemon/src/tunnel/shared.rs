@@ -297,6 +297,10 @@ impl Shared {
                 let Some(previous) = peer.previous() else { continue };
                 // A peer that does not answer under the new keys may not have heard of them.
                 let waits = peer.session().waiting() > 0;
+                if !peer.session().ready() && !self.lingers() {
+                    // What is said goes under the keys before, and has to arrive.
+                    urgent |= self.look_at_paths(&previous, now);
+                }
                 self.look_after(&previous, |_| waits, &mut batch);
                 peer.forget_previous_if_over();
             }

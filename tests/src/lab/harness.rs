@@ -1,11 +1,12 @@
 //! A lab that a test owns: it comes up with the test's options and is gone when the value is dropped.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Output, Stdio};
-use std::sync::{Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -484,8 +485,25 @@ impl Lab {
         let to = to.to_string();
         let ping = self.background(place, &[before, &["ping", "-n", "-O", "-i", "0.01", &to]].concat());
         // An interrupt before ping listens for one would end it without its summary.
-        ping.started.recv_timeout(Duration::from_secs(10)).expect("ping says something within seconds");
+        wait_until("ping says something", Duration::from_secs(10), || !ping.said().is_empty());
         Ping(ping)
+    }
+}
+
+impl Lab {
+    /// Prints what the daemons say of their peers and of themselves, of a test that failed.
+    fn tell_what_nodes_say(&self) {
+        let Ok(state) = self.handle.state() else { return };
+        for (node, words) in state.nodes.iter().flat_map(|node| [(node, "peers"), (node, "status")]) {
+            let asked = self.handle.command(node.name.as_str(), &["timeout", "5", "weft", words]);
+            if let Some(Ok(output)) = asked.ok().map(|mut command| tools::output(&mut command)) {
+                eprintln!(
+                    "--- {} says: weft {words}\n{}",
+                    node.name,
+                    String::from_utf8_lossy(&output.stdout)
+                );
+            }
+        }
     }
 }
 
@@ -493,6 +511,7 @@ impl Drop for Lab {
     fn drop(&mut self) {
         if let Some((mut child, stdin)) = self.keeper.take() {
             if std::thread::panicking() {
+                self.tell_what_nodes_say();
                 keep_log_of_failure(&self.handle);
             }
             self.handle.request(&Request::Down).ok();
@@ -544,9 +563,8 @@ fn may_make_user_namespaces() -> anyhow::Result<()> {
 #[derive(Debug)]
 pub struct Background {
     child: Child,
-    output: Option<JoinHandle<String>>,
-    /// Gets a message once the command has written something.
-    started: std::sync::mpsc::Receiver<()>,
+    reader: Option<JoinHandle<()>>,
+    output: Arc<Mutex<Vec<u8>>>,
 }
 
 impl Background {
@@ -555,31 +573,40 @@ impl Background {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).process_group(0);
         let mut child = command.spawn().expect("the command starts");
         let mut stdout = child.stdout.take().expect("standard output was asked to be a pipe");
-        let (tell, started) = std::sync::mpsc::channel();
-        let output = std::thread::spawn(move || {
-            let mut bytes = vec![0; 1];
-            let first = stdout.read(&mut bytes).unwrap_or_default();
-            bytes.truncate(first);
-            // No one may be waiting for it.
-            tell.send(()).ok();
-            stdout.read_to_end(&mut bytes).ok();
-            String::from_utf8_lossy(&bytes).into_owned()
+        let output = Arc::new(Mutex::new(Vec::new()));
+        let written = Arc::clone(&output);
+        let reader = std::thread::spawn(move || {
+            let mut some = [0; 4096];
+            while let Ok(length @ 1..) = stdout.read(&mut some) {
+                written.lock().expect("no thread panics with the lock").extend_from_slice(&some[..length]);
+            }
         });
-        Background { child, output: Some(output), started }
+        Background { child, reader: Some(reader), output }
+    }
+
+    /// What the command has written so far.
+    fn said(&self) -> String {
+        String::from_utf8_lossy(&self.output.lock().expect("no thread panics with the lock")).into_owned()
     }
 
     /// Waits for the command's own end and returns what it wrote.
     pub fn finish(mut self) -> String {
-        let output = self.output.take().expect("a background command is finished once");
-        let text = output.join().expect("the reader does not panic");
+        self.reader
+            .take()
+            .expect("a background command is finished once")
+            .join()
+            .expect("the reader does not panic");
         self.child.wait().ok();
-        text
+        self.said()
     }
 
     /// Waits for the command's own end and returns whether it succeeded.
     pub fn succeeded(mut self) -> bool {
-        let output = self.output.take().expect("a background command is finished once");
-        output.join().expect("the reader does not panic");
+        self.reader
+            .take()
+            .expect("a background command is finished once")
+            .join()
+            .expect("the reader does not panic");
         self.child.wait().is_ok_and(|status| status.success())
     }
 
@@ -597,7 +624,7 @@ impl Background {
 
 impl Drop for Background {
     fn drop(&mut self) {
-        if self.output.is_some() {
+        if self.reader.is_some() {
             self.signal(nix::sys::signal::Signal::SIGKILL);
             self.child.wait().ok();
         }
@@ -611,19 +638,33 @@ pub struct Ping(Background);
 impl Ping {
     /// Ends it and returns how many were sent and which sequence numbers got no answer.
     ///
-    /// The last one counts as answered: it may have been on its way when the ping was ended.
+    /// It goes on until one that was sent after the call is answered. What was sent after the last answer is left out: it may be
+    /// on its way. Where no answer comes for ten seconds everything counts.
     pub fn stop(self) -> (u64, Vec<u64>) {
+        let (answered, missing) = sequences(&self.0.said());
+        let sent_before = answered.union(&missing).max().copied().unwrap_or(0);
+        let began = Instant::now();
+        let last_answered = |text: &str| sequences(text).0.last().copied().unwrap_or(0);
+        while last_answered(&self.0.said()) <= sent_before && began.elapsed() < Duration::from_secs(10) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
         let text = self.0.interrupt();
-        let number = |line: &str| -> Option<u64> {
-            line.split_once("icmp_seq=")?.1.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
-        };
-        let answered: std::collections::BTreeSet<u64> =
-            text.lines().filter(|line| line.contains("bytes from")).filter_map(number).collect();
+        let (answered, _) = sequences(&text);
         let sent: u64 = text
             .lines()
             .find_map(|line| line.split_once(" packets transmitted")?.0.trim().parse().ok())
             .unwrap_or_else(|| panic!("ping wrote no summary: {text}"));
-        let lost = (1..sent).filter(|sequence| !answered.contains(sequence)).collect();
+        let last = answered.last().copied().filter(|last| *last > sent_before).unwrap_or(sent);
+        let lost = (1..=last).filter(|sequence| !answered.contains(sequence)).collect();
         (sent, lost)
     }
+}
+
+/// Returns which sequence numbers ping (`-O`) says were answered, and which it says are not yet.
+fn sequences(text: &str) -> (BTreeSet<u64>, BTreeSet<u64>) {
+    let number = |line: &str| -> Option<u64> {
+        line.split_once("icmp_seq=")?.1.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+    };
+    let of = |words: &str| text.lines().filter(|line| line.contains(words)).filter_map(number).collect();
+    (of("bytes from"), of("no answer yet"))
 }

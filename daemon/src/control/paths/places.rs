@@ -17,6 +17,22 @@ pub(super) fn is_known_at(party: &Party, endpoint: SocketAddr) -> bool {
     }
 }
 
+/// Returns the member at whose address an endpoint of a pair is, though not where its own tunnels are: it relays for the two.
+pub(super) fn relay_at_address<'a>(
+    endpoint: SocketAddr,
+    pair: [&Party; 2],
+    members: &'a [Party],
+) -> Option<&'a Party> {
+    let ip = endpoint.ip();
+    if pair.iter().any(|end| end.addresses.contains(&ip)) {
+        return None;
+    }
+    let relays = |member: &&Party| {
+        member.is_open() && member.addresses.contains(&ip) && !member.tunnels().contains(&endpoint)
+    };
+    members.iter().find(relays)
+}
+
 /// Whether no packet of one can come through what stands before the other: both expect another port than the one that the other's
 /// packets come from.
 pub(super) fn is_hopeless(own: &Party, party: &Party) -> bool {

@@ -219,6 +219,36 @@ fn a_relay_that_was_gone_over_to_just_now_is_not_blamed_for_the_silence_before()
 }
 
 #[test]
+fn a_relay_that_only_the_peer_knows_of_is_taken_for_one_once_packets_come_by_it() {
+    let (world, now) = (world(TunnelMapping::Independent), Instant::now());
+    let mut paths = observed(&world, now);
+    let through = at("192.0.2.1:51900");
+    let acts = paths.look(&[seen("b", "192.0.2.1:51900")], false, &world, now);
+    assert_eq!(paths.relay_at(&name("b"), through), Some(&name("r1")));
+    assert!(places(&acts).contains(&Candidate { rank: Rank::Relay, at: through }), "{acts:?}");
+    let misled = |act: &Act| matches!(act, Act::Say(_, PathWord::Observed(_)));
+    assert!(!acts.iter().any(misled), "the relay's address is not the peer's: {acts:?}");
+    // It is silent, so given up; then the peer is heard by it after all.
+    let look = |sent, received| Seen { sent, received, ..seen("b", "192.0.2.1:51900") };
+    paths.look(&[look(5000, 0)], false, &world, now + SOON);
+    paths.look(&[look(5000, 0)], false, &world, now + SOON + SILENT);
+    assert_eq!(paths.relay_at(&name("b"), through), None);
+    let later = now + UPGRADE;
+    paths.look(&[look(5000, 100)], false, &world, later);
+    assert_eq!(paths.relay_at(&name("b"), through), Some(&name("r1")));
+    assert_eq!(
+        calls(&paths.look(&[look(5000, 100)], false, &world, later + UPGRADE)),
+        1,
+        "it is to do without"
+    );
+    // Where a tunnel of a member or nobody is, there is no relay.
+    for endpoint in ["192.0.2.2:51820", "192.0.2.99:51900", "198.51.100.1:51900"] {
+        paths.look(&[seen("b", endpoint)], false, &world, later);
+        assert_eq!(paths.relay_at(&name("b"), at(endpoint)), None, "{endpoint}");
+    }
+}
+
+#[test]
 fn a_relay_that_grants_and_carries_nothing_is_given_up_and_another_asked() {
     let (world, now) = (world(TunnelMapping::Dependent), Instant::now());
     let mut paths = observed(&world, now);
