@@ -14,8 +14,8 @@ use super::world::{Secrecy, World, tunnel_key};
 const BETWEEN: Duration = Duration::from_millis(2);
 /// Between the first and the last node that begins to change its key.
 const SPREAD_MS: [u64; 4] = [20, 400, 3_000, 25_000];
-/// So long first sessions may take: kernels that ask each other at once ask again after five seconds.
-const SETTLED: Duration = Duration::from_secs(15);
+/// So long first sessions may take: kernels that ask each other at once ask again after five seconds, and now and then at once again.
+const SETTLED: Duration = Duration::from_secs(40);
 /// So long all of them may take.
 const MOST: Duration = Duration::from_secs(400);
 
@@ -90,9 +90,11 @@ impl Rotations {
     /// Waits for first sessions: what is lost before the network is whole is no matter.
     fn settle(&mut self) -> Result<(), String> {
         let end = self.world.net.now + SETTLED;
-        while self.world.net.now < end {
-            // It ends with the first packet that is lost.
-            drop(self.pass_time(Duration::from_secs(1), true));
+        // It ends with the first packet that is lost.
+        while let Err(lost) = self.pass_time(Duration::from_secs(1), true) {
+            if self.world.net.now > end {
+                return Err(lost);
+            }
             self.wires.lost.clear();
         }
         self.pass_time(Duration::from_secs(6), true)

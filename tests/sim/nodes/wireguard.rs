@@ -335,9 +335,11 @@ impl Wires {
             }
         }
         self.now = now;
+        // A kernel has a timer for each peer; the daemon looks at all of them now and then.
+        self.tick(Carrier::Kernel);
         if now >= self.ticked + TICK {
             self.ticked = now;
-            self.tick();
+            self.tick(Carrier::UserSpace);
         }
     }
 
@@ -406,11 +408,13 @@ impl Wires {
         }
     }
 
-    /// What is done by the clock.
-    fn tick(&mut self) {
+    /// What is done by the clock, by those of one kind.
+    fn tick(&mut self, carrier: Carrier) {
         let now = self.now;
         let mut asks = Vec::new();
-        for ((machine, name), device) in &mut self.devices {
+        for ((machine, name), device) in
+            self.devices.iter_mut().filter(|(_, device)| device.carrier == carrier)
+        {
             for (node, line) in &mut device.lines {
                 if device.carrier == Carrier::UserSpace && line[0].age(now).is_some_and(|age| age >= OVERLAP)
                 {
