@@ -137,7 +137,6 @@ mod tests {
             std::thread::yield_now();
         }
         send(&two, &initiation(1, 20));
-        one.hears(&initiation(1, 20));
         two.hears(&initiation(2, 10));
         send(&two, &response(1, 20, 10));
         one.hears(&response(1, 20, 10));

@@ -20,6 +20,8 @@ const MOVED: Duration = Duration::from_secs(1);
 const IDLE: Duration = Duration::from_secs(180);
 /// So is one that no handshake came for.
 const UNUSED: Duration = Duration::from_secs(30);
+/// An initiation that waited no longer is answered before its sender asks again, or elsewhere.
+const FRESH: Duration = Duration::from_secs(2);
 /// The initiations of an end that an answer may still come to, and the indices that its sessions may have.
 const RECENT: usize = 4;
 
@@ -87,7 +89,7 @@ pub enum Step {
         /// What the other end had said before.
         held: Option<Vec<u8>>,
     },
-    /// It waits for the other end; `held` goes to the sender.
+    /// It waits for the other end, or is not needed; `held` goes to the sender.
     Hold {
         /// What the other end had said before.
         held: Option<Vec<u8>>,
@@ -157,7 +159,7 @@ struct End {
     /// What data for it names.
     indices: VecDeque<u32>,
     /// Its last initiation, while nobody has heard of the other end.
-    held: Option<Vec<u8>>,
+    held: Option<(Vec<u8>, Instant)>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -287,11 +289,13 @@ impl Pair {
             Some(_) => {}
             None => end.is_at(from, false, now),
         }
-        match other {
-            Some(other) => Step::Forward { to: other.at, held },
-            None => {
-                end.held = Some(message.to_vec());
-                Step::Hold { held }
+        match (other, held) {
+            // The sender answers it. Would both answer, a kernel at each end would forget its own question, and take neither answer.
+            (Some(_), Some((held, at))) if now.duration_since(at) < FRESH => Step::Hold { held: Some(held) },
+            (Some(other), held) => Step::Forward { to: other.at, held: held.map(|(held, _)| held) },
+            (None, held) => {
+                end.held = Some((message.to_vec(), now));
+                Step::Hold { held: held.map(|(held, _)| held) }
             }
         }
     }

@@ -52,7 +52,7 @@ impl End {
             leg,
             asked: self.asked.iter().copied().collect(),
             indices: self.indices.iter().copied().collect(),
-            held: self.held.clone(),
+            held: self.held.as_ref().map(|(held, _)| held.clone()),
         }
     }
 
@@ -61,6 +61,7 @@ impl End {
         asked.truncate(RECENT);
         indices.truncate(RECENT);
         let leg = leg.map(|leg| Leg { at: leg.at, heard: before(now, leg.silent_ms), sure: leg.sure });
+        let held = held.map(|held| (held, now));
         Self { leg, asked: asked.into(), indices: indices.into(), held, ..Self::new(Member { node, keys }) }
     }
 }

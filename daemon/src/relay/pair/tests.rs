@@ -50,17 +50,27 @@ fn met(now: Instant) -> Pair {
     let mut pair = Pair::new([member(A), member(B)], 1 << 30, now);
     assert_eq!(pair.handle(at(A), &initiation(B, 10), now), Step::Hold { held: None });
     let held = Some(initiation(B, 10));
-    assert_eq!(pair.handle(at(B), &initiation(A, 20), now), Step::Forward { to: at(A), held });
+    assert_eq!(pair.handle(at(B), &initiation(A, 20), now), Step::Hold { held });
     assert_eq!(pair.handle(at(B), &response(A, 20, 10), now), forwarded(at(A)));
     pair
 }
 
 #[test]
-fn the_last_initiation_waits_for_the_other_end_and_both_then_hear_each_other() {
+fn the_last_initiation_waits_for_the_other_end_which_answers_it_and_is_not_asked_itself() {
     let now = Instant::now();
     let mut pair = met(now);
     assert_eq!(pair.handle(at(A), &data(20), now), forwarded(at(B)));
     assert_eq!(pair.handle(at(B), &data(10), now), forwarded(at(A)));
+}
+
+#[test]
+fn an_initiation_that_waited_for_long_may_be_forgotten_and_so_the_other_asks_too() {
+    let now = Instant::now();
+    let mut pair = Pair::new([member(A), member(B)], 1 << 30, now);
+    assert_eq!(pair.handle(at(A), &initiation(B, 10), now), Step::Hold { held: None });
+    let held = Some(initiation(B, 10));
+    let asked = pair.handle(at(B), &initiation(A, 20), now + FRESH);
+    assert_eq!(asked, Step::Forward { to: at(A), held });
 }
 
 #[test]
