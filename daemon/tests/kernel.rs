@@ -167,6 +167,7 @@ fn inputs(kernel: &mut Linux, peers: u32) -> Inputs {
         peers: (2..2 + peers).map(peer).collect(),
         attachments: Vec::new(),
         ways: BTreeMap::new(),
+        anew: BTreeSet::new(),
         strays: BTreeSet::new(),
         sessions: BTreeSet::new(),
     }

@@ -167,6 +167,7 @@ prop_compose! {
                 .map(|((number, (v4, v6)), mtu)| peer(*number, v4, v6, mtu))
                 .collect(),
             ways: BTreeMap::new(),
+            anew: BTreeSet::new(),
             attachments: pods.iter().map(|number| HostVeth { ifname: veth(number), mtu: 1450 }).collect(),
             strays: strays.difference(&pods).map(veth).collect(),
         }

@@ -283,6 +283,7 @@ fn inputs(kernel: &mut Linux) -> Inputs {
         peers: Vec::new(),
         attachments: Vec::new(),
         ways: BTreeMap::new(),
+        anew: BTreeSet::new(),
         strays: BTreeSet::new(),
         sessions: BTreeSet::new(),
     }

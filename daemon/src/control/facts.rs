@@ -56,6 +56,7 @@ impl Control {
             peers,
             attachments: Vec::new(),
             ways: self.paths.ways().clone(),
+            anew: self.paths.anew().clone(),
         }
     }
 

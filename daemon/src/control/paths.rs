@@ -45,6 +45,14 @@ const CALLED: Duration = Duration::from_secs(4);
 /// Between two attempts to do without a relay: at first, and at most.
 const UPGRADE: Duration = Duration::from_secs(5);
 const UPGRADE_MOST: Duration = Duration::from_secs(80);
+/// Calls this close to each other are of a peer that still has no path.
+const PRESSING: Duration = Duration::from_secs(3);
+/// A kernel that was asked for a session tries by itself for so long.
+const ECHO: Duration = Duration::from_secs(100);
+/// For so long a pair in need begins anew at each place.
+const ANEW: Duration = Duration::from_secs(30);
+/// Bytes that a kernel sends at least so often are of one that tries (`REKEY_TIMEOUT`, whitepaper s6.1, and two seconds).
+const TRIES: Duration = Duration::from_secs(7);
 /// What a call named is a way to the peer for so long.
 const NAMED: Duration = Duration::from_secs(120);
 /// A pair that needed a path is looked after for so long after its last packet.
@@ -59,6 +67,14 @@ struct Pair {
     needs: Option<Instant>,
     /// When the peer called last.
     called: Option<Instant>,
+    /// When it called for a path last, and how many bytes had come from it by then.
+    pressed: Option<(Instant, u64)>,
+    /// It calls again, though nothing came from it since.
+    pressing: bool,
+    /// Packets of this node want the path, and not the peer's call alone.
+    drives: bool,
+    /// When the peer called last while nothing here wanted a path.
+    prompted: Option<Instant>,
     /// When it was called last.
     calls: Option<Instant>,
     /// What the peer named in its last call.
@@ -71,6 +87,22 @@ struct Pair {
     last: Option<Instant>,
 }
 
+impl Pair {
+    /// Whether the peer calls again and again, and nothing has come from it: its path is dead, whatever session there is.
+    fn is_pressed(&self, look: &Seen, now: Instant) -> bool {
+        let recent = |(at, received): &(Instant, u64)| {
+            now.duration_since(*at) < PRESSING && *received == look.received
+        };
+        look.ready && self.pressing && self.pressed.as_ref().is_some_and(recent)
+    }
+
+    /// Whether the kernel is to forget what it has of the peer when it gets another place. It goes on trying for [`ECHO`] then,
+    /// which looks like packets of its own: so this ends some time after these began, or with the peer's calls.
+    fn begins_anew(&self, now: Instant) -> bool {
+        self.needs.is_some_and(|since| !self.drives || now.duration_since(since) < ANEW)
+    }
+}
+
 /// What was seen of a peer's tunnel.
 #[derive(Debug)]
 struct Flow {
@@ -79,6 +111,8 @@ struct Flow {
     endpoint: SocketAddr,
     /// Since when bytes went unanswered, and from which count on.
     silent: Option<(Instant, u64)>,
+    /// When more bytes were sent last.
+    rose: Option<Instant>,
     told: Option<(SocketAddr, Instant)>,
     /// Which endpoint was looked for among the members' addresses, and when.
     looked_for: Option<(SocketAddr, Instant)>,
@@ -96,6 +130,8 @@ pub struct Paths {
     /// Those that did not answer when they were to be observers.
     mute: BTreeMap<NodeName, Instant>,
     ways: BTreeMap<NodeName, SocketAddr>,
+    /// Those whose sessions are of no use where they are, if they go elsewhere.
+    anew: BTreeSet<NodeName>,
     /// Whether the kernel carries the tunnels: then one path at a time is set.
     in_kernel: bool,
     next: Option<Instant>,
@@ -110,6 +146,12 @@ impl Paths {
     /// Returns the endpoints that the plan takes instead of those of the records.
     pub fn ways(&self) -> &BTreeMap<NodeName, SocketAddr> {
         &self.ways
+    }
+
+    /// Returns the peers whose tunnels begin anew where their way has changed: the kernel asks there at once, and not five seconds
+    /// after it asked elsewhere.
+    pub fn anew(&self) -> &BTreeSet<NodeName> {
+        &self.anew
     }
 
     /// Returns which relay an endpoint of a peer is at.
@@ -206,6 +248,17 @@ impl Paths {
                 }
                 (pair.called, pair.last) = (Some(now), Some(now));
                 pair.named = Some((endpoints, now));
+                if self.in_kernel && !answers {
+                    let received = self.flows.get(from).map_or(0, |flow| flow.received);
+                    let last = pair.pressed.replace((now, received));
+                    pair.pressing = last
+                        .is_some_and(|(at, count)| now.duration_since(at) < PRESSING && count == received);
+                    if !pair.drives {
+                        pair.prompted = Some(now);
+                        // What it sends opens the way for the peer's packets, and it sends nothing by itself.
+                        acts.extend(party.tunnel.map(|(key, _)| Act::Want(from.clone(), key)));
+                    }
+                }
                 if !answers && pair.calls.is_none_or(|calls| now.duration_since(calls) >= CALL / 2) {
                     pair.calls = Some(now);
                     acts.push(Act::Say(from.clone(), self.call(&own, true)));
@@ -220,6 +273,8 @@ impl Paths {
                     self.relays.granted(from, &peer);
                     let pair = self.pairs.entry(peer).or_default();
                     pair.last = Some(now);
+                    // The peer called and has asked for a relay since.
+                    pair.pressing |= pair.pressed.is_some_and(|(at, _)| now.duration_since(at) < PRESSING);
                     relays::take_grant(&mut pair.grants, grant);
                     self.offer(&own, &other, true, now, &mut acts);
                 }
@@ -233,7 +288,8 @@ impl Paths {
     /// Returns for how long bytes to a peer went unanswered.
     fn note_flow(&mut self, look: &Seen, now: Instant) -> Option<Duration> {
         let Seen { sent, received, endpoint, .. } = *look;
-        let first = Flow { sent, received, endpoint, silent: None, told: None, looked_for: None };
+        let rose = (sent > 0 && received == 0).then_some(now);
+        let first = Flow { sent, received, endpoint, silent: None, rose, told: None, looked_for: None };
         let flow = self.flows.entry(look.node.clone()).or_insert(first);
         // What was not answered elsewhere says nothing of the path that the tunnel went over to. The kernel does not choose.
         let moved = look.endpoint != flow.endpoint && !self.in_kernel;
@@ -242,6 +298,9 @@ impl Paths {
             flow.silent = None;
         } else if look.sent > flow.sent {
             flow.silent.get_or_insert((now, flow.sent));
+        }
+        if look.sent > flow.sent {
+            flow.rose = Some(now);
         }
         (flow.sent, flow.received) = (look.sent, look.received);
         let (since, from) = flow.silent?;
@@ -304,13 +363,32 @@ impl Paths {
         now: Instant,
         acts: &mut Vec<Act>,
     ) {
-        let silent = silent.is_some_and(|silent| silent >= SILENT);
+        let mut silent = silent.is_some_and(|silent| silent >= SILENT);
+        let mut waits = look.waits;
+        if self.in_kernel {
+            let pair = self.pairs.get(&look.node);
+            // Handshakes that go unanswered are no data.
+            silent &= look.ready;
+            let rose = self.flows.get(&look.node).and_then(|flow| flow.rose);
+            let tries = rose.is_some_and(|rose| now.duration_since(rose) < TRIES);
+            let is_echo = pair.and_then(|pair| pair.prompted).is_some_and(|at| now.duration_since(at) < ECHO);
+            waits &= tries && !is_echo;
+        }
+        let wanted = silent || waits;
+        let pressed =
+            self.in_kernel && self.pairs.get(&look.node).is_some_and(|pair| pair.is_pressed(look, now));
+        let since = self.pairs.get(&look.node).and_then(|pair| pair.needs);
+        // A kernel that only takes says so after ten seconds. The call has it say so now, before the path is blamed.
+        let asked =
+            !self.in_kernel || pressed || since.is_some_and(|since| now.duration_since(since) >= PUNCH);
+        silent |= pressed;
         let relayed = self.relay_at(&look.node, look.endpoint).cloned();
         let promised = |grant: &Grant| Some(&grant.relay) == relayed.as_ref();
         let grant =
             self.pairs.get(&look.node).and_then(|pair| pair.grants.iter().find(|grant| promised(grant)));
         let is_new = grant.is_some_and(|grant| grant.is_new(now)) && self.in_kernel;
         if silent
+            && asked
             && !is_new
             && let Some(relay) = &relayed
         {
@@ -320,9 +398,12 @@ impl Paths {
         }
         let called = self.pairs.get(&look.node).and_then(|pair| pair.called);
         let called = called.is_some_and(|called| now.duration_since(called) < CALLED) && !look.ready;
-        if !(silent || look.waits || called) {
+        if !(silent || waits || called) {
             if let Some(pair) = self.pairs.get_mut(&look.node) {
-                pair.needs = None;
+                (pair.needs, pair.drives) = (None, false);
+                if look.ready {
+                    pair.prompted = None;
+                }
                 let flow = self.flows.get(&look.node);
                 if flow.is_some_and(|flow| flow.silent.is_some()) || relayed.is_some() {
                     pair.last = Some(now);
@@ -340,13 +421,15 @@ impl Paths {
         }
         let pair = self.pairs.entry(look.node.clone()).or_default();
         pair.last = Some(now);
+        pair.drives = wanted;
         let since = *pair.needs.get_or_insert(now);
-        if pair.calls.is_none_or(|calls| now.duration_since(calls) >= CALL) {
+        // In the kernel only who has packets calls: two that call because they are called never end.
+        if (wanted || !self.in_kernel) && pair.calls.is_none_or(|calls| now.duration_since(calls) >= CALL) {
             pair.calls = Some(now);
             acts.push(Act::Say(look.node.clone(), self.call(own, false)));
             self.offer(own, party, true, now, acts);
         }
-        if is_hopeless(own, party) || silent || now.duration_since(since) >= PUNCH {
+        if is_hopeless(own, party) || silent && asked || now.duration_since(since) >= PUNCH {
             self.relays.mind_promises(&look.node, &mut self.pairs, now);
             self.ask_relay((own, party), 1, since, parties, now, acts);
         }
@@ -436,21 +519,27 @@ impl Paths {
         acts: &mut Vec<Act>,
     ) {
         let mine = self.reach(own);
-        let mut ways = BTreeMap::new();
+        let (mut ways, mut anew) = (BTreeMap::new(), BTreeSet::new());
         for look in seen {
             let Some(party) = parties.party(&look.node).filter(|party| party.site != own.site) else {
                 continue;
             };
             let pair = self.pairs.get(&look.node);
-            let direct = direct(own, &mine, &party, std::iter::empty());
+            let named =
+                pair.and_then(|pair| pair.named.as_ref()).filter(|(_, at)| now.duration_since(*at) < NAMED);
+            let named = named.filter(|_| self.in_kernel).into_iter().flat_map(|(named, _)| named).copied();
+            let direct = direct(own, &mine, &party, named);
             let way = match pair.filter(|_| self.in_kernel) {
                 Some(pair) => kernel_way(look, pair, &direct, self.ways.get(&look.node).copied(), now),
                 None => direct.first().copied().filter(|_| party.is_translated()),
             };
             ways.extend(way.map(|way| (look.node.clone(), way)));
+            if self.in_kernel && pair.is_some_and(|pair| pair.begins_anew(now)) {
+                anew.insert(look.node.clone());
+            }
         }
-        if ways != self.ways {
-            self.ways = ways;
+        if (&ways, &anew) != (&self.ways, &self.anew) {
+            (self.ways, self.anew) = (ways, anew);
             acts.push(Act::Ways);
         }
     }

@@ -70,6 +70,8 @@ impl FoundPeer {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct WantedPeer {
     pub endpoint: SocketAddr,
+    /// A session from before is of no use at another endpoint.
+    pub anew: bool,
     pub preshared: [u8; 32],
     pub prefixes: BTreeSet<IpNet>,
 }
@@ -110,7 +112,9 @@ impl Change {
 /// Compares a device with what it should be; `announced` is where peers were announced to be when they were last set.
 ///
 /// What is new comes first: prefixes move to their new owner in one step, before the old one goes. An endpoint that the peer's
-/// packets taught the kernel stays, until another is announced, or as long as there is a session to say that it is right.
+/// packets taught the kernel stays, until another is announced, or as long as there is a session to say that it is right. A peer that
+/// is to begin anew at another endpoint is removed and made again: the kernel asks a peer that it knows once in five seconds
+/// (`REKEY_TIMEOUT`), and goes on with a session for 15 seconds before it asks for another, and a relay must hear that question.
 pub(super) fn changes(
     found: &Device,
     wanted: &BTreeMap<TunnelKey, WantedPeer>,
@@ -119,16 +123,21 @@ pub(super) fn changes(
 ) -> Vec<Change> {
     let mut changes = Vec::new();
     for (key, peer) in wanted {
+        let add = || Change {
+            endpoint: Some(peer.endpoint),
+            preshared: Some(peer.preshared).filter(|secret| *secret != [0; 32]),
+            prefixes: peer.prefixes.iter().copied().collect(),
+            ..Change::new(*key, ChangeKind::Add)
+        };
         let Some(there) = found.peers.get(key) else {
-            changes.push(Change {
-                endpoint: Some(peer.endpoint),
-                preshared: Some(peer.preshared).filter(|secret| *secret != [0; 32]),
-                prefixes: peer.prefixes.iter().copied().collect(),
-                ..Change::new(*key, ChangeKind::Add)
-            });
+            changes.push(add());
             continue;
         };
         let moved = announced.get(key).is_some_and(|before| *before != peer.endpoint);
+        if peer.anew && moved && there.endpoint != Some(peer.endpoint) {
+            changes.extend([Change::new(*key, ChangeKind::Remove), add()]);
+            continue;
+        }
         let lost = there.endpoint != Some(peer.endpoint) && there.session(wall).is_none();
         let extra = there.prefixes.difference(&peer.prefixes).next().is_some();
         let change = Change {

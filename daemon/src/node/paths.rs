@@ -22,7 +22,8 @@ impl Node {
         let status = look.map(TunnelLook::status).unwrap_or_default();
         let seen = status.into_iter().map(|tunnel| Seen {
             ready: tunnel.handshake.is_some(),
-            waits: tunnel.waiting > 0,
+            // The kernel does not tell what waits; whether bytes still go to who has no session the control plane sees.
+            waits: tunnel.waiting > 0 || in_kernel && tunnel.handshake.is_none() && tunnel.sent.1 > 0,
             sent: tunnel.sent.1,
             received: tunnel.received.1,
             endpoint: tunnel.endpoint,

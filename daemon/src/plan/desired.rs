@@ -248,6 +248,7 @@ fn encrypted_way(
         let endpoint = way.copied().unwrap_or(SocketAddr::new(address, entrance.port));
         let entry = tunnel_to(inputs, peer, dev, (entrance.key, endpoint), plan)?;
         entry.prefixes.push(subnet.net());
+        entry.anew = way.is_some() && inputs.anew.contains(node);
         let how = entry.preshared.as_ref().map(|key| {
             let pair = key.pair.map(|pair| format!(" and secret {pair} of the two sites"));
             format!(", with a secret from cluster key {}{}", key.from, pair.unwrap_or_default())
@@ -371,6 +372,7 @@ fn tunnel_to<'a>(
     let entry = peers.entry(theirs).or_insert_with(|| TunnelPeer {
         node: node.clone(),
         endpoint,
+        anew: false,
         prefixes: Vec::new(),
         preshared,
     });

@@ -78,6 +78,8 @@ pub struct Inputs {
     pub sessions: Sessions,
     /// Where the tunnels of peers are entered whose records do not say so.
     pub ways: BTreeMap<NodeName, SocketAddr>,
+    /// Those of them whose sessions are of no use: they begin anew where the way is another.
+    pub anew: BTreeSet<NodeName>,
 }
 
 /// What the operator chose.
@@ -349,6 +351,8 @@ pub struct TunnelPeer {
     pub node: NodeName,
     /// Where it listens.
     pub endpoint: SocketAddr,
+    /// Where the endpoint is another than before, what there is of a session is of no use.
+    pub anew: bool,
     /// What is routed to it, and what its packets may come from.
     pub prefixes: Vec<IpNet>,
     /// Mixed into handshakes with it.

@@ -331,6 +331,7 @@ pub fn reconciler_work(nodes: usize) -> [Work; 3] {
         peers: (1..nodes).map(peer).collect(),
         attachments: Vec::new(),
         ways: BTreeMap::new(),
+        anew: BTreeSet::new(),
         strays: BTreeSet::new(),
         sessions: BTreeSet::new(),
     };

@@ -2,11 +2,14 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use weft_wire::mesh::{TunnelMapping, TunnelReach};
 
 use super::{PUNCH, Pair, Party, Seen};
+
+/// The kernel tries one direct place for so long.
+const TURN: Duration = Duration::from_secs(2);
 
 /// Whether an endpoint is where a party's record says that it is.
 pub(super) fn is_known_at(party: &Party, endpoint: SocketAddr) -> bool {
@@ -76,7 +79,8 @@ fn is_usable(at: &SocketAddr) -> bool {
         && !broadcast
 }
 
-/// Chooses the one path that the kernel is given: the next one as long as the present one is not answered.
+/// Chooses the one path that the kernel is given. Both ends of a pair in need know the same relays, so they meet at the latest; the
+/// direct places have their turn while there is none.
 pub(super) fn kernel_way(
     look: &Seen,
     pair: &Pair,
@@ -87,12 +91,15 @@ pub(super) fn kernel_way(
     let relays = pair.grants.iter().flat_map(|grant| grant.places.iter().copied());
     let all: Vec<SocketAddr> = direct.iter().copied().chain(relays).collect();
     let present = present.filter(|present| all.contains(present));
-    let Some(since) = pair.needs else {
-        return Some(present.unwrap_or(look.endpoint)).filter(|at| all.contains(at)).or(all.first().copied());
+    let is_asked = |since: &Instant| !(look.ready && pair.drives) || now.duration_since(*since) >= PUNCH;
+    let Some(since) = pair.needs.filter(is_asked) else {
+        // The kernel follows what the peer's packets taught it.
+        let learned = Some(look.endpoint).filter(|at| all.contains(at));
+        let known = if look.ready { learned.or(present) } else { present.or(learned) };
+        return known.or(all.first().copied());
     };
-    // A relay that was granted while the pair needs a path is the path.
-    let granted = pair.grants.last().filter(|grant| grant.at >= since).and_then(|grant| grant.places.first());
-    let turn = now.duration_since(since).as_millis() / PUNCH.as_millis();
-    let next = all.get(usize::try_from(turn).unwrap_or(0) % all.len().max(1)).copied();
-    granted.copied().or(next)
+    let granted = pair.grants.last().and_then(|grant| grant.places.first()).copied();
+    let turn = now.duration_since(since).as_millis() / TURN.as_millis();
+    let next = direct.get(usize::try_from(turn).unwrap_or(0) % direct.len().max(1)).copied();
+    granted.or(next)
 }

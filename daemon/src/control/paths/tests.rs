@@ -350,15 +350,111 @@ fn a_node_asks_two_open_nodes_until_it_knows_that_nothing_stands_before_it() {
     assert!(paths.observers.is_empty());
 }
 
+/// What the kernel tells of a peer that it asks in vain.
+fn asking(sent: u64) -> Seen {
+    Seen { sent, ..waiting() }
+}
+
+fn wants(acts: &[Act]) -> bool {
+    acts.iter().any(|act| matches!(act, Act::Want(node, _) if *node == name("b")))
+}
+
 #[test]
-fn the_kernel_is_given_one_path_after_the_other_and_a_granted_relay_at_once() {
+fn the_kernel_is_given_a_direct_path_and_a_granted_relay_at_once_and_begins_anew_there() {
     let (world, now) = (world(TunnelMapping::Independent), Instant::now());
     let mut paths = observed(&world, now);
-    paths.look(&[waiting()], true, &world, now);
+    paths.look(&[asking(148)], true, &world, now);
     assert_eq!(paths.ways()[&name("b")], at("192.0.2.202:4002"));
-    let relay = asked(&paths.look(&[waiting()], true, &world, now + PUNCH));
+    let relay = asked(&paths.look(&[asking(148)], true, &world, now + PUNCH));
     paths.handle_word(&relay[0], PathWord::RelayGrant(name("b"), 51_900), &world, now + PUNCH);
-    let acts = paths.look(&[waiting()], true, &world, now + PUNCH + SOON);
+    let acts = paths.look(&[asking(148)], true, &world, now + PUNCH + SOON);
     assert!(acts.contains(&Act::Ways));
     assert_eq!(paths.ways()[&name("b")].port(), 51_900);
+    assert!(
+        paths.anew().contains(&name("b")),
+        "the kernel asks there now, and not five seconds after it asked elsewhere"
+    );
+    // A session: what the kernel learned of it stays.
+    let direct = seen("b", "192.0.2.202:4002");
+    paths.look(&[direct], true, &world, now + CALL);
+    assert_eq!(paths.ways()[&name("b")], at("192.0.2.202:4002"));
+    assert!(paths.anew().is_empty());
+}
+
+#[test]
+fn a_kernel_that_is_called_asks_at_once_and_one_that_calls_asks_by_itself() {
+    let (world, now) = (world(TunnelMapping::Independent), Instant::now());
+    let call = PathWord::Call { endpoints: Vec::new(), answers: false };
+    let idle = Seen { ready: false, ..seen("b", "192.0.2.202:4002") };
+    let mut paths = observed(&world, now);
+    paths.look(&[idle.clone()], true, &world, now);
+    assert!(wants(&paths.handle_word(&name("b"), call.clone(), &world, now)));
+    // Its kernel tries then: that is no reason to call in turn, and ends with the calls.
+    let acts = paths.look(&[asking(148)], true, &world, now + SOON);
+    assert_eq!(calls(&acts), 0, "{acts:?}");
+    assert!(paths.wake() == Some(now + SOON * 2), "it has a path to look for");
+    paths.look(&[asking(296)], true, &world, now + CALLED);
+    assert!(paths.pairs[&name("b")].needs.is_none());
+
+    let mut paths = observed(&world, now);
+    paths.look(&[idle], true, &world, now);
+    assert_eq!(calls(&paths.look(&[asking(148)], true, &world, now)), 1);
+    assert!(!wants(&paths.handle_word(&name("b"), call, &world, now + CALL)));
+}
+
+#[test]
+fn a_kernel_that_has_given_up_needs_no_path_until_it_asks_again() {
+    let (world, now) = (world(TunnelMapping::Independent), Instant::now());
+    let mut paths = observed(&world, now);
+    assert_eq!(calls(&paths.look(&[asking(148)], true, &world, now)), 1);
+    assert_eq!(calls(&paths.look(&[asking(148)], true, &world, now + TRIES)), 0);
+    assert_eq!(calls(&paths.look(&[asking(296)], true, &world, now + TRIES * 9)), 1, "there is more to send");
+}
+
+#[test]
+fn silence_in_the_kernel_is_first_asked_about_and_then_the_path_is_left() {
+    let (world, now) = (world(TunnelMapping::Independent), Instant::now());
+    let mut paths = observed(&world, now);
+    let look = |sent, received| Seen { sent, received, ..seen("b", "192.0.2.202:4002") };
+    let mut seen =
+        |sent, received, after: Duration| paths.look(&[look(sent, received)], true, &world, now + after);
+    seen(1000, 1000, Duration::ZERO);
+    seen(5000, 1000, SOON);
+    let acts = seen(6000, 1000, SOON + SILENT);
+    assert_eq!((calls(&acts), asked(&acts).len()), (1, 0), "it may be taking and have nothing to say");
+    assert_eq!(calls(&seen(6000, 1032, SOON * 2 + SILENT)), 0, "so it was");
+    let silent = SOON * 3 + SILENT * 2;
+    seen(7000, 1032, SOON * 3 + SILENT);
+    assert_eq!(asked(&seen(8000, 1032, silent)).len(), 0);
+    assert_eq!(asked(&seen(9000, 1032, silent + PUNCH)).len(), 1, "it does not take either");
+}
+
+#[test]
+fn a_session_over_which_nothing_comes_is_left_when_the_peer_calls_twice_or_has_a_relay() {
+    let (world, now) = (world(TunnelMapping::Independent), Instant::now());
+    let call = PathWord::Call { endpoints: Vec::new(), answers: false };
+    let relay = PathWord::RelayGrant(name("b"), 51_900);
+    let idle = |received| Seen { received, ..seen("b", "192.0.2.202:4002") };
+    let later = now + CALL;
+    for (word, received, expected) in
+        [(Some(call.clone()), 0, true), (None, 0, false), (Some(call.clone()), 32, false)]
+    {
+        let mut paths = observed(&world, now);
+        paths.look(&[idle(0)], true, &world, now);
+        paths.handle_word(&name("b"), call.clone(), &world, now);
+        paths.look(&[idle(0)], true, &world, now);
+        assert!(!paths.anew().contains(&name("b")), "one call is answered over the session");
+        paths.look(&[idle(received)], true, &world, later);
+        for word in word {
+            paths.handle_word(&name("b"), word, &world, later);
+        }
+        paths.look(&[idle(received)], true, &world, later);
+        assert_eq!(paths.anew().contains(&name("b")), expected, "{received}");
+    }
+    let mut paths = observed(&world, now);
+    paths.look(&[idle(0)], true, &world, now);
+    paths.handle_word(&name("b"), call, &world, now);
+    paths.handle_word(&name("r1"), relay, &world, now);
+    paths.look(&[idle(0)], true, &world, now);
+    assert_eq!((paths.ways()[&name("b")].port(), paths.anew().contains(&name("b"))), (51_900, true));
 }

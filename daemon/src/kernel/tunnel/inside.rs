@@ -207,7 +207,7 @@ fn usable(wanted: &model::Tunnels) -> (BTreeMap<TunnelKey, WantedPeer>, Vec<Stri
             }
         }
         let preshared = peer.preshared.as_ref().map(|secret| *secret.secret()).unwrap_or_default();
-        peers.insert(*key, WantedPeer { endpoint: peer.endpoint, preshared, prefixes });
+        peers.insert(*key, WantedPeer { endpoint: peer.endpoint, anew: peer.anew, preshared, prefixes });
     }
     (peers, left_out)
 }

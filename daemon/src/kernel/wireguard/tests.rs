@@ -15,6 +15,7 @@ fn net(text: &str) -> IpNet {
 fn wanted(endpoint: &str, prefixes: &[&str]) -> WantedPeer {
     WantedPeer {
         endpoint: endpoint.parse().expect("an endpoint"),
+        anew: false,
         preshared: [0; 32],
         prefixes: prefixes.iter().map(|text| net(text)).collect(),
     }
@@ -153,6 +154,37 @@ fn where_packets_came_from_outweighs_what_is_announced_until_that_changes_or_the
         Some(announced),
         "nothing says that it is still there"
     );
+}
+
+#[test]
+fn who_begins_anew_is_forgotten_and_asked_where_it_is_now_and_only_once() {
+    let before: SocketAddr = "192.0.2.1:51820".parse().expect("an endpoint");
+    let relay = wanted("192.0.2.9:51900", &["10.32.1.0/24"]);
+    let there = FoundPeer {
+        endpoint: Some(before),
+        prefixes: relay.prefixes.clone(),
+        handshake: Some(now()),
+        ..FoundPeer::default()
+    };
+    let mut device =
+        Device { key: Some(key(9)), peers: BTreeMap::from([(key(1), there)]), ..Device::default() };
+    let known = BTreeMap::from([(key(1), before)]);
+    let gentle = BTreeMap::from([(key(1), relay.clone())]);
+    let told = changes(&device, &gentle, &known, now());
+    assert_eq!(told.iter().map(|change| change.kind).collect::<Vec<_>>(), [ChangeKind::Update]);
+
+    let peers = BTreeMap::from([(key(1), WantedPeer { anew: true, ..relay })]);
+    let told = changes(&device, &peers, &known, now());
+    let kinds: Vec<_> = told.iter().map(|change| change.kind).collect();
+    assert_eq!(kinds, [ChangeKind::Remove, ChangeKind::Add]);
+    assert_eq!(to_ask(&device, &told, false, &known, now()), [key(1)]);
+    apply(&mut device, &told);
+    let known = BTreeMap::from([(key(1), peers[&key(1)].endpoint)]);
+    // Where its packets come from then is no reason to begin once more.
+    let peer = device.peers.get_mut(&key(1)).expect("it is there again");
+    assert!(peer.handshake.is_none() && peer.prefixes == peers[&key(1)].prefixes);
+    (peer.endpoint, peer.handshake) = (Some(before), Some(now()));
+    assert_eq!(changes(&device, &peers, &known, now()), []);
 }
 
 #[test]
