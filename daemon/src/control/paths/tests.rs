@@ -445,7 +445,7 @@ fn a_session_over_which_nothing_comes_is_left_when_the_peer_calls_twice_or_has_a
         paths.look(&[idle(0)], true, &world, now);
         assert!(!paths.anew().contains(&name("b")), "one call is answered over the session");
         paths.look(&[idle(received)], true, &world, later);
-        for word in word {
+        if let Some(word) = word {
             paths.handle_word(&name("b"), word, &world, later);
         }
         paths.look(&[idle(received)], true, &world, later);
