@@ -63,6 +63,8 @@ struct Pair {
     /// What the peer named in its last call.
     named: Option<(Vec<SocketAddr>, Instant)>,
     grants: Vec<Grant>,
+    /// Relays that were given up: packets may still come by them, and that is no direct path.
+    former: Vec<Grant>,
     /// When it is tried next to do without a relay, and how long after that.
     upgrade: Option<(Instant, Duration)>,
     /// What both ends said of themselves when that was decided.
@@ -111,8 +113,9 @@ impl Paths {
 
     /// Returns which relay an endpoint of a peer is at.
     pub fn relay_at(&self, node: &NodeName, endpoint: SocketAddr) -> Option<&NodeName> {
-        let grants = self.pairs.get(node).map(|pair| &pair.grants[..]).unwrap_or_default();
-        grants.iter().find(|grant| grant.places.contains(&endpoint)).map(|grant| &grant.relay)
+        let pair = self.pairs.get(node)?;
+        let mut grants = pair.grants.iter().chain(&pair.former);
+        grants.find(|grant| grant.places.contains(&endpoint)).map(|grant| &grant.relay)
     }
 
     /// Returns the relays that promised and did not carry.
@@ -138,7 +141,7 @@ impl Paths {
             };
             others = true;
             let silent = self.note_flow(look, now);
-            if look.ready {
+            if look.ready && look.heard {
                 self.tell_observed(look, &party, now, &mut acts);
             }
             self.look_at_pair(look, silent, (&own, &party), parties, now, &mut acts);
@@ -207,7 +210,7 @@ impl Paths {
                     self.relays.granted(from, &peer);
                     let pair = self.pairs.entry(peer).or_default();
                     pair.last = Some(now);
-                    relays::take_grant(&mut pair.grants, grant);
+                    relays::take_grant(pair, grant);
                     self.offer(&own, &other, true, now, &mut acts);
                 }
             }
@@ -274,7 +277,7 @@ impl Paths {
             && let Some(relay) = &relayed
         {
             let pair = self.pairs.entry(look.node.clone()).or_default();
-            pair.grants.retain(|grant| grant.relay != *relay);
+            relays::leave(pair, |grant| grant.relay == *relay);
             self.relays.give_up(relay, &look.node, relays::Fault::Stopped, now);
         }
         let called = self.pairs.get(&look.node).and_then(|pair| pair.called);

@@ -57,17 +57,38 @@ impl Grant {
 }
 
 /// Keeps the latest of a relay, and of few relays.
-pub(super) fn take_grant(grants: &mut Vec<Grant>, grant: Grant) {
-    match grants.iter_mut().find(|known| known.relay == grant.relay) {
+pub(super) fn take_grant(pair: &mut Pair, grant: Grant) {
+    pair.former.retain(|former| former.places != grant.places);
+    match pair.grants.iter_mut().find(|known| known.relay == grant.relay) {
         Some(known) if known.places == grant.places => known.at = grant.at,
-        Some(known) => *known = grant,
+        Some(known) => {
+            let former = std::mem::replace(known, grant);
+            remember(pair, former);
+        }
         None => {
-            if grants.len() == MOST_GRANTS {
-                grants.remove(0);
+            if pair.grants.len() == MOST_GRANTS {
+                let former = pair.grants.remove(0);
+                remember(pair, former);
             }
-            grants.push(grant);
+            pair.grants.push(grant);
         }
     }
+}
+
+/// Has a pair do without some of its relays. Where they are is remembered: the peer may go on using them.
+pub(super) fn leave(pair: &mut Pair, is_left: impl Fn(&Grant) -> bool) {
+    let (left, kept) = std::mem::take(&mut pair.grants).into_iter().partition(is_left);
+    pair.grants = kept;
+    let left: Vec<Grant> = left;
+    left.into_iter().for_each(|grant| remember(pair, grant));
+}
+
+fn remember(pair: &mut Pair, grant: Grant) {
+    pair.former.retain(|former| former.places != grant.places);
+    if pair.former.len() == MOST_GRANTS {
+        pair.former.remove(0);
+    }
+    pair.former.push(grant);
 }
 
 /// A relay that promised and did not carry.
@@ -157,7 +178,7 @@ impl Relays {
             let fault = if grant.carried { Fault::Stopped } else { Fault::Broken };
             self.give_up(&grant.relay, peer, fault, now);
         }
-        pair.grants.retain(|grant| !broken(grant));
+        leave(pair, broken);
     }
 
     /// Returns the relay that a pair is to ask now, besides those that it has; nothing while an answer is on the way.
