@@ -11,6 +11,8 @@
 mod api;
 mod contact;
 mod forward;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod gossip;
 mod grants;
 mod join;
