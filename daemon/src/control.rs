@@ -56,6 +56,8 @@ use paths::Paths;
 pub use paths::Seen;
 pub use probe::PORT as PROBE_PORT;
 use probe::Probe;
+#[cfg(fuzzing)]
+pub use probe::{Kind as ProbeKind, LENGTH as PROBE_LENGTH, message as probe_message, parse as parse_probe};
 pub use quality::{Quality, SiteQuality};
 pub use rotation::OwnKeys;
 use rotation::Rotation;

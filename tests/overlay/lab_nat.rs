@@ -73,6 +73,80 @@ fn routers_map_and_filter_as_their_kinds_say() {
     assert!(refused.contains("r3 cannot change between one router, two and none"), "{refused}");
 }
 
+/// One that answers a probe on the public network, with another one at another address (RFC 5780 s4): it says where a datagram came
+/// from, and sends from a port that nobody has sent to, itself or through the other.
+const ANSWERS: &str = r#"
+    use IO::Socket; use IO::Select;
+    my ($own, $other) = @ARGV;
+    my %at = map { $_ => IO::Socket::INET->new(Proto => 'udp', LocalAddr => $own, LocalPort => $_) // die } 7010 .. 7013;
+    my $select = IO::Select->new(values %at);
+    while (1) { for my $socket ($select->can_read) {
+        my $from = $socket->recv(my $said, 100) // next;
+        my ($port, $ip) = unpack_sockaddr_in($from);
+        if (my ($host, $at) = $said =~ /^tell (\S+) (\d+)/) { $at{7013}->send('address', 0, pack_sockaddr_in($at, inet_aton($host))) }
+        elsif ($said eq 'port') { $at{7013}->send('port', 0, $from) }
+        elsif ($said eq 'address') { $at{7012}->send('tell ' . inet_ntoa($ip) . " $port", 0, pack_sockaddr_in(7012, inet_aton($other))) }
+        else { $socket->send('seen ' . inet_ntoa($ip) . " $port", 0, $from) }
+    } }"#;
+
+/// Asks those two from a port, and says what it learned of mapping, filtering and hairpinning. What does not come counts as filtered
+/// when a later answer has been there for a second.
+const PROBES: &str = r#"
+    use IO::Socket; use IO::Select;
+    my ($one, $other) = @ARGV;
+    my $socket = IO::Socket::INET->new(Proto => 'udp', LocalPort => 51820) // die;
+    my %heard;
+    sub hear { while (IO::Select->new($socket)->can_read($_[0])) {
+        $socket->recv(my $said, 100);
+        $heard{$said =~ s/^seen .*/seen/r} = $said;
+    } }
+    sub say { my ($ip, $port, $what) = @_; $socket->send($what, 0, pack_sockaddr_in($port, inet_aton($ip))) }
+    sub seen {
+        delete $heard{seen};
+        for (1 .. 50) { say(@_, 'where'); hear(0.3); return $heard{seen} if $heard{seen} }
+        die "no answer of @_";
+    }
+    my $first = seen($one, 7010);
+    say($one, 7010, $_) for qw(address port address port);
+    seen($one, 7010); hear(1);
+    my $filter = $heard{address} ? 'independent' : $heard{port} ? 'address' : 'address-and-port';
+    my ($port, $address) = (seen($one, 7011), seen($other, 7010));
+    my $map = $port ne $first ? 'address-and-port' : $address ne $first ? 'address' : 'independent';
+    my $neighbour = IO::Socket::INET->new(Proto => 'udp', LocalPort => 51821) // die;
+    my (undef, $ip, $at) = split / /, $first;
+    $neighbour->send('hairpin', 0, pack_sockaddr_in($at, inet_aton($ip))) for 1 .. 2;
+    seen($one, 7010); hear(1);
+    print "mapping $map, filtering $filter, hairpin ", $heard{hairpin} ? 'yes' : 'no';"#;
+
+#[test]
+fn a_probe_by_rfc_5780_finds_each_kind_to_be_what_its_name_says() {
+    let lab = lab("probe", &[Nat::None, Nat::FullCone, Nat::Double]);
+    let perl = |script, own: &str, other: &str| ["perl", "-e", script, own, other].map(ToOwned::to_owned);
+    let answering =
+        [("n1", "192.0.2.1", "192.0.2.2"), ("n2", "192.0.2.2", "192.0.2.1")].map(|(node, own, other)| {
+            let words = perl(ANSWERS, own, other);
+            lab.background(node, &words.each_ref().map(String::as_str))
+        });
+    let probe = |node| {
+        let words = perl(PROBES, "192.0.2.1", "192.0.2.2");
+        lab.run(node, &words.each_ref().map(String::as_str))
+    };
+    let kinds = [
+        (Nat::FullCone, "mapping independent, filtering independent, hairpin no"),
+        (Nat::AddressRestricted, "mapping independent, filtering address, hairpin no"),
+        (Nat::PortRestricted, "mapping independent, filtering address-and-port, hairpin no"),
+        (Nat::Symmetric, "mapping address-and-port, filtering address-and-port, hairpin no"),
+    ];
+    for (nat, expected) in kinds {
+        lab.tell(Request::Nat { router: "r2".into(), nat });
+        assert_eq!(probe("n3"), expected, "{nat:?}");
+    }
+    assert_eq!(probe("n4"), kinds[2].1, "two port-restricted routers in a row");
+    for node in answering {
+        node.interrupt();
+    }
+}
+
 #[test]
 fn nodes_behind_routers_reach_the_public_network_and_nobody_reaches_them() {
     let lab = lab("behind", &[Nat::None, Nat::Symmetric, Nat::Double]);

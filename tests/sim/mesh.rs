@@ -84,6 +84,25 @@ fn a_crashed_node_is_dead_everywhere_and_its_routes_stay() {
 }
 
 #[test]
+fn a_suspicion_that_nobody_heard_of_is_cleared_within_seconds() {
+    let suspects =
+        |net: &Meshes| all(60).into_iter().any(|of| net.state(7, of) == Some(MemberState::Suspect));
+    for run in 0..4 {
+        let mut net = Meshes::with_nodes(&format!("a_suspicion_that_nobody_heard_of {run}"), 60);
+        net.run_until("join", seconds(30), |net| net.converged(&all(60)));
+        net.run(seconds(20));
+        // Whom it suspects while it is alone it tells nobody, and the sums of anti-entropy are the same with and without suspicion.
+        net.net.sides.insert(address(7), 1);
+        net.run_until("suspicion", seconds(10), suspects);
+        net.run(seconds(2));
+        net.net.sides.clear();
+        let time = net.run_until("heal", seconds(60), |net| net.converged(&all(60)));
+        println!("cleared after {time:?}");
+        assert!(time <= seconds(8), "{time:?}; WEFT_SEED={}", net.seed);
+    }
+}
+
+#[test]
 fn a_restarted_node_is_back_within_seconds() {
     let mut net = Meshes::with_nodes("a_restarted_node_is_back", 12);
     net.run_until("join", seconds(30), |net| net.converged(&all(12)));

@@ -11,6 +11,8 @@
 mod api;
 mod contact;
 mod forward;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod gossip;
 mod grants;
 mod join;
@@ -270,6 +272,7 @@ impl Mesh {
                 Timer::Sync => {}
                 Timer::Rejoin => self.on_rejoin_timer(),
                 Timer::Suspicion(hash) => self.on_suspicion_timer(hash),
+                Timer::Accuse(hash) => self.on_accuse_timer(hash),
                 Timer::Reap(hash) => self.on_reap_timer(hash),
                 Timer::Expire(token) => self.on_expire_timer(token),
                 Timer::Certify => self.on_certify_timer(),

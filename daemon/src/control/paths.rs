@@ -184,7 +184,7 @@ impl Paths {
             };
             others = true;
             let silent = self.note_flow(look, now);
-            if silent.is_none() {
+            if silent.is_none() && look.heard {
                 self.note_relay_of_peer(
                     look,
                     (&own, &party),
@@ -193,7 +193,7 @@ impl Paths {
                     &mut acts,
                 );
             }
-            if look.ready {
+            if look.ready && look.heard {
                 self.tell_observed(look, &party, now, &mut acts);
             }
             self.look_at_pair(look, silent, (&own, &party), parties, now, &mut acts);

@@ -27,6 +27,7 @@ impl Node {
             sent: tunnel.sent.1,
             received: tunnel.received.1,
             endpoint: tunnel.endpoint,
+            heard: tunnel.heard,
             node: tunnel.node,
         });
         let seen: Vec<Seen> = seen.collect();

@@ -89,6 +89,8 @@ pub(super) struct Endpoints {
     current: SocketAddr,
     heard: Option<Instant>,
     candidates: Vec<Candidate>,
+    /// Relays that are candidates no more: packets may still come by them, and they are no direct paths.
+    former: Vec<SocketAddr>,
     keep: Keep,
     /// Since when data was sent and nothing came.
     unanswered: Option<Instant>,
@@ -114,6 +116,7 @@ impl Endpoints {
             current: announced,
             heard: None,
             candidates: Vec::new(),
+            former: Vec::new(),
             keep: Keep::No,
             unanswered: None,
             owed: None,
@@ -174,6 +177,10 @@ impl Endpoints {
         let before = std::mem::take(&mut self.candidates);
         self.candidates = candidates.iter().take(MOST).copied().collect();
         self.keep = keep;
+        self.former.extend(before.iter().filter(|other| other.rank == Rank::Relay).map(|relay| relay.at));
+        self.former.retain(|at| !self.candidates.iter().any(|candidate| candidate.at == *at));
+        let excess = self.former.len().saturating_sub(MOST);
+        self.former.drain(..excess);
         // A relay knows a pair by its handshakes. One to fall back to is told while another is in use, and else when it is needed.
         if self.rank(self.current) == Rank::Relay {
             let relays =
@@ -188,8 +195,16 @@ impl Endpoints {
     }
 
     fn rank(&self, at: SocketAddr) -> Rank {
-        // Where a translator put the peer nobody announced, and it is as direct as any.
-        self.candidate(at).map_or(Rank::Direct, |candidate| candidate.rank)
+        match self.candidate(at) {
+            Some(candidate) => candidate.rank,
+            None if self.former.contains(&at) => Rank::Relay,
+            // Where a translator put the peer nobody announced, and it is as direct as any.
+            None => Rank::Direct,
+        }
+    }
+
+    fn is_known(&self, at: SocketAddr) -> bool {
+        self.candidate(at).is_some() || self.former.contains(&at)
     }
 
     fn candidate(&self, at: SocketAddr) -> Option<&Candidate> {
@@ -219,7 +234,7 @@ impl Endpoints {
             // The peer asks there because it is not answered elsewhere.
             Heard::Handshake => false,
             Heard::Data | Heard::Empty => {
-                is_fresh && (theirs > ours || (theirs == ours && self.candidate(from).is_some()))
+                is_fresh && (theirs > ours || (theirs == ours && self.is_known(from)))
             }
         };
         if !keeps {
@@ -447,6 +462,28 @@ mod tests {
         endpoints.heard(at(DIRECT), Heard::Data, now);
         assert_eq!(endpoints.current(), at(DIRECT));
         assert_eq!(endpoints.due(true, now + TRY), Due::default());
+    }
+
+    #[test]
+    fn a_relay_that_was_given_up_and_carries_again_is_still_no_direct_path() {
+        let now = Instant::now();
+        let mut endpoints = on(STANDBY, now);
+        let others = [candidates()[0], candidates()[2]];
+        endpoints.set_candidates(&others, Keep::No, false, now);
+        endpoints.heard(at(RELAY), Heard::Data, now);
+        assert_eq!(endpoints.current(), at(STANDBY), "it is no better than the relay in use");
+        endpoints.heard(at(RELAY), Heard::Handshake, now);
+        assert_eq!(endpoints.current(), at(RELAY), "the peer asks there");
+        endpoints.set_candidates(&others, Keep::No, true, now);
+        assert!(endpoints.due(true, now).try_at.contains(&at(DIRECT)), "a direct path is better");
+        // What is remembered is bounded, and what is granted again is a candidate as any.
+        for port in 100..200 {
+            let granted = [Candidate { rank: Rank::Relay, at: at(port) }];
+            endpoints.set_candidates(&granted, Keep::No, false, now);
+        }
+        assert_eq!(endpoints.former.len(), MOST);
+        endpoints.set_candidates(&[Candidate { rank: Rank::Relay, at: at(150) }], Keep::No, false, now);
+        assert!(!endpoints.former.contains(&at(150)));
     }
 
     #[test]

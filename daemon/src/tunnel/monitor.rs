@@ -21,8 +21,10 @@ pub struct TunnelStatus {
     pub node: NodeName,
     /// Its public key.
     pub key: TunnelKey,
-    /// Where its packets came from last.
+    /// Where its packets go.
     pub endpoint: SocketAddr,
+    /// Whether its packets came from there last.
+    pub heard: bool,
     /// Since the last handshake; none while there is no session.
     pub handshake: Option<Duration>,
     /// How many packets wait for a session.
@@ -54,6 +56,7 @@ impl TunnelMonitor {
                 node: peer.node.clone(),
                 key: peer.key,
                 endpoint: session.endpoint(),
+                heard: session.is_heard_there(),
                 handshake: session.age(),
                 waiting: session.waiting(),
                 sent: (count(&peer.traffic.sent), count(&peer.traffic.sent_bytes)),

@@ -50,6 +50,8 @@ pub(super) struct Session<N = Boringtun> {
     index: u32,
     /// Where its packets go.
     endpoints: Endpoints,
+    /// Where its packets came from last.
+    heard_from: Option<SocketAddr>,
     /// There is a session to seal with.
     ready: bool,
     waiting: usize,
@@ -177,6 +179,7 @@ impl<N: Noise> Session<N> {
             preshared,
             index,
             endpoints: Endpoints::new(endpoint),
+            heard_from: None,
             ready: false,
             waiting: 0,
             asked: None,
@@ -187,6 +190,11 @@ impl<N: Noise> Session<N> {
 
     pub(super) fn endpoint(&self) -> SocketAddr {
         self.endpoints.current()
+    }
+
+    /// Whether its packets came last from where this node's go.
+    pub(super) fn is_heard_there(&self) -> bool {
+        self.heard_from == Some(self.endpoint())
     }
 
     /// Returns the paths.
@@ -205,6 +213,7 @@ impl<N: Noise> Session<N> {
 
     /// Takes where a daemon before this one heard the peer last.
     pub(super) fn heard_at(&mut self, endpoint: SocketAddr) {
+        self.heard_from = Some(endpoint);
         self.endpoints.move_to(endpoint);
     }
 
@@ -310,6 +319,7 @@ impl<N: Noise> Session<N> {
 
     /// Takes that something authentic came from there.
     fn heard(&mut self, from: SocketAddr, what: Heard) {
+        self.heard_from = Some(from);
         if self.endpoints.is_managed() {
             self.endpoints.heard(from, what, Instant::now());
         } else {

@@ -56,6 +56,8 @@ pub(super) struct Suspicion {
     pub(super) accusers: Vec<NodeName>,
     pub(super) since: Instant,
     pub(super) until: Instant,
+    /// When it is told again, if nobody else shares it.
+    pub(super) again: Instant,
 }
 
 impl Member {

@@ -108,7 +108,7 @@ pub(super) fn asks_for_packets(body: &Body) -> bool {
     matches!(body, Body::Call(_) | Body::RelayAsk(_) | Body::PingRequest(_))
 }
 
-fn to_body(word: &PathWord) -> Body {
+pub(super) fn to_body(word: &PathWord) -> Body {
     match word {
         PathWord::Observed(endpoint) => {
             Body::Observed(proto::Observed { endpoint: socket_to_bytes(endpoint) })

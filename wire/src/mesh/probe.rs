@@ -25,6 +25,8 @@ const RELAYS: usize = 3;
 const CONFIRMATIONS: usize = 2;
 /// Suspicion by a single accuser lasts so many times longer than by enough of them.
 const MOST_SUSPICION: u32 = 6;
+/// A suspicion that no other node shares is told again each so many intervals.
+const ACCUSE: u32 = 2;
 /// The worst local health (Lifeguard's S).
 const WORST_HEALTH: u32 = 8;
 /// The most requests that wait for an answer; others are not sent.
@@ -148,10 +150,29 @@ impl Mesh {
 
     pub(super) fn begin_suspicion(&mut self, id: Id, accusers: &[NodeName]) {
         let now = self.now;
+        let again = now + self.config.timing.probe_interval * ACCUSE;
         let member = self.table.at_mut(id);
+        let hash = member.hash;
         let accusers = accusers.iter().take(CONFIRMATIONS + 1).cloned().collect();
-        member.suspicion = Some(Box::new(Suspicion { accusers, since: now, until: now }));
+        member.suspicion = Some(Box::new(Suspicion { accusers, since: now, until: now, again }));
+        self.timers.set(again, Timer::Accuse(hash));
         self.set_suspicion_end(id);
+    }
+
+    /// Tells a suspect, and others, again what this node alone holds against it. What it said may have been lost with whatever made the
+    /// suspect silent; the sums of anti-entropy do not show it; and the next probe of the suspect is as far away as there are members.
+    pub(super) fn on_accuse_timer(&mut self, hash: u64) {
+        let again = self.now + self.config.timing.probe_interval * ACCUSE;
+        let Some(id) = self.table.find(hash).filter(|_| !self.leaving) else { return };
+        let (now, own) = (self.now, &self.config.node);
+        let Some(suspicion) = &mut self.table.at_mut(id).suspicion else { return };
+        if suspicion.again > now || suspicion.accusers != [own.clone()] {
+            return;
+        }
+        suspicion.again = again;
+        self.timers.set(again, Timer::Accuse(hash));
+        self.queue.push(Topic::Liveness(hash));
+        self.ping_member(id, Purpose::Rejoin);
     }
 
     /// Counts further accusers; returns whether there was a new one.

@@ -16,6 +16,8 @@ pub(super) enum Timer {
     Rejoin,
     /// Suspicion of the member with this name hash may be over.
     Suspicion(u64),
+    /// Nobody else may know that the member with this name hash is suspect.
+    Accuse(u64),
     /// The member, or tombstone, with this name hash may be dropped.
     Reap(u64),
     /// The request with this token is given up.
@@ -45,6 +47,7 @@ impl Timer {
             Self::Sync => "compare with a random member",
             Self::Rejoin => "look for lost members",
             Self::Suspicion(_) => "judge a suspect",
+            Self::Accuse(_) => "tell a suspect again",
             Self::Reap(_) => "drop a member that is long gone",
             Self::Expire(_) => "give up a request",
             Self::Grant => "give cluster keys",

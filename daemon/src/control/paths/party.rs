@@ -63,6 +63,8 @@ pub struct Seen {
     pub node: NodeName,
     /// Where its packets go.
     pub endpoint: SocketAddr,
+    /// Its packets come from there: it is no place that only a record names.
+    pub heard: bool,
     /// There is a session.
     pub ready: bool,
     /// Packets wait for one.

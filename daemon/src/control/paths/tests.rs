@@ -65,7 +65,15 @@ fn world(mapping: TunnelMapping) -> World {
 }
 
 fn seen(node: &str, endpoint: &str) -> Seen {
-    Seen { node: name(node), endpoint: at(endpoint), ready: true, waits: false, sent: 0, received: 0 }
+    Seen {
+        node: name(node),
+        endpoint: at(endpoint),
+        heard: true,
+        ready: true,
+        waits: false,
+        sent: 0,
+        received: 0,
+    }
 }
 
 fn waiting() -> Seen {
@@ -249,6 +257,28 @@ fn a_relay_that_only_the_peer_knows_of_is_taken_for_one_once_packets_come_by_it(
 }
 
 #[test]
+fn a_relay_that_was_given_up_and_carries_again_is_named_and_nobody_is_told_that_it_is_the_peer() {
+    let (world, now) = (world(TunnelMapping::Independent), Instant::now());
+    let mut paths = observed(&world, now);
+    let look = |sent, received| Seen { sent, received, ..seen("b", "192.0.2.1:51900") };
+    paths.handle_word(&name("r1"), PathWord::RelayGrant(name("b"), 51_900), &world, now);
+    paths.look(&[look(0, 0)], false, &world, now);
+    paths.look(&[look(5000, 0)], false, &world, now + SOON);
+    let acts = paths.look(&[look(5000, 0)], false, &world, now + SOON + SILENT);
+    assert_eq!(paths.given_up(now + SOON + SILENT).len(), 1);
+    assert!(places(&acts).iter().all(|place| place.rank == Rank::Direct), "{acts:?}");
+    // The machine of the relay only stood still.
+    let later = now + SOON * 2 + SILENT;
+    let acts = paths.look(&[look(6000, 5000)], false, &world, later);
+    assert_eq!(paths.relay_at(&name("b"), at("192.0.2.1:51900")), Some(&name("r1")));
+    let told = |act: &Act| matches!(act, Act::Say(_, PathWord::Observed(_)));
+    assert!(!acts.iter().any(told), "{acts:?}");
+    // It is looked after as a pair on a relay is: it tries to do without.
+    let acts = paths.look(&[look(7000, 6000)], false, &world, later + UPGRADE);
+    assert_eq!(calls(&acts), 1, "{acts:?}");
+}
+
+#[test]
 fn a_relay_that_grants_and_carries_nothing_is_given_up_and_another_asked() {
     let (world, now) = (world(TunnelMapping::Dependent), Instant::now());
     let mut paths = observed(&world, now);
@@ -330,6 +360,22 @@ fn a_peer_is_told_where_it_is_seen_once_until_that_changes() {
     assert!(told(paths.look(&[seen("b", "192.0.2.202:5000")], false, &world, now)));
     assert!(!told(paths.look(&[seen("b", "192.0.2.202:5000")], false, &world, now)));
     assert!(told(paths.look(&[seen("b", "192.0.2.202:5000")], false, &world, now + TOLD)));
+}
+
+#[test]
+fn a_peer_is_not_told_that_it_is_seen_where_only_its_record_says_that_it_is() {
+    let (world, now) = (world(TunnelMapping::Dependent), Instant::now());
+    let mut paths = Paths::default();
+    let told = |acts: Vec<Act>| acts.into_iter().any(|act| matches!(act, Act::Say(_, PathWord::Observed(_))));
+    assert!(told(paths.look(&[seen("b", "192.0.2.202:5000")], false, &world, now)));
+    // The tunnel follows the record, which has the place that the peer's translator gave it towards another node.
+    let followed = Seen { heard: false, ..seen("b", "192.0.2.202:4002") };
+    assert!(!told(paths.look(&[followed], false, &world, now + SOON)));
+    assert!(!told(paths.look(&[seen("b", "192.0.2.202:5000")], false, &world, now + SOON * 2)));
+    assert!(
+        told(paths.look(&[seen("b", "192.0.2.202:4002")], false, &world, now + SOON * 3)),
+        "it is seen there"
+    );
 }
 
 #[test]

@@ -262,6 +262,8 @@ impl KernelMonitor {
                 node: node.clone(),
                 key: *key,
                 endpoint: peer.endpoint.unwrap_or(nowhere),
+                // The kernel does not tell an endpoint that it was given from one that packets came from.
+                heard: handshake.is_some(),
                 handshake,
                 waiting: usize::from(peer.handshake.is_none() && peer.sent > 0),
                 sent: (0, peer.sent),
