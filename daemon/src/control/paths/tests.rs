@@ -433,7 +433,7 @@ fn a_kernel_that_is_called_asks_at_once_and_one_that_calls_asks_by_itself() {
     let call = PathWord::Call { endpoints: Vec::new(), answers: false };
     let idle = Seen { ready: false, ..seen("b", "192.0.2.202:4002") };
     let mut paths = observed(&world, now);
-    paths.look(&[idle.clone()], true, &world, now);
+    paths.look(std::slice::from_ref(&idle), true, &world, now);
     assert!(wants(&paths.handle_word(&name("b"), call.clone(), &world, now)));
     // Its kernel tries then: that is no reason to call in turn, and ends with the calls.
     let acts = paths.look(&[asking(148)], true, &world, now + SOON);
