@@ -5,6 +5,7 @@
 //! path is used once authentic packets came by it. Invariants: everything that is remembered is bounded by the number of members;
 //! a peer is said at most one call and one request a second.
 
+mod kernel;
 mod observers;
 mod party;
 mod places;
@@ -20,8 +21,9 @@ use weft_wire::mesh::{PathWord, TunnelMapping, TunnelReach};
 use weft_wire::types::NodeName;
 
 use crate::tunnel::{Candidate, Keep, Rank};
+use kernel::{Need, Signs};
 pub use party::{Act, Parties, Party, Seen};
-use places::{direct, is_hopeless, is_known_at, kernel_way, relay_at_address};
+use places::{direct, is_hopeless, is_known_at, relay_at_address};
 pub use reach::Observations;
 pub use relays::GivenUp;
 use relays::{Grant, Relays};
@@ -45,14 +47,6 @@ const CALLED: Duration = Duration::from_secs(4);
 /// Between two attempts to do without a relay: at first, and at most.
 const UPGRADE: Duration = Duration::from_secs(5);
 const UPGRADE_MOST: Duration = Duration::from_secs(80);
-/// Calls this close to each other are of a peer that still has no path.
-const PRESSING: Duration = Duration::from_secs(3);
-/// A kernel that was asked for a session tries by itself for so long.
-const ECHO: Duration = Duration::from_secs(100);
-/// For so long a pair in need begins anew at each place.
-const ANEW: Duration = Duration::from_secs(30);
-/// Bytes that a kernel sends at least so often are of one that tries (`REKEY_TIMEOUT`, whitepaper s6.1, and two seconds).
-const TRIES: Duration = Duration::from_secs(7);
 /// What a call named is a way to the peer for so long.
 const NAMED: Duration = Duration::from_secs(120);
 /// A pair that needed a path is looked after for so long after its last packet.
@@ -67,14 +61,8 @@ struct Pair {
     needs: Option<Instant>,
     /// When the peer called last.
     called: Option<Instant>,
-    /// When it called for a path last, and how many bytes had come from it by then.
-    pressed: Option<(Instant, u64)>,
-    /// It calls again, though nothing came from it since.
-    pressing: bool,
-    /// Packets of this node want the path, and not the peer's call alone.
-    drives: bool,
-    /// When the peer called last while nothing here wanted a path.
-    prompted: Option<Instant>,
+    /// What a kernel's tunnel does not say.
+    kernel: Signs,
     /// When it was called last.
     calls: Option<Instant>,
     /// What the peer named in its last call.
@@ -85,22 +73,6 @@ struct Pair {
     /// What both ends said of themselves when that was decided.
     known: Option<(TunnelReach, TunnelReach)>,
     last: Option<Instant>,
-}
-
-impl Pair {
-    /// Whether the peer calls again and again, and nothing has come from it: its path is dead, whatever session there is.
-    fn is_pressed(&self, look: &Seen, now: Instant) -> bool {
-        let recent = |(at, received): &(Instant, u64)| {
-            now.duration_since(*at) < PRESSING && *received == look.received
-        };
-        look.ready && self.pressing && self.pressed.as_ref().is_some_and(recent)
-    }
-
-    /// Whether the kernel is to forget what it has of the peer when it gets another place. It goes on trying for [`ECHO`] then,
-    /// which looks like packets of its own: so this ends some time after these began, or with the peer's calls.
-    fn begins_anew(&self, now: Instant) -> bool {
-        self.needs.is_some_and(|since| !self.drives || now.duration_since(since) < ANEW)
-    }
 }
 
 /// What was seen of a peer's tunnel.
@@ -250,12 +222,7 @@ impl Paths {
                 pair.named = Some((endpoints, now));
                 if self.in_kernel && !answers {
                     let received = self.flows.get(from).map_or(0, |flow| flow.received);
-                    let last = pair.pressed.replace((now, received));
-                    pair.pressing = last
-                        .is_some_and(|(at, count)| now.duration_since(at) < PRESSING && count == received);
-                    if !pair.drives {
-                        pair.prompted = Some(now);
-                        // What it sends opens the way for the peer's packets, and it sends nothing by itself.
+                    if pair.kernel.note_call(received, now) {
                         acts.extend(party.tunnel.map(|(key, _)| Act::Want(from.clone(), key)));
                     }
                 }
@@ -273,8 +240,7 @@ impl Paths {
                     self.relays.granted(from, &peer);
                     let pair = self.pairs.entry(peer).or_default();
                     pair.last = Some(now);
-                    // The peer called and has asked for a relay since.
-                    pair.pressing |= pair.pressed.is_some_and(|(at, _)| now.duration_since(at) < PRESSING);
+                    pair.kernel.note_grant(now);
                     relays::take_grant(&mut pair.grants, grant);
                     self.offer(&own, &other, true, now, &mut acts);
                 }
@@ -354,6 +320,19 @@ impl Paths {
         }
     }
 
+    /// What packets of this node need, and what is needed in all.
+    fn need(&self, look: &Seen, silent: Option<Duration>, now: Instant) -> (Need, Need) {
+        let own = Need::of(look, silent);
+        if !self.in_kernel {
+            return (own, own);
+        }
+        let rose = self.flows.get(&look.node).and_then(|flow| flow.rose);
+        match self.pairs.get(&look.node) {
+            Some(pair) => pair.kernel.judge(look, silent, rose, pair.needs, now),
+            None => Signs::default().judge(look, silent, rose, None, now),
+        }
+    }
+
     fn look_at_pair(
         &mut self,
         look: &Seen,
@@ -363,32 +342,14 @@ impl Paths {
         now: Instant,
         acts: &mut Vec<Act>,
     ) {
-        let mut silent = silent.is_some_and(|silent| silent >= SILENT);
-        let mut waits = look.waits;
-        if self.in_kernel {
-            let pair = self.pairs.get(&look.node);
-            // Handshakes that go unanswered are no data.
-            silent &= look.ready;
-            let rose = self.flows.get(&look.node).and_then(|flow| flow.rose);
-            let tries = rose.is_some_and(|rose| now.duration_since(rose) < TRIES);
-            let is_echo = pair.and_then(|pair| pair.prompted).is_some_and(|at| now.duration_since(at) < ECHO);
-            waits &= tries && !is_echo;
-        }
-        let wanted = silent || waits;
-        let pressed =
-            self.in_kernel && self.pairs.get(&look.node).is_some_and(|pair| pair.is_pressed(look, now));
-        let since = self.pairs.get(&look.node).and_then(|pair| pair.needs);
-        // A kernel that only takes says so after ten seconds. The call has it say so now, before the path is blamed.
-        let asked =
-            !self.in_kernel || pressed || since.is_some_and(|since| now.duration_since(since) >= PUNCH);
-        silent |= pressed;
+        let (own_need, need) = self.need(look, silent, now);
         let relayed = self.relay_at(&look.node, look.endpoint).cloned();
         let promised = |grant: &Grant| Some(&grant.relay) == relayed.as_ref();
         let grant =
             self.pairs.get(&look.node).and_then(|pair| pair.grants.iter().find(|grant| promised(grant)));
         let is_new = grant.is_some_and(|grant| grant.is_new(now)) && self.in_kernel;
-        if silent
-            && asked
+        if need.silent
+            && need.proven
             && !is_new
             && let Some(relay) = &relayed
         {
@@ -398,12 +359,10 @@ impl Paths {
         }
         let called = self.pairs.get(&look.node).and_then(|pair| pair.called);
         let called = called.is_some_and(|called| now.duration_since(called) < CALLED) && !look.ready;
-        if !(silent || waits || called) {
+        if !(need.is_wanted() || called) {
             if let Some(pair) = self.pairs.get_mut(&look.node) {
-                (pair.needs, pair.drives) = (None, false);
-                if look.ready {
-                    pair.prompted = None;
-                }
+                pair.needs = None;
+                pair.kernel.rest(look.ready);
                 let flow = self.flows.get(&look.node);
                 if flow.is_some_and(|flow| flow.silent.is_some()) || relayed.is_some() {
                     pair.last = Some(now);
@@ -421,15 +380,17 @@ impl Paths {
         }
         let pair = self.pairs.entry(look.node.clone()).or_default();
         pair.last = Some(now);
-        pair.drives = wanted;
+        pair.kernel.drives = own_need.is_wanted();
         let since = *pair.needs.get_or_insert(now);
         // In the kernel only who has packets calls: two that call because they are called never end.
-        if (wanted || !self.in_kernel) && pair.calls.is_none_or(|calls| now.duration_since(calls) >= CALL) {
+        if (own_need.is_wanted() || !self.in_kernel)
+            && pair.calls.is_none_or(|calls| now.duration_since(calls) >= CALL)
+        {
             pair.calls = Some(now);
             acts.push(Act::Say(look.node.clone(), self.call(own, false)));
             self.offer(own, party, true, now, acts);
         }
-        if is_hopeless(own, party) || silent && asked || now.duration_since(since) >= PUNCH {
+        if is_hopeless(own, party) || need.silent && need.proven || now.duration_since(since) >= PUNCH {
             self.relays.mind_promises(&look.node, &mut self.pairs, now);
             self.ask_relay((own, party), 1, since, parties, now, acts);
         }
@@ -530,7 +491,7 @@ impl Paths {
             let named = named.filter(|_| self.in_kernel).into_iter().flat_map(|(named, _)| named).copied();
             let direct = direct(own, &mine, &party, named);
             let way = match pair.filter(|_| self.in_kernel) {
-                Some(pair) => kernel_way(look, pair, &direct, self.ways.get(&look.node).copied(), now),
+                Some(pair) => kernel::way(look, pair, &direct, self.ways.get(&look.node).copied(), now),
                 None => direct.first().copied().filter(|_| party.is_translated()),
             };
             ways.extend(way.map(|way| (look.node.clone(), way)));

@@ -2,14 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
-use std::time::{Duration, Instant};
 
 use weft_wire::mesh::{TunnelMapping, TunnelReach};
 
-use super::{PUNCH, Pair, Party, Seen};
-
-/// The kernel tries one direct place for so long.
-const TURN: Duration = Duration::from_secs(2);
+use super::Party;
 
 /// Whether an endpoint is where a party's record says that it is.
 pub(super) fn is_known_at(party: &Party, endpoint: SocketAddr) -> bool {
@@ -77,29 +73,4 @@ fn is_usable(at: &SocketAddr) -> bool {
         && !at.ip().is_unspecified()
         && !at.ip().is_multicast()
         && !broadcast
-}
-
-/// Chooses the one path that the kernel is given. Both ends of a pair in need know the same relays, so they meet at the latest; the
-/// direct places have their turn while there is none.
-pub(super) fn kernel_way(
-    look: &Seen,
-    pair: &Pair,
-    direct: &[SocketAddr],
-    present: Option<SocketAddr>,
-    now: Instant,
-) -> Option<SocketAddr> {
-    let relays = pair.grants.iter().flat_map(|grant| grant.places.iter().copied());
-    let all: Vec<SocketAddr> = direct.iter().copied().chain(relays).collect();
-    let present = present.filter(|present| all.contains(present));
-    let is_asked = |since: &Instant| !(look.ready && pair.drives) || now.duration_since(*since) >= PUNCH;
-    let Some(since) = pair.needs.filter(is_asked) else {
-        // The kernel follows what the peer's packets taught it.
-        let learned = Some(look.endpoint).filter(|at| all.contains(at));
-        let known = if look.ready { learned.or(present) } else { present.or(learned) };
-        return known.or(all.first().copied());
-    };
-    let granted = pair.grants.last().and_then(|grant| grant.places.first()).copied();
-    let turn = now.duration_since(since).as_millis() / TURN.as_millis();
-    let next = direct.get(usize::try_from(turn).unwrap_or(0) % direct.len().max(1)).copied();
-    granted.or(next)
 }

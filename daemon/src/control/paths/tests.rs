@@ -453,8 +453,12 @@ fn a_kernel_that_has_given_up_needs_no_path_until_it_asks_again() {
     let (world, now) = (world(TunnelMapping::Independent), Instant::now());
     let mut paths = observed(&world, now);
     assert_eq!(calls(&paths.look(&[asking(148)], true, &world, now)), 1);
-    assert_eq!(calls(&paths.look(&[asking(148)], true, &world, now + TRIES)), 0);
-    assert_eq!(calls(&paths.look(&[asking(296)], true, &world, now + TRIES * 9)), 1, "there is more to send");
+    assert_eq!(calls(&paths.look(&[asking(148)], true, &world, now + kernel::TRIES)), 0);
+    assert_eq!(
+        calls(&paths.look(&[asking(296)], true, &world, now + kernel::TRIES * 9)),
+        1,
+        "there is more to send"
+    );
 }
 
 #[test]
