@@ -35,6 +35,16 @@ ip -n h address add 10.99.$own.2/24 dev eth0
 ip -n h route add default via 10.99.$own.1
 "#;
 
+/// What lets the pods of [`POD`] reach the world outside.
+pub const MASQUERADE: &str = "nft -f - <<'END'
+table ip hand {
+  chain postrouting {
+    type nat hook postrouting priority srcnat
+    ip saddr 10.99.0.0/16 ip daddr != 10.99.0.0/16 masquerade fully-random
+  }
+}
+END";
+
 /// Two pods on two nodes with a network between them.
 pub struct Pair {
     /// Whose network it is.

@@ -25,16 +25,6 @@ ip neighbour add 10.99.$other.0 lladdr 02:99:00:00:00:0$other dev hvx nud perman
 ip route add 10.99.$other.0/24 via 10.99.$other.0 dev hvx onlink
 "#;
 
-/// What lets the pods above reach the world outside.
-const MASQUERADE: &str = "nft -f - <<'END'
-table ip hand {
-  chain postrouting {
-    type nat hook postrouting priority srcnat
-    ip saddr 10.99.0.0/16 ip daddr != 10.99.0.0/16 masquerade fully-random
-  }
-}
-END";
-
 fn main() {
     let lab = Lab::up(LabOptions::new("bench-vxlan").nodes(6).started(2).pods(1));
     for (own, other) in [("3", "4"), ("4", "3"), ("5", "6"), ("6", "5")] {
@@ -43,7 +33,7 @@ fn main() {
         lab.run(node.as_str(), &["sh", "-c", BY_HAND, own, other]);
     }
     for node in ["n5", "n6"] {
-        lab.sh(node, MASQUERADE);
+        lab.sh(node, pair::MASQUERADE);
     }
     let by_hand = |name, ends: [&'static str; 2], to: &str| Pair {
         name,

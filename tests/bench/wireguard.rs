@@ -1,7 +1,8 @@
 //! Pod to pod over weft's user-space WireGuard, against the user-space implementations of others: `make bench-wireguard`.
 //!
 //! One lab has all, each on two nodes of its own over the same underlay with the same MTU, the same bridge and the same
-//! kind of pod. They take turns. Every load ends by itself; five contenders take about six minutes.
+//! kind of pod, and masquerades what leaves the cluster, as weft does. They take turns. Every load ends by itself; five
+//! contenders take about six minutes.
 //! `BENCH_PEERS=wireguard-go,gotatun` names fewer.
 
 #[path = "pair.rs"]
@@ -58,6 +59,7 @@ fn set_up(lab: &Lab, program: &Path, arguments: &[&str], numbers: [usize; 2]) ->
         let (own, other) = (numbers[end].to_string(), numbers[1 - end].to_string());
         let (node, device) = (format!("n{own}"), format!("hwg{own}"));
         lab.run(node.as_str(), &["sh", "-c", pair::POD, &own, MTU]);
+        lab.sh(&node, pair::MASQUERADE);
         let program = program.to_str().expect("a path of this machine is text");
         let running = lab.background(node.as_str(), &[&[program], arguments, &[&device]].concat());
         let words = ["sh", "-c", CONFIGURE, &device, &own, &other, &keys[1 - end].1];
