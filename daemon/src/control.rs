@@ -466,6 +466,7 @@ impl Control {
             | MeshEvent::ClocksApart { .. }
             | MeshEvent::SiteLeft { .. }
             | MeshEvent::TooMany(_)
+            | MeshEvent::OtherName { .. }
             | MeshEvent::TwoSites { .. } => self.handle_site_event(event, now),
             MeshEvent::WrongKey { from } if self.is_of_site_that_is_out(from) => {
                 debug!(%from, "gossip comes from a site that is out");

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use weft_tests::sim::meshes::*;
 use weft_wire::mesh::*;
-use weft_wire::site::SiteKey;
+use weft_wire::site::{SiteKey, Statement};
 use weft_wire::types::{Epoch, PublicKey, SiteName, Subnet};
 
 /// Sites of four nodes each; the first node of each speaks for it.
@@ -41,8 +41,14 @@ fn store(site: usize) -> Authority {
 
 fn start(net: &mut Meshes, node: usize, starts: u64) {
     let of = node / SIZE;
-    net.start(MeshConfig { site: site(of), ..config(node, starts) }, store(of));
-    let signer = (node == nodes(of).start).then(|| site_key(of));
+    start_as(net, node, starts, site(of), node == nodes(of).start);
+}
+
+/// Starts a node that remembers nothing, gives its site this name, and speaks for it or not.
+fn start_as(net: &mut Meshes, node: usize, starts: u64, name: SiteName, speaks: bool) {
+    let of = node / SIZE;
+    net.start(MeshConfig { site: name, ..config(node, starts) }, store(of));
+    let signer = speaks.then(|| site_key(of));
     let trust = Trust { site: site_key(of).public(), prefixes: vec![prefix(of)], signer };
     net.with(node, |mesh, now| mesh.set_trust(trust, Vec::new(), now)).unwrap();
     net.announce(node, facts(node));
@@ -124,6 +130,38 @@ fn a_site_that_comes_through_another_is_believed_until_that_one_is_expelled() {
     net.run_until("let in again", seconds(30), |net| routes(net, 0, 2) && routes(net, 2, 0));
     net.run(seconds(60));
     assert!(routes_nothing(&net, 0, 1), "WEFT_SEED={}", net.seed);
+}
+
+#[test]
+fn a_site_that_is_renamed_node_by_node_ends_with_the_name_of_all() {
+    let mut net = sites("a_site_that_is_renamed", 2);
+    start_as(&mut net, 5, 2, site(1), true);
+    befriend(&mut net, 0, 1);
+    net.run_until("two sites", seconds(60), |net| net.converged(&all(2)));
+    let calls_itself = |net: &Meshes, node: usize, wanted: SiteName| {
+        let own = |statement: &Statement| match statement {
+            Statement::Site(record) => (record.key == site_key(1).public()).then(|| record.site.clone()),
+            Statement::Admission(_) | Statement::Keys(_) => None,
+        };
+        net.mesh(node).statements().find_map(|signed| own(signed.statement())) == Some(wanted)
+    };
+    for (starts, called) in [(3, 9), (4, 1)] {
+        let mut named_twice = false;
+        for node in nodes(1) {
+            net.crash(node);
+            start_as(&mut net, node, starts, site(called), node < 6);
+            // Both speakers sign, under two names, again and again.
+            net.run(seconds(10));
+            named_twice |= net.events(5).iter().any(|event| matches!(event, MeshEvent::OtherName { .. }));
+        }
+        assert!(named_twice, "WEFT_SEED={}", net.seed);
+        net.run_until("one name", seconds(60), |net| {
+            all(2).into_iter().all(|node| calls_itself(net, node, site(called)))
+        });
+        net.run(seconds(120));
+        assert!(calls_itself(&net, 0, site(called)), "WEFT_SEED={}", net.seed);
+    }
+    net.run_until("as before", seconds(60), |net| net.converged(&all(2)));
 }
 
 #[test]

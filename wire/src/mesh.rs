@@ -120,6 +120,8 @@ pub struct Mesh {
     certified_last: u64,
     /// What sites say has changed, and the members are to be judged again.
     rejudge: bool,
+    /// How often another node has given the own site another name.
+    renamed: u32,
     /// To the cluster keys that this node follows.
     change: Option<Change>,
     /// The cluster keys that the mesh is to have, and who has not got them.
@@ -207,6 +209,7 @@ impl Mesh {
             uncertified: BTreeSet::new(),
             certified_last: 0,
             rejudge: false,
+            renamed: 0,
             change: None,
             grants: Grants::default(),
             joins: Joins::default(),
@@ -276,6 +279,7 @@ impl Mesh {
                 Timer::Reap(hash) => self.on_reap_timer(hash),
                 Timer::Expire(token) => self.on_expire_timer(token),
                 Timer::Certify => self.on_certify_timer(),
+                Timer::Rename => self.on_rename_timer(),
                 Timer::Judge => self.on_judge_timer(),
                 Timer::Reach => self.on_reach_timer(),
                 Timer::Again(hash) => self.on_again_timer(hash),

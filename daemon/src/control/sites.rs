@@ -153,6 +153,13 @@ impl Control {
                     warn!(err = %error, "the cluster key stays as it was");
                 }
             }
+            MeshEvent::OtherName { site } => {
+                let sentence = format!(
+                    "another node of this site calls it {site} and this one {}: give all nodes of the site one name",
+                    self.config.node.site
+                );
+                self.note_site_problem(sentence, now);
+            }
             MeshEvent::TwoSites { node, kept, other } => {
                 let sentence = format!(
                     "a node {node} is in two sites, {kept} and {other}: only that of {kept} is reached; give one of the two another node.name"

@@ -376,6 +376,11 @@ pub enum MeshEvent {
         /// The site.
         site: SiteName,
     },
+    /// Another node that speaks for the own site gives it another name than this one does.
+    OtherName {
+        /// The other name.
+        site: SiteName,
+    },
     /// Two sites have a node of one name. Reported at most every ten seconds.
     TwoSites {
         /// The node.

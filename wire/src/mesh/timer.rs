@@ -26,6 +26,8 @@ pub(super) enum Timer {
     Certify,
     /// What sites say has changed.
     Judge,
+    /// Another node gave the own site another name.
+    Rename,
     /// Look at how this node is reached.
     Reach,
     /// Answer the member with this name hash once more.
@@ -55,6 +57,7 @@ impl Timer {
             Self::Pairs => "see to the secrets of pairs of sites",
             Self::Certify => "certify nodes of the own site",
             Self::Judge => "judge members of other sites again",
+            Self::Rename => "say the name of the own site again",
             Self::Reach => "look at how this node is reached",
             Self::Again(_) => "answer once more, as asked",
         }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::api::{MeshEvent, Output, SiteStanding, SiteView, Trust};
 use super::gossip::{Topic, stated};
-use super::membership::Id;
+use super::membership::{Id, below};
 use super::proto::{self, Body};
 use super::timer::Timer;
 use super::{FAREWELLS, Facts, Mesh};
@@ -19,8 +19,11 @@ use crate::site::{
 };
 use crate::types::{Epoch, PublicKey, SiteName, Subnet};
 
-/// Between two rounds of certificates, and so many members a round.
-const CERTIFY: (Duration, usize) = (Duration::from_secs(1), 32);
+/// Between two rounds of certificates, and so many members a round: a site that starts at once is soon certified, since every record
+/// goes round twice until it is.
+const CERTIFY: (Duration, usize) = (Duration::from_millis(250), 256);
+/// After so long, and after twice as long each time, a node says the name of its site again that another one's word replaced.
+const RENAME: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(3600));
 /// Members are judged again so long after a statement: more often come together.
 const JUDGE: Duration = Duration::from_millis(200);
 
@@ -250,6 +253,7 @@ impl Mesh {
         }
         match signed.statement() {
             Statement::Keys(grant) => self.take_site_grant(grant),
+            Statement::Site(record) if self.is_other_name(record) => self.note_other_name(record),
             Statement::Site(record) if record.left => self.note_departure(record),
             Statement::Site(_) | Statement::Admission(_) => {}
         }
@@ -262,6 +266,29 @@ impl Mesh {
             self.timers.set(self.now + JUDGE, Timer::Judge);
         }
         true
+    }
+
+    /// Whether it is what another node under the key of the own site says, which gives the site another name.
+    fn is_other_name(&self, record: &SiteRecord) -> bool {
+        self.signer.as_ref().is_some_and(|own| own.public() == record.key) && record.site != self.config.site
+    }
+
+    /// The latest word stands, so nodes that are renamed one after another have to end with that of one that was: each says
+    /// its name again, and who has long been at odds with the others does so ever more seldom.
+    fn note_other_name(&mut self, record: &SiteRecord) {
+        let (first, most) = RENAME;
+        let pause = first.saturating_mul(1 << self.renamed.min(16)).min(most);
+        self.renamed = self.renamed.saturating_add(1);
+        let jitter = pause.mul_f64(below(&mut self.rng, 256) as f64 / 256.0);
+        self.timers.set(self.now + pause + jitter, Timer::Rename);
+        self.outputs.push_back(Output::Event(MeshEvent::OtherName { site: record.site.clone() }));
+    }
+
+    pub(super) fn on_rename_timer(&mut self) {
+        if self.sites.own_record().is_some_and(|record| record.site != self.config.site) {
+            // It is what was said before under this name, so no limit is passed.
+            let _ = self.restate_site(|_| ());
+        }
     }
 
     fn note_departure(&mut self, record: &SiteRecord) {
