@@ -52,4 +52,7 @@ fn pairs_lose_nothing_while_the_daemon_that_relays_for_them_is_upgraded() {
     assert_eq!(of_both(), before, "the pair is where it was");
     let status = String::from_utf8_lossy(&lab.exec("n3", &["weft", "status"]).stdout).into_owned();
     assert!(status.contains(&format!("relays for n1 and n2 at port {port}: ")), "{status}");
+    assert!(status.contains("relay      1 pair, "), "{status}");
+    let routes = String::from_utf8_lossy(&lab.exec("n1", &["weft", "routes"]).stdout).into_owned();
+    assert!(routes.contains("; at present by the relay n3"), "{routes}");
 }

@@ -75,8 +75,8 @@ pub(super) fn status(status: &Status) -> String {
 /// Whom a node relays for: how many, and the pairs that it forwards most for.
 fn relaying(relaying: &Relaying) -> Vec<String> {
     let mut lines = vec![format!(
-        "relay      {} pairs, {} % free, {} packets forwarded, {} refused",
-        relaying.pairs.len(),
+        "relay      {}, {} % free, {} packets forwarded, {} refused",
+        pairs_of(relaying.pairs.len()),
         relaying.room,
         relaying.forwarded,
         relaying.refused
@@ -96,9 +96,13 @@ fn relaying(relaying: &Relaying) -> Vec<String> {
     }));
     let more = pairs.len().saturating_sub(NAMED_PAIRS);
     if more > 0 {
-        lines.push(format!("relays for {more} more pairs: `weft -o json status` has them all"));
+        lines.push(format!("relays for {} more: `weft -o json status` has them all", pairs_of(more)));
     }
     lines
+}
+
+fn pairs_of(number: usize) -> String {
+    format!("{number} {}", if number == 1 { "pair" } else { "pairs" })
 }
 
 fn tunnel(kind: &str) -> String {

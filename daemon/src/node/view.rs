@@ -300,6 +300,16 @@ impl Node {
 
     pub(super) fn routes(&self) -> Routes {
         let routes = self.control.pass.report.iter().flat_map(|report| &report.routes);
+        let tunnels: Vec<_> = self.tunnels().map(TunnelLook::status).unwrap_or_default();
+        let relay_to = |node: &NodeName| {
+            let tunnel = tunnels.iter().find(|tunnel| tunnel.node == *node).map(shown);
+            self.relay_to(node, tunnel.as_ref())
+        };
+        // The plan names where the peer itself is.
+        let reason = |route: &RouteStatus| match relay_to(&route.node) {
+            Some(relay) => format!("{}; at present by the relay {relay}", route.reason),
+            None => route.reason.clone(),
+        };
         Routes {
             routes: routes
                 .map(|route| Route {
@@ -310,7 +320,7 @@ impl Node {
                     via: route.via.map(|via| via.to_string()).unwrap_or_default(),
                     mtu: route.mtu,
                     installed: route.installed,
-                    reason: route.reason.clone(),
+                    reason: reason(route),
                 })
                 .collect(),
         }
