@@ -59,7 +59,7 @@ fn set_up(lab: &Lab, program: &Path, arguments: &[&str], numbers: [usize; 2]) ->
         let (own, other) = (numbers[end].to_string(), numbers[1 - end].to_string());
         let (node, device) = (format!("n{own}"), format!("hwg{own}"));
         lab.run(node.as_str(), &["sh", "-c", pair::POD, &own, MTU]);
-        lab.sh(&node, pair::MASQUERADE);
+        lab.sh(node.as_str(), pair::MASQUERADE);
         let program = program.to_str().expect("a path of this machine is text");
         let running = lab.background(node.as_str(), &[&[program], arguments, &[&device]].concat());
         let words = ["sh", "-c", CONFIGURE, &device, &own, &other, &keys[1 - end].1];
