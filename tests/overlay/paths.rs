@@ -66,15 +66,6 @@ fn four_sites(name: &str) -> Lab {
     lab
 }
 
-/// The longest time between two lines of a flow that came through, in seconds.
-///
-/// One node sends a line every 20 ms over TCP, the other writes when each came.
-fn longest_pause(lines: &str) -> f64 {
-    let times: Vec<f64> = lines.lines().filter_map(|line| line.trim().parse().ok()).collect();
-    assert!(times.len() > 50, "too little came: {lines}");
-    times.windows(2).map(|pair| pair[1] - pair[0]).fold(0.0, f64::max)
-}
-
 #[test]
 fn a_pair_that_is_cut_off_goes_by_a_relay_changes_it_when_it_dies_and_goes_directly_again() {
     let lab = four_sites("paths");
@@ -84,21 +75,8 @@ fn a_pair_that_is_cut_off_goes_by_a_relay_changes_it_when_it_dies_and_goes_direc
     let secret = lab
         .background("n1/a", &["ping", "-n", "-i", "0.1", "-s", "400", "-p", &pattern, "-w", "600", &address]);
 
-    // A TCP flow that tells when each of its lines came.
-    let stamp = ": > /run/stamps; nc.openbsd -l 9000 | perl -MTime::HiRes=time -ne '$|=1; print time, \"\\n\"' > /run/stamps";
-    let listener = lab.background("n2/a", &["sh", "-c", stamp]);
-    let lines = format!(
-        "perl -e '$|=1; while (print \"x\\n\") {{ select(undef, undef, undef, 0.02) }}' | nc.openbsd {address} 9000"
-    );
-    wait_until("somebody listens", PATIENCE, || {
-        lab.exec("n2/a", &["sh", "-c", "ss -ltn | grep -q :9000"]).status.success()
-    });
-    let flow = lab.background("n1/a", &["sh", "-c", &lines]);
-    let came = || lab.sh("n2", "wc -l < /run/stamps").trim().parse::<usize>().expect("wc counts");
-    let flows = |what: &str| {
-        let before = came();
-        wait_until(what, PATIENCE, || came() > before + 30);
-    };
+    let flow = lab.background_flow("n1/a", "n2/a", lab.ip("n2", "a"));
+    let flows = |what: &str| flow.await_more(what, PATIENCE);
     flows("the flow flows");
     cut_tunnels(&lab, "n1", "n2");
     cut_tunnels(&lab, "n2", "n1");
@@ -132,10 +110,9 @@ fn a_pair_that_is_cut_off_goes_by_a_relay_changes_it_when_it_dies_and_goes_direc
     assert!(sent > 0 && lost.is_empty(), "{} of {sent} pings were lost on the way back", lost.len());
 
     flows("the flow goes directly again");
-    let pause = longest_pause(&lab.sh("n2", "cat /run/stamps"));
-    drop((flow, listener));
-    println!("longest pause of the TCP flow: {pause:.2} s");
-    assert!(pause < 20.0, "the flow stood for {pause:.1} s");
+    let pause = flow.longest_pause();
+    println!("longest pause of the TCP flow: {pause:.2?}");
+    assert!(pause < Duration::from_secs(20), "the flow stood for {pause:.1?}");
     secret.interrupt();
     for capture in capture {
         let found = capture.finish(1, "udp portrange 51900-51963", SECRET);

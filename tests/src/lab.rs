@@ -23,13 +23,14 @@ mod relay;
 mod runtime;
 pub mod sites;
 mod tools;
+mod traffic;
 mod underlay;
 mod witness;
 
 pub use capture::{CLEAR, Capture, Found};
 pub use enter::Place;
 pub(crate) use harness::keep_log_of_failure as show_logs;
-pub use harness::{Background, Lab, LabOptions, Ping, executable, skip, wait_until};
+pub use harness::{Lab, LabOptions, executable, skip, wait_until};
 pub use home::{Handle, Presence};
 pub use keeper::keep;
 pub use matrix::{Matrix, Pair};
@@ -37,4 +38,5 @@ pub use model::{
     Backend, Families, Impairment, NodeView, Options, PodView, Request, RouterView, State, Store,
 };
 pub use nat::Nat;
+pub use traffic::{Background, Flow, Ping};
 pub use witness::differences;

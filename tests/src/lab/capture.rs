@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use super::harness::{Background, Lab, wait_until};
+use super::harness::{Lab, wait_until};
+use super::traffic::Background;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 

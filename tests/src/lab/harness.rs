@@ -1,13 +1,11 @@
 //! A lab that a test owns: it comes up with the test's options and is gone when the value is dropped.
 
-use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Output, Stdio};
-use std::sync::{Arc, Condvar, Mutex};
-use std::thread::JoinHandle;
+use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -464,30 +462,6 @@ impl Lab {
         assert!(matrix.losses().is_empty(), "no answer: {:#?}", matrix.losses());
         matrix
     }
-
-    /// Starts a command that goes on while the test does other things.
-    pub fn background(&self, place: impl Into<Place>, words: &[&str]) -> Background {
-        let mut command = self.handle.command(place, words).expect("the place exists");
-        Background::start(&mut command)
-    }
-
-    /// Starts a ping every 10 ms.
-    pub fn background_ping(&self, place: impl Into<Place>, to: IpAddr) -> Ping {
-        self.background_ping_after(place, &[], to)
-    }
-
-    /// Starts a ping every 10 ms in a network namespace that a place knows by this path.
-    pub fn background_ping_in(&self, place: impl Into<Place>, netns: &str, to: IpAddr) -> Ping {
-        self.background_ping_after(place, &["nsenter", &format!("--net={netns}"), "--"], to)
-    }
-
-    fn background_ping_after(&self, place: impl Into<Place>, before: &[&str], to: IpAddr) -> Ping {
-        let to = to.to_string();
-        let ping = self.background(place, &[before, &["ping", "-n", "-O", "-i", "0.01", &to]].concat());
-        // An interrupt before ping listens for one would end it without its summary.
-        wait_until("ping says something", Duration::from_secs(10), || !ping.said().is_empty());
-        Ping(ping)
-    }
 }
 
 impl Lab {
@@ -557,114 +531,4 @@ fn may_make_user_namespaces() -> anyhow::Result<()> {
         }
     }
     Ok(())
-}
-
-/// A command that runs beside the test.
-#[derive(Debug)]
-pub struct Background {
-    child: Child,
-    reader: Option<JoinHandle<()>>,
-    output: Arc<Mutex<Vec<u8>>>,
-}
-
-impl Background {
-    fn start(command: &mut Command) -> Self {
-        use std::os::unix::process::CommandExt;
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).process_group(0);
-        let mut child = command.spawn().expect("the command starts");
-        let mut stdout = child.stdout.take().expect("standard output was asked to be a pipe");
-        let output = Arc::new(Mutex::new(Vec::new()));
-        let written = Arc::clone(&output);
-        let reader = std::thread::spawn(move || {
-            let mut some = [0; 4096];
-            while let Ok(length @ 1..) = stdout.read(&mut some) {
-                written.lock().expect("no thread panics with the lock").extend_from_slice(&some[..length]);
-            }
-        });
-        Background { child, reader: Some(reader), output }
-    }
-
-    /// What the command has written so far.
-    fn said(&self) -> String {
-        String::from_utf8_lossy(&self.output.lock().expect("no thread panics with the lock")).into_owned()
-    }
-
-    /// Waits for the command's own end and returns what it wrote.
-    pub fn finish(mut self) -> String {
-        self.reader
-            .take()
-            .expect("a background command is finished once")
-            .join()
-            .expect("the reader does not panic");
-        self.child.wait().ok();
-        self.said()
-    }
-
-    /// Waits for the command's own end and returns whether it succeeded.
-    pub fn succeeded(mut self) -> bool {
-        self.reader
-            .take()
-            .expect("a background command is finished once")
-            .join()
-            .expect("the reader does not panic");
-        self.child.wait().is_ok_and(|status| status.success())
-    }
-
-    /// Interrupts the command, as Ctrl-C does, and returns what it wrote.
-    pub fn interrupt(self) -> String {
-        self.signal(nix::sys::signal::Signal::SIGINT);
-        self.finish()
-    }
-
-    fn signal(&self, signal: nix::sys::signal::Signal) {
-        let group = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).expect("a process id fits"));
-        nix::sys::signal::killpg(group, signal).ok();
-    }
-}
-
-impl Drop for Background {
-    fn drop(&mut self) {
-        if self.reader.is_some() {
-            self.signal(nix::sys::signal::Signal::SIGKILL);
-            self.child.wait().ok();
-        }
-    }
-}
-
-/// A ping that goes on while the test does other things.
-#[derive(Debug)]
-pub struct Ping(Background);
-
-impl Ping {
-    /// Ends it and returns how many were sent and which sequence numbers got no answer.
-    ///
-    /// It goes on until one that was sent after the call is answered. What was sent after the last answer is left out: it may be
-    /// on its way. Where no answer comes for ten seconds everything counts.
-    pub fn stop(self) -> (u64, Vec<u64>) {
-        let (answered, missing) = sequences(&self.0.said());
-        let sent_before = answered.union(&missing).max().copied().unwrap_or(0);
-        let began = Instant::now();
-        let last_answered = |text: &str| sequences(text).0.last().copied().unwrap_or(0);
-        while last_answered(&self.0.said()) <= sent_before && began.elapsed() < Duration::from_secs(10) {
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        let text = self.0.interrupt();
-        let (answered, _) = sequences(&text);
-        let sent: u64 = text
-            .lines()
-            .find_map(|line| line.split_once(" packets transmitted")?.0.trim().parse().ok())
-            .unwrap_or_else(|| panic!("ping wrote no summary: {text}"));
-        let last = answered.last().copied().filter(|last| *last > sent_before).unwrap_or(sent);
-        let lost = (1..=last).filter(|sequence| !answered.contains(sequence)).collect();
-        (sent, lost)
-    }
-}
-
-/// Returns which sequence numbers ping (`-O`) says were answered, and which it says are not yet.
-fn sequences(text: &str) -> (BTreeSet<u64>, BTreeSet<u64>) {
-    let number = |line: &str| -> Option<u64> {
-        line.split_once("icmp_seq=")?.1.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
-    };
-    let of = |words: &str| text.lines().filter(|line| line.contains(words)).filter_map(number).collect();
-    (of("bytes from"), of("no answer yet"))
 }
