@@ -108,7 +108,6 @@ pub struct Mesh {
     table: Table,
     routes: Routes,
     routes_dirty: bool,
-    routes_released: bool,
     sites: Sites,
     /// The secret key of the own site, on a node that speaks for it.
     signer: Option<SiteKey>,
@@ -202,7 +201,6 @@ impl Mesh {
             table: Table::default(),
             routes: Routes::default(),
             routes_dirty: false,
-            routes_released: false,
             sites: Sites::default(),
             signer: None,
             certificate: None,

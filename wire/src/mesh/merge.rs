@@ -406,6 +406,7 @@ impl Mesh {
         self.withdraw(id);
         let hash = self.table.at(id).hash;
         self.routes_dirty |= self.table.at(id).routed.is_some();
+        self.routes.forget(hash);
         self.table.remove(id, self.now);
         self.queue.drop(Topic::Record(hash));
         self.queue.drop(Topic::Liveness(hash));

@@ -20,6 +20,8 @@ pub(super) struct Routes {
     claims: BTreeMap<Subnet, u64>,
     /// Without a store: the name hashes of those that were refused.
     contested: BTreeSet<u64>,
+    /// Subnets whose claims were withdrawn, for those that were refused for them.
+    released: Vec<Subnet>,
 }
 
 impl Default for Routes {
@@ -31,7 +33,12 @@ impl Default for Routes {
 
 impl Routes {
     fn new(authority: Authority) -> Self {
-        Self { authority, claims: BTreeMap::new(), contested: BTreeSet::new() }
+        Self { authority, claims: BTreeMap::new(), contested: BTreeSet::new(), released: Vec::new() }
+    }
+
+    /// Takes that the member with this name hash is gone.
+    pub(super) fn forget(&mut self, hash: u64) {
+        self.contested.remove(&hash);
     }
 
     /// Whether the store says that `key` speaks for `node`.
@@ -225,7 +232,8 @@ impl Mesh {
         for leased in record.iter().flat_map(|record| &record.facts.subnets) {
             claims.insert(leased.subnet, hash);
         }
-        if verdict.is_accepted() {
+        // What is pending waits for other news than that a subnet is free.
+        if !matches!(verdict, Verdict::Refused { .. }) {
             self.routes.contested.remove(&hash);
         } else if self.routes.contested.len() < MAX_MEMBERS {
             self.routes.contested.insert(hash);
@@ -239,18 +247,23 @@ impl Mesh {
         for leased in &routed.record().facts.subnets {
             if self.routes.claims.get(&leased.subnet) == Some(&member.hash) {
                 self.routes.claims.remove(&leased.subnet);
-                self.routes_released = true;
+                self.routes.released.push(leased.subnet);
             }
         }
     }
 
-    /// Judges those again that a withdrawn claim had kept out: the lower epoch first, then the lower key.
+    /// Judges those again that a withdrawn claim may have kept out: the lower epoch first, then the lower key.
     pub(super) fn judge_contested(&mut self) {
-        if !std::mem::take(&mut self.routes_released) || self.routes.contested.is_empty() {
+        let released = std::mem::take(&mut self.routes.released);
+        if released.is_empty() || self.routes.contested.is_empty() {
             return;
         }
-        let contested = std::mem::take(&mut self.routes.contested);
-        let ids = contested.into_iter().filter_map(|hash| self.table.find(hash)).collect();
+        let wants = |id: &Id| {
+            let mut subnets = self.table.at(*id).signed.record().facts.subnets.iter();
+            subnets.any(|leased| released.iter().any(|subnet| subnet.overlaps(leased.subnet)))
+        };
+        let contested = self.routes.contested.iter().filter_map(|hash| self.table.find(*hash));
+        let ids = contested.filter(wants).collect();
         self.judge_in_order(ids);
     }
 
