@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use weft_wire::api;
 use weft_wire::mesh::RelayRefusal;
-use weft_wire::types::{NodeName, TunnelKey};
+use weft_wire::types::TunnelKey;
 
 use super::Node;
 use crate::control::Seen;
@@ -12,7 +12,7 @@ use crate::control::paths::GivenUp;
 use crate::kernel::TunnelLook;
 use crate::relay::pair::Member;
 use crate::relay::{PairStatus, Relay};
-use crate::tunnel::{Candidate, Keep};
+use crate::tunnel::{Candidate, Keep, TunnelStatus};
 
 impl Node {
     /// Looks at the tunnels, and tells the control plane.
@@ -51,9 +51,8 @@ impl Node {
     }
 
     /// Returns the relay that packets to a peer go by.
-    pub(super) fn relay_to(&self, node: &NodeName, tunnel: Option<&api::Tunnel>) -> Option<String> {
-        let endpoint = tunnel?.endpoint.parse().ok()?;
-        self.control.relay_of(node, endpoint).map(ToString::to_string)
+    pub(super) fn relay_to(&self, tunnel: &TunnelStatus) -> Option<String> {
+        self.control.relay_of(&tunnel.node, tunnel.endpoint).map(ToString::to_string)
     }
 
     /// Returns what it relays for others.

@@ -1,5 +1,6 @@
 //! What the loop knows, as the local socket tells it. Reads state, changes none, asks the kernel nothing.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use weft_wire::api::{
@@ -231,10 +232,10 @@ impl Node {
     }
 
     pub(super) fn peers(&self, now: Instant) -> Peers {
-        let tunnels: Vec<_> = self.tunnels().map(TunnelLook::status).unwrap_or_default();
+        let tunnels = self.tunnels_by_node();
         let carrier = self.tunnels().map(ToString::to_string).unwrap_or_default();
         let tunnel = |node: &NodeName, facts: Option<&TunnelFacts>| {
-            let tunnel = tunnels.iter().find(|tunnel| tunnel.node == *node)?;
+            let tunnel = tunnels.get(node)?;
             let theirs = facts.and_then(|facts| facts.carrier).map(|carrier| carrier.to_string());
             Some(Tunnel {
                 carrier: carrier.clone(),
@@ -250,7 +251,7 @@ impl Node {
                 let facts = &member.record.facts;
                 let route = self.route_to(member.node.as_str());
                 let tunnel = tunnel(member.node, facts.tunnel.as_ref());
-                let via = self.relay_to(member.node, tunnel.as_ref());
+                let via = tunnels.get(member.node).and_then(|tunnel| self.relay_to(tunnel));
                 // Who is relayed for is so in place of being reached by its own tunnel.
                 let transport = match &via {
                     Some(_) => "relay".into(),
@@ -290,6 +291,11 @@ impl Node {
         Peers { peers }
     }
 
+    fn tunnels_by_node(&self) -> BTreeMap<NodeName, TunnelStatus> {
+        let tunnels: Vec<_> = self.tunnels().map(TunnelLook::status).unwrap_or_default();
+        tunnels.into_iter().map(|tunnel| (tunnel.node.clone(), tunnel)).collect()
+    }
+
     /// Returns the first route to a node that is installed, or else any.
     fn route_to(&self, node: &str) -> Option<&RouteStatus> {
         let routes = self.control.pass.report.iter().flat_map(|report| &report.routes);
@@ -300,13 +306,9 @@ impl Node {
 
     pub(super) fn routes(&self) -> Routes {
         let routes = self.control.pass.report.iter().flat_map(|report| &report.routes);
-        let tunnels: Vec<_> = self.tunnels().map(TunnelLook::status).unwrap_or_default();
-        let relay_to = |node: &NodeName| {
-            let tunnel = tunnels.iter().find(|tunnel| tunnel.node == *node).map(shown);
-            self.relay_to(node, tunnel.as_ref())
-        };
+        let tunnels = self.tunnels_by_node();
         // The plan names where the peer itself is.
-        let reason = |route: &RouteStatus| match relay_to(&route.node) {
+        let reason = |route: &RouteStatus| match tunnels.get(&route.node).and_then(|it| self.relay_to(it)) {
             Some(relay) => format!("{}; at present by the relay {relay}", route.reason),
             None => route.reason.clone(),
         };

@@ -88,22 +88,19 @@ impl Background {
 
     /// Waits for the command's own end and returns what it wrote.
     pub fn finish(mut self) -> String {
-        self.reader
-            .take()
-            .expect("a background command is finished once")
-            .join()
-            .expect("the reader does not panic");
-        self.child.wait().ok();
+        self.wait();
         self.said()
     }
 
     /// Waits for the command's own end and returns whether it succeeded.
     pub fn succeeded(mut self) -> bool {
-        self.reader
-            .take()
-            .expect("a background command is finished once")
-            .join()
-            .expect("the reader does not panic");
+        self.wait()
+    }
+
+    /// Waits for the command's own end and returns whether it succeeded.
+    fn wait(&mut self) -> bool {
+        let reader = self.reader.take().expect("a background command is finished once");
+        reader.join().expect("the reader does not panic");
         self.child.wait().is_ok_and(|status| status.success())
     }
 

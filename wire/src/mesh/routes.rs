@@ -18,7 +18,7 @@ pub(super) struct Routes {
     authority: Authority,
     /// Without a store: who has which subnet. No two overlap.
     claims: BTreeMap<Subnet, u64>,
-    /// Without a store: the name hashes of those that were refused.
+    /// Without a store, and of other sites: the name hashes of those that were refused.
     contested: BTreeSet<u64>,
     /// Subnets whose claims were withdrawn, for those that were refused for them.
     released: Vec<Subnet>,
