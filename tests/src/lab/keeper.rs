@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::etcd::{self, Etcd};
@@ -21,7 +21,7 @@ use super::model::{Impairment, NodeView, Options, Request, State, Store};
 use super::nat::{self, Nat, Router};
 use super::relay::Relay;
 use super::underlay::Cut;
-use super::{node, runtime, sites, underlay};
+use super::{node, runtime, sites, tools, underlay};
 
 /// What a keeper tells its maker, one JSON object a line.
 #[derive(Debug, Serialize, Deserialize)]
@@ -128,6 +128,7 @@ fn make(handle: &Handle, began: Instant) -> anyhow::Result<(Keeper, UnixListener
         keeper.progress_if_quiet(|| format!("{index} of {nodes} nodes"));
     }
     keeper.publish()?;
+    keeper.wait_for_links()?;
     keeper.progress(&format!("{nodes} nodes on 192.0.2.0/24, with no way out"));
 
     let names: Vec<String> = keeper.state.nodes.iter().take(started).map(|node| node.name.clone()).collect();
@@ -430,6 +431,25 @@ impl Keeper {
             );
             Ok(if done { None } else { Some(last.clone()) })
         })
+    }
+
+    /// Waits until what one node sends another comes there.
+    fn wait_for_links(&self) -> anyhow::Result<()> {
+        let began = Instant::now();
+        loop {
+            let mut down = underlay::not_up(tools::tool)?;
+            for machine in self.routers.iter().flat_map(Router::machines) {
+                down.extend(underlay::not_up(|line| machine.tool(line))?);
+            }
+            for node in &self.state.nodes {
+                down.extend(underlay::not_up(|line| node::run_within(node, line))?);
+            }
+            if down.is_empty() {
+                return Ok(());
+            }
+            ensure!(began.elapsed() < PATIENCE, "these devices do not pass frames: {}", down.join(", "));
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 
     fn wait_for_routes(&mut self, name: &str) -> anyhow::Result<()> {

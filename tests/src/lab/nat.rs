@@ -154,7 +154,9 @@ impl Router {
         let (inner, view) = (&self.inner, &self.view);
         let public = self.outer.as_ref().unwrap_or(inner);
         underlay::plug(&view.name, public.holder(), &view.mac)?;
+        underlay::skip_dad(|line| public.tool(line), "eth0")?;
         inner.tool(&format!("ip link add {LAN} type bridge stp_state 0 forward_delay 0 mcast_snooping 0"))?;
+        underlay::skip_dad(|line| inner.tool(line), LAN)?;
         for address in inside(options.underlay, view.site, GATEWAY.into()) {
             add_address(inner, address, LAN)?;
         }
@@ -178,7 +180,8 @@ impl Router {
         routes.iter().try_for_each(|route| inner.tool(&format!("ip route add {route}")).map(drop))
     }
 
-    fn machines(&self) -> impl Iterator<Item = &Machine> {
+    /// The machines that it is made of.
+    pub(crate) fn machines(&self) -> impl Iterator<Item = &Machine> {
         self.outer.iter().chain([&self.inner])
     }
 

@@ -134,7 +134,8 @@ fn link(options: &Options, index: usize, view: &NodeView, router: Option<&Router
         Some(router) => router.plug(&view.name, view.holder, &view.mac)?,
         None => underlay::plug(&view.name, view.holder, &view.mac)?,
     }
-    let tool = |line: &str| run(&mut within(view, &line.split(' ').collect::<Vec<_>>()));
+    let tool = |line: &str| run_within(view, line);
+    underlay::skip_dad(tool, "eth0")?;
     for address in &view.underlay {
         match address {
             IpAddr::V4(_) => tool(&format!("ip address add {address}/24 dev eth0"))?,
@@ -143,6 +144,11 @@ fn link(options: &Options, index: usize, view: &NodeView, router: Option<&Router
     }
     tool("ip link set eth0 up")?;
     nat::routes(options, index).iter().try_for_each(|route| tool(&format!("ip route add {route}")).map(drop))
+}
+
+/// Runs a tool in a node, with words that are separated by blanks.
+pub(crate) fn run_within(view: &NodeView, line: &str) -> anyhow::Result<String> {
+    run(&mut within(view, &line.split(' ').collect::<Vec<_>>()))
 }
 
 fn within(view: &NodeView, words: &[&str]) -> Command {

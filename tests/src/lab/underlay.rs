@@ -6,6 +6,7 @@
 use std::process::Command;
 
 use anyhow::bail;
+use serde::Deserialize;
 
 use super::enter::{self, Place};
 use super::model::State;
@@ -42,6 +43,47 @@ pub(crate) fn plug(node: &str, holder: u32, mac: &str) -> anyhow::Result<()> {
     // Pinned, so that what comes back from the delay relay never teaches the bridge a wrong port.
     tool(&format!("bridge fdb replace {mac} dev {port} master static"))?;
     Ok(())
+}
+
+/// Has a device's own IPv6 address be one at once: while a router looks for duplicates of it, it asks nobody for a
+/// neighbour's address, and forwards nothing to those that it has not met. Before the device is up.
+pub(crate) fn skip_dad(run: impl Fn(&str) -> anyhow::Result<String>, device: &str) -> anyhow::Result<()> {
+    run(&format!("sysctl -q -w net.ipv6.conf.{device}.accept_dad=0")).map(drop)
+}
+
+/// Names the devices that a tool, run where they are, does not see pass frames: the kernel puts off what a carrier's coming
+/// changes by up to a second (`net/core/link_watch.c`) where many come and go.
+pub(crate) fn not_up(run: impl Fn(&str) -> anyhow::Result<String>) -> anyhow::Result<Vec<String>> {
+    let links: Vec<Link> = serde_json::from_str(&run("ip -j -d link show type veth")?)?;
+    Ok(links.into_iter().filter(|link| !link.is_up()).map(|link| link.ifname).collect())
+}
+
+/// A device as `ip -j -d link` has it.
+#[derive(Deserialize)]
+struct Link {
+    ifname: String,
+    operstate: String,
+    #[serde(default)]
+    linkinfo: LinkInfo,
+}
+
+#[derive(Deserialize, Default)]
+struct LinkInfo {
+    #[serde(default)]
+    info_slave_data: Port,
+}
+
+/// A bridge's port, where the device is one.
+#[derive(Deserialize, Default)]
+struct Port {
+    state: Option<String>,
+}
+
+impl Link {
+    fn is_up(&self) -> bool {
+        let state = self.linkinfo.info_slave_data.state.as_deref();
+        self.operstate == "UP" && state.is_none_or(|state| state == "forwarding")
+    }
 }
 
 /// The bridge's port of a node.
