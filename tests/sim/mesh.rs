@@ -83,6 +83,63 @@ fn a_crashed_node_is_dead_everywhere_and_its_routes_stay() {
     }
 }
 
+/// Meshes of which so many, from node 1 on, are gateways of their site.
+fn with_gateways(test: &str, nodes: usize, gateways: usize) -> Meshes {
+    let mut net = Meshes::with_nodes(test, nodes);
+    for node in 1..=gateways {
+        net.announce(node, Facts { gateway: Some(100), ..facts(node) });
+    }
+    net.run_until("join", seconds(60), |net| net.converged(&all(nodes)));
+    net.run(seconds(20));
+    net
+}
+
+#[test]
+fn a_gateway_that_dies_is_left_by_all_within_a_second() {
+    // TCP repeats what is not acknowledged after 0.2, 0.6, 1.4 and 3.0 s.
+    for nodes in [3, 12, 60] {
+        for gateways in [2, 5].into_iter().filter(|gateways| *gateways < nodes) {
+            let mut net = with_gateways("a_gateway_that_dies", nodes, gateways);
+            net.crash(2);
+            let time = net.run_until("suspicion", seconds(60), |net| {
+                (0..nodes)
+                    .filter(|node| *node != 2)
+                    .all(|node| net.state(node, 2).is_some_and(|state| state != MemberState::Alive))
+            });
+            println!("{nodes} nodes leave one of {gateways} gateways after {time:?}");
+            assert!(time <= Duration::from_millis(1100), "{time:?}; WEFT_SEED={}", net.seed);
+        }
+    }
+}
+
+#[test]
+fn gateways_watch_each_other_at_a_cost_that_does_not_depend_on_their_number() {
+    let sent = |gateways: usize| {
+        let mut net = with_gateways("gateways_watch", 40, gateways);
+        let before = net.mesh(1).counters().sent;
+        net.run(seconds(60));
+        (net.mesh(1).counters().sent - before) as f64 / 60.0
+    };
+    let (none, two, ten, all) = (sent(0), sent(2), sent(10), sent(39));
+    println!("datagrams a second of a node: {none:.1}; of one of 2 gateways {two:.1}, of 10 {ten:.1}, of 39 {all:.1}");
+    assert!(sent(1) < none * 1.5, "one gateway has nobody to watch");
+    // It asks two, and is asked by two, every 150 ms.
+    assert!(ten - none < 30.0 && all - none < 30.0, "{ten} and {all}");
+}
+
+#[test]
+fn loss_makes_no_gateway_suspect_that_another_node_would_not_be() {
+    let suspicions = |gateways: usize| {
+        let mut net = with_gateways("loss_makes_no_gateway_suspect", 12, gateways);
+        net.net.loss_percent = 5;
+        net.run(seconds(300));
+        all(12).into_iter().map(|node| net.mesh(node).counters().suspicions).sum::<u64>()
+    };
+    let (without, with) = (suspicions(0), suspicions(4));
+    println!("suspicions in 300 s, 5 % lost: {without} without gateways, {with} with four");
+    assert!(with <= without + 2, "{with} against {without}");
+}
+
 #[test]
 fn a_suspicion_that_nobody_heard_of_is_cleared_within_seconds() {
     let suspects =

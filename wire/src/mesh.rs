@@ -31,6 +31,7 @@ mod sites;
 mod sync;
 mod timer;
 mod trust;
+mod watch;
 mod way;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -75,6 +76,7 @@ use ring::Change;
 use routes::Routes;
 use sites::Sites;
 use timer::{Timer, Timers};
+use watch::Watch;
 
 /// Versions and incarnations from the network stay below this, so that there is always a next one.
 const MOST: u64 = 1 << 63;
@@ -130,11 +132,13 @@ pub struct Mesh {
     /// The secrets that the own site shares with others.
     pairs: Pairs,
     queue: Queue,
-    gossip_armed: bool,
+    /// When the next round of gossip is.
+    gossip_at: Option<Instant>,
     sync_at: Instant,
     /// Until the exchange after the next one: short after news, and twice as long each time without.
     sync_pause: Duration,
     probe: Option<Probe>,
+    watch: Watch,
     /// Lifeguard's local health: 0 is well.
     health: u32,
     pending: BTreeMap<u64, Pending>,
@@ -213,10 +217,11 @@ impl Mesh {
             joins: Joins::default(),
             pairs: Pairs::default(),
             queue: Queue::new(hash),
-            gossip_armed: false,
+            gossip_at: None,
             sync_at,
             sync_pause: config.timing.sync_interval,
             probe: None,
+            watch: Watch::default(),
             health: 0,
             pending: BTreeMap::new(),
             credit: None,
@@ -279,6 +284,7 @@ impl Mesh {
                 Timer::Certify => self.on_certify_timer(),
                 Timer::Rename => self.on_rename_timer(),
                 Timer::Judge => self.on_judge_timer(),
+                Timer::Watch => self.on_watch_timer(),
                 Timer::Reach => self.on_reach_timer(),
                 Timer::Again(hash) => self.on_again_timer(hash),
                 Timer::Grant => self.on_grant_timer(),
@@ -299,6 +305,7 @@ impl Mesh {
             self.leaving = false;
             self.resign();
             self.arm_reach_as_told();
+            self.arm_watch();
         }
         self.settle();
     }

@@ -40,6 +40,8 @@ pub struct MeshConfig {
 pub struct Timing {
     /// Between two probes; default 1 s.
     pub probe_interval: Duration,
+    /// Between two questions of a gateway to another one of its site; default 150 ms.
+    pub watch_interval: Duration,
     /// How long a probe waits for its direct answer; default 500 ms, less than `probe_interval`.
     pub probe_timeout: Duration,
     /// Between two rounds of gossip while there is something to tell; default 200 ms.
@@ -62,6 +64,7 @@ impl Timing {
         let least = Duration::from_millis(10);
         for interval in [
             &mut self.probe_interval,
+            &mut self.watch_interval,
             &mut self.probe_timeout,
             &mut self.gossip_interval,
             &mut self.sync_interval,
@@ -79,6 +82,7 @@ impl Default for Timing {
     fn default() -> Self {
         Self {
             probe_interval: Duration::from_secs(1),
+            watch_interval: Duration::from_millis(150),
             probe_timeout: Duration::from_millis(500),
             gossip_interval: Duration::from_millis(200),
             sync_interval: Duration::from_secs(10),

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
+use std::time::Instant;
 
 use prost::Message;
 use rand_core::RngCore;
@@ -24,6 +25,8 @@ const REPEAT: u32 = 4;
 /// The most topics that wait to be told. A cluster that starts or heals at once has more news than gossip can carry:
 /// the oldest and most told go, and anti-entropy, which follows the difference, brings them.
 const MOST_TOPICS: usize = 64;
+/// What others wait for is told so many times sooner than other news.
+const HURRY: u32 = 10;
 /// How many topics that do not fit are passed over when a datagram is packed.
 const MISFITS: usize = 4;
 
@@ -105,7 +108,10 @@ pub(super) fn log10_ceil(members: usize) -> u32 {
 impl Mesh {
     /// Tells a few random members what is new.
     pub(super) fn on_gossip_timer(&mut self) {
-        self.gossip_armed = false;
+        if self.gossip_at.is_none_or(|at| at > self.now) {
+            return;
+        }
+        self.gossip_at = None;
         if self.queue.is_empty() {
             return;
         }
@@ -122,10 +128,22 @@ impl Mesh {
     }
 
     pub(super) fn arm_gossip(&mut self) {
-        if !self.queue.is_empty() && !self.gossip_armed {
-            self.gossip_armed = true;
-            self.timers.set(self.now + self.config.timing.gossip_interval, Timer::Gossip);
+        if !self.queue.is_empty() && self.gossip_at.is_none() {
+            self.gossip_by(self.now + self.config.timing.gossip_interval);
         }
+    }
+
+    /// Brings the next round forward: what others wait for is to be told.
+    pub(super) fn hurry_gossip(&mut self) {
+        let soon = self.now + self.config.timing.gossip_interval / HURRY;
+        if self.gossip_at.is_none_or(|at| at > soon) {
+            self.gossip_by(soon);
+        }
+    }
+
+    fn gossip_by(&mut self, at: Instant) {
+        self.gossip_at = Some(at);
+        self.timers.set(at, Timer::Gossip);
     }
 
     /// Seals and queues one datagram: the body, `first`, then as much news as fits.

@@ -5,6 +5,7 @@
 //! so merging is commutative and idempotent.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -129,6 +130,8 @@ pub(super) struct Table {
     dead: Vec<Id>,
     /// The name hashes of those of the living that say that they are open.
     open: BTreeSet<u64>,
+    /// The name hashes of those of the living that are gateways of their sites.
+    gateways: BTreeSet<u64>,
     /// How far the present round of probes has come in `living`.
     cursor: usize,
     pub(super) sums: Sums,
@@ -361,6 +364,12 @@ impl Table {
         around.take(count).filter_map(|hash| self.find(*hash)).collect()
     }
 
+    /// The name hashes of living gateways, from the one after `hash` around.
+    pub(super) fn gateways_after(&self, hash: u64) -> impl Iterator<Item = u64> {
+        let after = (Bound::Excluded(hash), Bound::Unbounded);
+        self.gateways.range(after).chain(self.gateways.range(..hash)).copied()
+    }
+
     pub(super) fn random_dead(&self, rng: &mut ChaCha8Rng) -> Option<Id> {
         if self.dead.is_empty() { None } else { Some(self.dead[below(rng, self.dead.len())]) }
     }
@@ -388,9 +397,11 @@ impl Table {
     fn enlist(&mut self, id: Id) {
         let Some(class) = self.class(id) else { return };
         let member = self.at(id);
-        if matches!(class, Class::Living) && member.signed.record().facts.reachability.reach == Reach::Open {
-            let hash = member.hash;
-            self.open.insert(hash);
+        if matches!(class, Class::Living) {
+            let (hash, facts) = (member.hash, &member.signed.record().facts);
+            let (is_open, is_gateway) = (facts.reachability.reach == Reach::Open, facts.gateway.is_some());
+            self.open.extend(is_open.then_some(hash));
+            self.gateways.extend(is_gateway.then_some(hash));
         }
         let list = self.list(class);
         list.push(id);
@@ -402,6 +413,7 @@ impl Table {
         let Some(class) = self.class(id) else { return };
         let hash = self.at(id).hash;
         self.open.remove(&hash);
+        self.gateways.remove(&hash);
         let place = self.at(id).place as usize;
         let list = self.list(class);
         list.swap_remove(place);

@@ -355,6 +355,7 @@ impl Mesh {
             }
         }
         self.queue.push(Topic::Liveness(hash));
+        self.hurry_if_gateway(id);
         if self.table.at(id).state() != before {
             self.routes_dirty = true;
             self.on_member_changed(id);
@@ -378,6 +379,7 @@ impl Mesh {
             let incarnation = self.incarnation;
             self.table.edit(me, |member| member.incarnation = incarnation);
             self.queue.push(Topic::Record(self.hash));
+            self.hurry_if_gateway(me);
         }
         true
     }

@@ -51,6 +51,8 @@ pub(super) enum Purpose {
     Probe,
     /// To keep a way open.
     Keep,
+    /// Between gateways.
+    Watch,
     Relay {
         reply: ReplyTo,
         token: u64,
@@ -99,16 +101,26 @@ impl Mesh {
         };
         probe.repeated = true;
         let Some(id) = self.table.find(probe.target) else { return };
+        let relays = self.ask_through_others(id, token);
+        if let Some(probe) = &mut self.probe {
+            probe.relays = relays;
+        }
+        self.ask_everywhere(id, token);
+    }
+
+    /// Asks others to ask a member; returns their name hashes.
+    pub(super) fn ask_through_others(&mut self, id: Id, token: u64) -> Vec<u64> {
         let name = self.table.at(id).name().to_string();
         let relays = self.table.sample_vouched(&mut self.rng, RELAYS, Some(id));
-        for relay in relays {
-            let hash = self.table.at(relay).hash;
-            if let Some(probe) = &mut self.probe {
-                probe.relays.push(hash);
-            }
+        for relay in &relays {
             let request = proto::PingRequest { token, target: name.clone() };
-            self.send_to_member(relay, Body::PingRequest(request), Vec::new());
+            self.send_to_member(*relay, Body::PingRequest(request), Vec::new());
         }
+        relays.into_iter().map(|relay| self.table.at(relay).hash).collect()
+    }
+
+    /// Asks a member again, at every address that it has.
+    pub(super) fn ask_everywhere(&mut self, id: Id, token: u64) {
         let have = self.table.at(id).item().version;
         for way in self.ways(id) {
             self.send_by(way, id, Body::Ping(proto::Ping { token, have, ..Default::default() }), Vec::new());
@@ -136,6 +148,11 @@ impl Mesh {
                 relays => (relays - probe.nacks) as u32,
             });
         }
+        self.accuse(id);
+    }
+
+    /// Suspects a member that answers nobody.
+    pub(super) fn accuse(&mut self, id: Id) {
         let member = self.table.at(id);
         if member.liveness <= Liveness::Suspect {
             let (incarnation, me) = (member.incarnation, [self.config.node.clone()]);
@@ -268,7 +285,7 @@ impl Mesh {
         self.ping_member(id, Purpose::User { token }).is_some()
     }
 
-    fn ping_member(&mut self, id: Id, purpose: Purpose) -> Option<u64> {
+    pub(super) fn ping_member(&mut self, id: Id, purpose: Purpose) -> Option<u64> {
         let way = self.way(id)?;
         let (hash, have) = (self.table.at(id).hash, self.table.at(id).item().version);
         let token = self.expect_ack(Some(hash), purpose)?;
@@ -384,11 +401,12 @@ impl Mesh {
             }
             return;
         }
+        let repeated = self.watch.take_answer(ack.token, reply.hash);
         if !direct {
             return;
         }
         let Some(pending) = self.pending.remove(&ack.token) else { return };
-        self.learn_path(reply, Some(rtt));
+        self.learn_path(reply, (!repeated).then_some(rtt));
         match pending.purpose {
             Purpose::Relay { reply: asker, token } => {
                 let have = self.version_of(asker.hash);
@@ -407,7 +425,7 @@ impl Mesh {
                     self.seed_owners.insert(seed, reply.hash);
                 }
             }
-            Purpose::Probe | Purpose::Keep | Purpose::Rejoin => {}
+            Purpose::Probe | Purpose::Keep | Purpose::Watch | Purpose::Rejoin => {}
         }
     }
 

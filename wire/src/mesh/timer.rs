@@ -28,6 +28,8 @@ pub(super) enum Timer {
     Judge,
     /// Another node gave the own site another name.
     Rename,
+    /// See whether other gateways of the own site live.
+    Watch,
     /// Look at how this node is reached.
     Reach,
     /// Answer the member with this name hash once more.
@@ -58,6 +60,7 @@ impl Timer {
             Self::Certify => "certify nodes of the own site",
             Self::Judge => "judge members of other sites again",
             Self::Rename => "say the name of the own site again",
+            Self::Watch => "watch other gateways of the site",
             Self::Reach => "look at how this node is reached",
             Self::Again(_) => "answer once more, as asked",
         }
