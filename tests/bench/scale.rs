@@ -1,6 +1,7 @@
 //! The mesh by size: how fast it learns and what it costs, from ten nodes to thousands, as a table and as plots.
 //!
-//! `make bench-scale`; `SCALE_NODES=10,100` measures other sizes. It writes docs/plots/. `SCALE_SITES=5` measures so many sites.
+//! `make bench-scale`; `SCALE_NODES=10,100` measures other sizes. It writes docs/plots/. `SCALE_SITES=5` measures so many sites, and
+//! `SCALE_SIGNERS=all` with it has every node have its site's key.
 
 use std::fmt::Write;
 use std::fs;
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 use weft_tests::figures::quantile;
 use weft_tests::plot::{Series, svg};
 use weft_tests::sim::meshes::{Meshes, config, facts, name, table};
-use weft_tests::sim::size::sites::{self, SitesSize};
+use weft_tests::sim::size::sites::{self, Signers, SitesSize};
 use weft_tests::sim::size::{Event, Measured, Size, Work, reconciler_work};
 
 const SIZES: [usize; 4] = [10, 100, 1000, 5000];
@@ -199,9 +200,15 @@ fn draw(plots: Vec<(&'static str, String)>) {
 
 /// Measures so many sites that share so many nodes, for each number of nodes.
 fn measure_sites(sites: usize, nodes: &[usize]) {
+    let signers = match std::env::var("SCALE_SIGNERS").as_deref() {
+        Err(_) => Signers::One,
+        Ok("all") => Signers::All,
+        Ok(other) => panic!("SCALE_SIGNERS={other}: say all, or leave it out"),
+    };
     let measure = |nodes: &usize| {
         let (began, before) = (Instant::now(), resident());
-        let (mesh, size) = sites::measure(sites, nodes / sites, &format!("{nodes} nodes in {sites} sites"));
+        let (mesh, size) =
+            sites::measure(sites, nodes / sites, signers, &format!("{nodes} nodes in {sites} sites"));
         let memory = (resident() - before).max(0.0) / size.nodes as f64;
         drop(mesh);
         // The largest takes hours: what is known is said at once.

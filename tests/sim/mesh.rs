@@ -121,7 +121,9 @@ fn gateways_watch_each_other_at_a_cost_that_does_not_depend_on_their_number() {
         (net.mesh(1).counters().sent - before) as f64 / 60.0
     };
     let (none, two, ten, all) = (sent(0), sent(2), sent(10), sent(39));
-    println!("datagrams a second of a node: {none:.1}; of one of 2 gateways {two:.1}, of 10 {ten:.1}, of 39 {all:.1}");
+    println!(
+        "datagrams a second of a node: {none:.1}; of one of 2 gateways {two:.1}, of 10 {ten:.1}, of 39 {all:.1}"
+    );
     assert!(sent(1) < none * 1.5, "one gateway has nobody to watch");
     // It asks two, and is asked by two, every 150 ms.
     assert!(ten - none < 30.0 && all - none < 30.0, "{ten} and {all}");

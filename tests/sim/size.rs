@@ -1,7 +1,8 @@
 //! What the mesh promises of its speed and its cost, at two sizes; `make bench-scale` measures more.
 
 use weft_tests::figures::quantile;
-use weft_tests::sim::size::{Event, Measured, reconciler_work, sites};
+use weft_tests::sim::size::sites::{self, Signers};
+use weft_tests::sim::size::{Event, Measured, reconciler_work};
 
 /// The slowest node's time, in seconds of virtual time.
 fn worst(event: &Event) -> f64 {
@@ -26,11 +27,12 @@ fn small_and_large_meshes_learn_as_fast_as_promised_and_cost_the_same_at_rest() 
 
 #[test]
 fn a_mesh_of_several_sites_keeps_the_same_promises() {
-    let (_, small) = sites::measure(3, 4, "three small sites");
-    let (_, large) = sites::measure(3, 20, "three larger sites");
+    let (_, small) = sites::measure(3, 4, Signers::One, "three small sites");
+    let (_, large) = sites::measure(3, 20, Signers::One, "three larger sites");
+    let (_, signing) = sites::measure(3, 4, Signers::All, "three small sites that all sign");
     // Docs: docs/performance.md, "Several sites by size".
     let bounds = [30.0, 10.0, 5.0, 30.0, 10.0, 30.0];
-    for size in [&small, &large] {
+    for size in [&small, &large, &signing] {
         for ((what, event), bound) in size.events.iter().zip(bounds) {
             println!("{} nodes, {what}: {}", size.nodes, worst(event));
             assert!(worst(event) <= bound, "{} nodes, {what}: {}", size.nodes, worst(event));

@@ -303,8 +303,8 @@ impl Mesh {
         if self.facts.as_ref() != Some(&facts) || self.leaving {
             self.facts = Some(facts);
             self.leaving = false;
+            self.take_outside();
             self.resign();
-            self.arm_reach_as_told();
             self.arm_watch();
         }
         self.settle();

@@ -159,9 +159,11 @@ impl Mesh {
         Reachability { outside, ..self.reach.announced.clone() }
     }
 
-    /// After an announcement that says where the node is reached from outside.
-    pub(super) fn arm_reach_as_told(&mut self) {
+    /// Before an announcement: who says where it is reached from outside is open in the same record, not in another one.
+    pub(super) fn take_outside(&mut self) {
         if self.facts.as_ref().is_some_and(|facts| !facts.reachability.outside.is_empty()) {
+            self.reach.reach = Reach::Open;
+            self.reach.announced = Reachability { reach: Reach::Open, ..Reachability::default() };
             self.arm_reach();
         }
     }

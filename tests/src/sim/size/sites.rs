@@ -19,6 +19,15 @@ const ROOM_BITS: u8 = 10;
 /// How much longer a datagram takes between sites.
 const FAR: Duration = Duration::from_millis(40);
 
+/// Which nodes have their site's key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Signers {
+    /// One a site: it certifies the others, whose second record says so and whose third that they are reached from outside.
+    One,
+    /// All, and each says where it is reached from outside: its first record says all.
+    All,
+}
+
 /// What a mesh of several sites costs and how fast it learns.
 #[derive(Debug, Clone, Default)]
 pub struct SitesSize {
@@ -38,6 +47,7 @@ struct Sites {
     measured: Measured,
     sites: usize,
     each: usize,
+    signers: Signers,
 }
 
 fn site(number: usize) -> SiteName {
@@ -83,11 +93,16 @@ impl Sites {
         let settings = MeshConfig { verify, site: site(of), ..config(node, incarnation) };
         let meshes = &mut self.measured.meshes;
         meshes.start(settings, store.clone());
-        let signer = (node == speaker(of)).then(|| site_key(of));
+        let signs = node == speaker(of) || self.signers == Signers::All;
+        let signer = signs.then(|| site_key(of));
         let trust = Trust { site: site_key(of).public(), prefixes: vec![prefix(of)], signer };
         let trusted = meshes.with(node, |mesh, now| mesh.set_trust(trust, Vec::new(), now));
         trusted.expect("a site may state its own prefix");
-        meshes.announce(node, facts(node));
+        let mut facts = facts(node);
+        if self.signers == Signers::All {
+            facts.reachability.outside = facts.gossip.clone();
+        }
+        meshes.announce(node, facts);
         self.measured.running.insert(node);
     }
 
@@ -112,14 +127,14 @@ impl Sites {
         }
     }
 
-    fn start(sites: usize, each: usize, test: &str) -> (Self, Event) {
+    fn start(sites: usize, each: usize, signers: Signers, test: &str) -> (Self, Event) {
         let mut meshes = Meshes::new(test);
         meshes.keep_events = false;
         meshes.net.distance = Some(distance);
         let (records, running) = (Arc::new(SharedRecords::default()), BTreeSet::new());
         let table = Authority::Store(Arc::default());
         let measured = Measured { meshes, running, records, table, nodes: sites * each };
-        let mut sites = Self { measured, sites, each };
+        let mut sites = Self { measured, sites, each, signers };
         let began = sites.measured.meshes.net.now;
         for site in 0..sites.sites {
             let store = sites.store(site);
@@ -180,9 +195,9 @@ impl Sites {
 }
 
 /// Measures a mesh of so many sites of so many nodes each, two at least; each event once.
-pub fn measure(sites: usize, each: usize, test: &str) -> (Measured, SitesSize) {
+pub fn measure(sites: usize, each: usize, signers: Signers, test: &str) -> (Measured, SitesSize) {
     assert!(each < ROOM, "a site has at most {} nodes here", ROOM - 1);
-    let (mut mesh, start) = Sites::start(sites, each, test);
+    let (mut mesh, start) = Sites::start(sites, each, signers, test);
     eprintln!("{test}: all know each other");
     let mut size = SitesSize { sites, nodes: sites * each, ..SitesSize::default() };
     size.rest = mesh.measured.rest();
