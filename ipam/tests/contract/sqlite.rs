@@ -100,9 +100,9 @@ fn threads_with_their_own_connections_win_each_key_once() {
                 let file = file.clone();
                 scope.spawn(move || {
                     runtime().block_on(async {
-                        // On a busy machine's disk a hundred writes that wait for one another take their time.
+                        // Each of a hundred writes waits for the disk, and a disk that others fill stands still for a minute.
                         let patient = SqliteOptions {
-                            busy_timeout: Duration::from_secs(60),
+                            busy_timeout: Duration::from_secs(600),
                             ..SqliteOptions::default()
                         };
                         let store = SqliteStore::with_options(file, patient);
