@@ -3,6 +3,7 @@
 //! Invariants: what waits for a session is bounded; a peer without traffic has no
 //! session and takes a few hundred bytes.
 
+use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,6 +14,7 @@ use weft_wire::types::{NodeName, TunnelKey};
 use super::counters::{Counters, Reason, Traffic};
 use super::endpoints::{Endpoints, Heard};
 use super::noise::{Boringtun, Due, LEAST_ROOM, Noise, OVERHEAD, Sealed, Shaken};
+use super::shared::KNOCKED;
 use super::udp::Batch;
 use super::{Identity, TunnelPeer, TunnelSecret};
 
@@ -40,6 +42,9 @@ pub(super) struct Peer {
     previous: Mutex<Option<(Arc<Peer>, Instant)>>,
 }
 
+/// Padded packets that wait for a session with the node, whichever keys it will be under.
+type Waiting = Arc<Mutex<VecDeque<Vec<u8>>>>;
+
 /// The state that both directions share.
 pub(super) struct Session<N = Boringtun> {
     /// Made when the first packet comes.
@@ -54,9 +59,11 @@ pub(super) struct Session<N = Boringtun> {
     heard_from: Option<SocketAddr>,
     /// There is a session to seal with.
     ready: bool,
-    waiting: usize,
+    waiting: Waiting,
     /// When a session was asked for last, and how often without an answer.
     asked: Option<(Instant, u32)>,
+    /// When the peer's request for a session was answered last.
+    answered: Option<Instant>,
     /// It is asked for until there is one, though packets may still go under the keys before.
     wanted: bool,
     padded: Vec<u8>,
@@ -91,7 +98,9 @@ impl Peer {
     ) -> Self {
         let mut session = Session::new(wanted, index, own);
         if let Some(previous) = &previous {
-            session.endpoints = previous.session().endpoints.for_other_keys(wanted.endpoint, Instant::now());
+            let previous = previous.session();
+            session.endpoints = previous.endpoints.for_other_keys(wanted.endpoint, Instant::now());
+            session.waiting = Arc::clone(&previous.waiting);
         }
         Self {
             node: wanted.node.clone(),
@@ -113,11 +122,12 @@ impl Peer {
     }
 
     /// Whether this node is to ask for a session under other keys: the peer's are what changed, so it knows of them, or it is
-    /// the secret of the pair and there is a session to follow. Of a key of this node's own the peer has yet to hear.
+    /// the secret of the pair and there is a session to follow, or one that came to nothing as the two had different secrets.
+    /// Of a key of this node's own the peer has yet to hear.
     pub(super) fn gives_way(self: &Arc<Self>, wanted: &TunnelPeer, own: &TunnelSecret) -> bool {
-        let in_use = self.for_sending().session().ready;
+        let is_begun = self.for_sending().session().is_begun();
         let session = self.session();
-        session.own == *own && (self.key != wanted.key || (session.preshared != wanted.preshared && in_use))
+        session.own == *own && (self.key != wanted.key || (session.preshared != wanted.preshared && is_begun))
     }
 
     /// Returns the peer whose sessions belong to an identity of this node.
@@ -181,8 +191,9 @@ impl<N: Noise> Session<N> {
             endpoints: Endpoints::new(endpoint),
             heard_from: None,
             ready: false,
-            waiting: 0,
+            waiting: Waiting::default(),
             asked: None,
+            answered: None,
             wanted: false,
             padded: Vec::new(),
         }
@@ -245,7 +256,11 @@ impl<N: Noise> Session<N> {
 
     /// How many packets wait for a session.
     pub(super) fn waiting(&self) -> usize {
-        if self.ready { 0 } else { self.waiting }
+        if self.ready { 0 } else { self.queue().len() }
+    }
+
+    fn queue(&self) -> MutexGuard<'_, VecDeque<Vec<u8>>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Since the last handshake.
@@ -259,12 +274,6 @@ impl<N: Noise> Session<N> {
 
     /// Seals a packet, padded within `mtu` bytes, into the batch, or keeps it until there is a session, which is asked for.
     pub(super) fn seal(&mut self, packet: &[u8], mtu: usize, batch: &mut Batch, counters: &Counters) {
-        if !self.ready {
-            if self.waiting >= WAITING {
-                return counters.drop(Reason::NoSession);
-            }
-            self.waiting += 1;
-        }
         let length = packet.len().next_multiple_of(PADDING).min(mtu.max(packet.len()));
         let mut padded = std::mem::take(&mut self.padded);
         let padded_packet = if length == packet.len() {
@@ -275,13 +284,23 @@ impl<N: Noise> Session<N> {
             padded.resize(length, 0);
             &padded
         };
+        if self.ready {
+            self.seal_padded(padded_packet, batch);
+        } else {
+            self.keep(padded_packet, batch, counters);
+        }
+        self.padded = padded;
+    }
+
+    fn seal_padded(&mut self, packet: &[u8], batch: &mut Batch) {
         let noise = self.noise();
         let mut is_data = false;
-        batch.push((length + OVERHEAD).max(LEAST_ROOM), |room| match noise.seal(padded_packet, room) {
+        batch.push((packet.len() + OVERHEAD).max(LEAST_ROOM), |room| match noise.seal(packet, room) {
             Sealed::Data(length) => {
                 is_data = true;
                 length
             }
+            // The session ended since the last tick: this one packet is kept there.
             Sealed::Kept(length) => length,
         });
         self.ready = is_data;
@@ -291,7 +310,17 @@ impl<N: Noise> Session<N> {
         if !is_data && self.asked.is_none() {
             self.asked = Some((Instant::now(), 0));
         }
-        self.padded = padded;
+    }
+
+    /// Keeps a packet until there is a session, and asks for one unless one is asked for.
+    fn keep(&mut self, packet: &[u8], batch: &mut Batch, counters: &Counters) {
+        if self.queue().len() >= WAITING {
+            return counters.drop(Reason::NoSession);
+        }
+        self.queue().push_back(packet.to_vec());
+        if self.asked.is_none() {
+            self.initiate(batch);
+        }
     }
 
     /// Opens a datagram that names this peer. What is to be answered goes into `answers`.
@@ -335,6 +364,9 @@ impl<N: Noise> Session<N> {
             Err(reason) => return Opened::Dropped(reason),
         };
         let (Shaken::Confirmed(length) | Shaken::Answered(length)) = shaken else { return Opened::Nothing };
+        if let Shaken::Answered(_) = shaken {
+            self.answered = Some(Instant::now());
+        }
         self.heard(from, Heard::Handshake);
         answers.push(length, |room| {
             room.copy_from_slice(&answer[..length]);
@@ -356,10 +388,9 @@ impl<N: Noise> Session<N> {
 
     /// Sends what waited for a session.
     fn release(&mut self, answers: &mut Batch) {
-        self.waiting = 0;
         self.asked = None;
         self.wanted = false;
-        let Some(noise) = &mut self.noise else { return };
+        let noise = self.noise();
         let mut more = true;
         while more {
             more = false;
@@ -373,6 +404,8 @@ impl<N: Noise> Session<N> {
                 None => 0,
             });
         }
+        let waiting = std::mem::take(&mut *self.queue());
+        waiting.iter().for_each(|packet| self.seal_padded(packet, answers));
     }
 
     /// Does what is due: keepalives, new handshakes, the end of sessions.
@@ -387,6 +420,7 @@ impl<N: Noise> Session<N> {
             }
         });
         if expired {
+            self.queue().clear();
             self.end();
         } else if self.ready && noise.age().is_none() {
             self.ready = false;
@@ -400,7 +434,6 @@ impl<N: Noise> Session<N> {
     fn end(&mut self) {
         self.noise = None;
         self.ready = false;
-        self.waiting = 0;
         self.asked = None;
         self.wanted = false;
     }
@@ -414,7 +447,13 @@ impl<N: Noise> Session<N> {
     /// Whether packets wait and the answer to the last request is late. WireGuard asks again after five seconds (whitepaper
     /// s6.1); the first requests of a node that just came, moved or was cut off are often lost, so they are repeated sooner.
     fn is_overdue(&self) -> bool {
-        !self.ready && (self.waiting > 0 || self.wanted) && self.may_ask()
+        !self.ready && (self.wanted || !self.queue().is_empty()) && self.may_ask()
+    }
+
+    /// Whether there is a session, or one side asked the other for one just now.
+    fn is_begun(&self) -> bool {
+        let was_answered = self.answered.is_some_and(|at| at.elapsed() < KNOCKED);
+        self.ready || self.asked.is_some() || was_answered
     }
 
     /// Whether a session is being asked for.

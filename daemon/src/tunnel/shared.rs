@@ -31,8 +31,9 @@ const SHORT_TICK: Duration = Duration::from_millis(20);
 const PATH_TICK: Duration = Duration::from_millis(50);
 /// So many sessions are asked for at once by a daemon that starts.
 const ASK_AT_ONCE: usize = 32;
-/// For so long it is remembered that a key asked for a session: news of a node are everywhere by then.
-const KNOCKED: Duration = Duration::from_secs(10);
+/// For so long it is remembered that a key asked for a session: news of a node, and of the pair's secret, are everywhere by
+/// then.
+pub(super) const KNOCKED: Duration = Duration::from_secs(10);
 
 /// What the threads share.
 pub(super) struct Shared {

@@ -181,28 +181,92 @@ fn both_nodes_rotate_at_once_and_again_and_neither_loses_a_packet() {
     }
 }
 
+/// A handshake initiation of a stranger, its key being of 32 bytes of 66, to node 1.
+fn request() -> Vec<u8> {
+    let (stranger, of) = (StaticSecret::from([66; 32]), PublicKey::from(secret(1).public().0));
+    let mut room = [0; 148];
+    match Tunn::new(stranger, of, None, None, 1, None).format_handshake_initiation(&mut room, true) {
+        TunnResult::WriteToNetwork(datagram) => datagram.to_vec(),
+        other => panic!("no request: {other:?}"),
+    }
+}
+
+fn stranger() -> TunnelKey {
+    TunnelKey(PublicKey::from(&StaticSecret::from([66; 32])).to_bytes())
+}
+
+fn socket(place: &Netns) -> UdpSocket {
+    let socket = place.run(|| UdpSocket::bind("192.0.2.2:51820")).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket
+}
+
+/// Waits for the next message of node 1; returns its kind and its sender's index.
+fn next(socket: &UdpSocket) -> (u8, [u8; 4]) {
+    let mut room = [0; 2048];
+    let (length, from) = socket.recv_from(&mut room).expect("a message comes");
+    assert!(length >= 92 && from == address(1), "a handshake or its answer, not {length} bytes of {from}");
+    (room[0], [room[4], room[5], room[6], room[7]])
+}
+
 #[test]
 fn who_asked_before_it_was_known_is_asked_as_soon_as_it_is() {
     let Some((one, two)) = two() else { return };
     let first = Weft::open(one, 1);
-    let request = {
-        let (stranger, of) = (StaticSecret::from([66; 32]), PublicKey::from(secret(1).public().0));
-        let mut room = [0; 148];
-        match Tunn::new(stranger, of, None, None, 1, None).format_handshake_initiation(&mut room, true) {
-            TunnResult::WriteToNetwork(datagram) => datagram.to_vec(),
-            other => panic!("no request: {other:?}"),
-        }
-    };
-    let socket = two.run(|| UdpSocket::bind("192.0.2.2:51820")).unwrap();
-    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-    socket.send_to(&request, address(1)).unwrap();
+    let socket = socket(&two);
+    socket.send_to(&request(), address(1)).unwrap();
     wait_until("the stranger was heard", || first.dropped(Reason::UnknownKey) == 1);
-    let stranger = TunnelKey(PublicKey::from(&StaticSecret::from([66; 32])).to_bytes());
     // Of two that become known at once only it is asked: nobody has anything to send.
-    first.set_peers(&[peer(2, stranger, address(2)), peer(3, secret(3).public(), address(3))]);
-    let mut room = [0; 2048];
-    let (length, from) = socket.recv_from(&mut room).expect("it is asked");
-    assert_eq!((length, room[0], from), (148, 1, address(1)), "a handshake initiation");
+    first.set_peers(&[peer(2, stranger(), address(2)), peer(3, secret(3).public(), address(3))]);
+    assert_eq!(next(&socket).0, 1, "a handshake initiation");
     let waiting = first.tunnel.lock().unwrap().monitor().status();
     assert!(waiting.iter().all(|peer| peer.sent.0 == 0), "{waiting:?}");
+}
+
+#[test]
+fn a_session_that_came_to_nothing_for_another_secret_is_asked_for_as_soon_as_the_secret_is_known() {
+    let Some((one, two)) = two() else { return };
+    let first = Weft::open(one, 1);
+    let socket = socket(&two);
+    let known = |preshared| {
+        first.set_peers(&[TunnelPeer { preshared, ..peer(2, stranger(), address(2)) }]);
+    };
+    let of = |ring: &[u8]| pair_secret(ring, ring, [secret(1).public(), stranger()]);
+    known(None);
+    known(of(&[1]));
+    // The peer asks, and is answered under a secret that it does not have yet, or no longer.
+    socket.send_to(&request(), address(1)).unwrap();
+    let (kind, answered) = next(&socket);
+    assert_eq!(kind, 2, "an answer, and no request before it");
+    known(of(&[2]));
+    let (kind, asked) = next(&socket);
+    assert_eq!((kind, asked == answered), (1, false), "under the new secret");
+    // The peer does not answer, as it cannot open what it is asked under: the same the other way round.
+    known(of(&[3]));
+    wait_until("it is asked anew", || next(&socket).1[1..] != asked[1..]);
+}
+
+#[test]
+fn packets_wait_for_a_session_under_whichever_secret_there_is_one() {
+    let Some((one, two)) = two() else { return };
+    let keys = [secret(1).public(), secret(2).public()];
+    let nodes = [(one, 1), (two, 2)].map(|(place, number)| Weft::open(place, number));
+    let known = |node: usize, ring: &[u8]| {
+        let other = u8::try_from(2 - node).unwrap();
+        let preshared = pair_secret(ring, ring, keys);
+        nodes[node]
+            .set_peers(&[TunnelPeer { preshared, ..peer(other, secret(other).public(), address(other)) }]);
+    };
+    known(0, &[1]);
+    known(1, &[2]);
+    let ping = nodes[0].place.run(|| {
+        let words = ["-n", "-q", "-c", "10", "-i", "0.1", "-W", "10", "10.77.2.1"];
+        Command::new("ping").args(words).stdout(Stdio::piped()).spawn().unwrap()
+    });
+    wait_until("the answer does not open", || nodes[0].dropped(Reason::Forged) > 0);
+    assert!(nodes[0].status().waiting > 0);
+    known(0, &[2]);
+    let said = ping.wait_with_output().unwrap().stdout;
+    let said = String::from_utf8_lossy(&said);
+    assert!(said.contains("10 packets transmitted, 10 received"), "{said}");
 }

@@ -121,6 +121,20 @@ fn so_many_packets_wait_and_go_in_order_once_there_is_a_session() {
 }
 
 #[test]
+fn what_waits_goes_after_what_came_when_the_session_had_just_ended() {
+    let (mut session, counters, mut batch) = (session(), Counters::default(), Batch::default());
+    open(&mut session, 2, &[2]);
+    session.noise().session = false;
+    for number in 0..3 {
+        session.seal(&[number; PADDING], 1400, &mut batch, &counters);
+    }
+    assert_eq!((batch.bytes, session.waiting(), session.ready()), (vec![1], 2, false));
+    let (_, answers) = open(&mut session, 2, &[2]);
+    let order: Vec<u8> = answers[1..].chunks(1 + PADDING).map(|datagram| datagram[1]).collect();
+    assert_eq!((order, session.ready()), (vec![0, 1, 2], true));
+}
+
+#[test]
 fn a_session_that_the_peer_asked_for_is_used_once_it_was_heard_under_it() {
     let mut session = session();
     let (_, answers) = open(&mut session, 2, &[1]);
