@@ -486,6 +486,12 @@ fn an_address_that_is_announced_makes_a_node_behind_nat_a_keeper() {
     told.certificate = None;
     told.reachability = Reachability { outside: vec![seen], ..Reachability::default() };
     world.net.announce(SIZE, told);
+    // The record says both at once: no second one follows for what the first could say.
+    let record = world.net.mesh(SIZE).record().unwrap();
+    assert_eq!(
+        (record.facts.reachability.reach, &record.facts.reachability.outside[..]),
+        (Reach::Open, &[seen][..])
+    );
     let of_the_other_site = 2 * SIZE..3 * SIZE;
     world.net.run_until("kept by both", seconds(60), |net| {
         of_the_other_site.clone().all(|node| {
