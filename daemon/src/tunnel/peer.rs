@@ -312,13 +312,13 @@ impl<N: Noise> Session<N> {
         }
     }
 
-    /// Keeps a packet until there is a session, and asks for one unless one is asked for.
+    /// Keeps a packet until there is a session, and asks for one unless the answer to a request may be on the way.
     fn keep(&mut self, packet: &[u8], batch: &mut Batch, counters: &Counters) {
         if self.queue().len() >= WAITING {
             return counters.drop(Reason::NoSession);
         }
         self.queue().push_back(packet.to_vec());
-        if self.asked.is_none() {
+        if self.may_ask() {
             self.initiate(batch);
         }
     }

@@ -121,6 +121,17 @@ fn so_many_packets_wait_and_go_in_order_once_there_is_a_session() {
 }
 
 #[test]
+fn a_packet_asks_again_once_the_last_request_had_its_time() {
+    let (mut session, counters, mut batch) = (session(), Counters::default(), Batch::default());
+    session.initiate(&mut batch);
+    session.seal(&[0; PADDING], 1400, &mut batch, &counters);
+    assert_eq!(batch.bytes, [1], "the answer may be on the way");
+    session.asked = Instant::now().checked_sub(Duration::from_secs(5)).map(|at| (at, 0));
+    session.seal(&[1; PADDING], 1400, &mut batch, &counters);
+    assert_eq!((batch.bytes, session.waiting()), (vec![1, 1], 2));
+}
+
+#[test]
 fn what_waits_goes_after_what_came_when_the_session_had_just_ended() {
     let (mut session, counters, mut batch) = (session(), Counters::default(), Batch::default());
     open(&mut session, 2, &[2]);
