@@ -174,7 +174,7 @@ fn routes(machine: &Machine, running: &[&Machine]) -> Option<String> {
             };
             if sealed {
                 if route.dev != WIREGUARD {
-                    return Some(format!("the route to {prefix} of {name} is clear"));
+                    return Some(format!("the route to {prefix} of {name} goes by {}", route.dev));
                 }
                 continue;
             }

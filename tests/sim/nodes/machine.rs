@@ -322,6 +322,13 @@ impl Machine {
         }
     }
 
+    /// Whether the key of its tunnels changes, waits for others that change theirs, or the last change is not over yet.
+    pub fn changes_its_key(&self, now: Instant) -> bool {
+        let local = self.clock.read(now);
+        let rotates = self.daemon.as_ref().is_some_and(|daemon| daemon.control.is_rotating(local));
+        rotates || (self.daemon.is_some() && self.disk.next_tunnel.is_some())
+    }
+
     /// Returns who carries the machine's tunnels.
     pub fn carrier(&self) -> Carrier {
         if self.number.is_multiple_of(2) { Carrier::Kernel } else { Carrier::UserSpace }

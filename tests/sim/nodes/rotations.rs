@@ -102,13 +102,8 @@ impl Rotations {
 
     fn is_over(&mut self) -> bool {
         let now = self.world.net.now;
-        let idle = |machine: &&super::machine::Machine| {
-            let local = machine.clock.read(now);
-            let daemon = machine.daemon.as_ref();
-            daemon.is_some_and(|daemon| !daemon.control.is_rotating(local))
-                && machine.disk.next_tunnel.is_none()
-        };
-        self.world.machines().iter().all(idle)
+        let machines = self.world.machines();
+        machines.iter().all(|machine| machine.daemon.is_some() && !machine.changes_its_key(now))
     }
 }
 

@@ -501,7 +501,10 @@ impl World {
             self.pass_time(Duration::from_secs(1))?;
             self.drain_fenced();
             let leases = self.store.borrow().leases();
-            match laws::unsettled(&self.machines(), &leases) {
+            // A change that waits for another's would begin once all else is done.
+            let changes = self.machines().into_iter().find(|machine| machine.changes_its_key(self.net.now));
+            let changes = changes.map(|machine| format!("{} changes its key", machine.config.node.name));
+            match laws::unsettled(&self.machines(), &leases).or(changes) {
                 None => break,
                 Some(wrong) if self.net.now > end => {
                     return Err(format!("not whole after {QUIET:?}: {wrong}"));
