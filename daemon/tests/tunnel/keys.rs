@@ -62,16 +62,19 @@ fn pair_secret(ring: &[u8], theirs: &[u8], keys: [TunnelKey; 2]) -> Option<Presh
     PresharedKey::of_pair(&ring_of(ring), &theirs, one, other)
 }
 
+/// Tells one of nodes 1 and 2 of the other, and of the secret of the two.
+fn knows(nodes: &[Weft; 2], node: usize, preshared: Option<PresharedKey>) {
+    let other = u8::try_from(2 - node).unwrap();
+    let wanted = TunnelPeer { preshared, ..peer(other, secret(other).public(), address(other)) };
+    assert_eq!(nodes[node].set_peers(&[wanted]), Vec::<String>::new());
+}
+
 #[test]
 fn the_secret_of_a_pair_changes_under_traffic_without_a_lost_packet() {
     let Some((one, two)) = two() else { return };
     let keys = [secret(1).public(), secret(2).public()];
     let nodes = [(one, 1), (two, 2)].map(|(place, number)| Weft::open(place, number));
-    let known = |node: usize, preshared| {
-        let other = u8::try_from(2 - node).unwrap();
-        let wanted = TunnelPeer { preshared, ..peer(other, secret(other).public(), address(other)) };
-        assert_eq!(nodes[node].set_peers(&[wanted]), Vec::<String>::new());
-    };
+    let known = |node: usize, preshared| knows(&nodes, node, preshared);
     let (mut last, mut changed) = (pair_secret(&[1], &[1], keys), Instant::now());
     known(0, last.clone());
     known(1, last.clone());
@@ -232,6 +235,7 @@ fn a_session_that_came_to_nothing_for_another_secret_is_asked_for_as_soon_as_the
         first.set_peers(&[TunnelPeer { preshared, ..peer(2, stranger(), address(2)) }]);
     };
     let of = |ring: &[u8]| pair_secret(ring, ring, [secret(1).public(), stranger()]);
+    // Nobody asked yet, so another secret is no reason to.
     known(None);
     known(of(&[1]));
     // The peer asks, and is answered under a secret that it does not have yet, or no longer.
@@ -251,12 +255,7 @@ fn packets_wait_for_a_session_under_whichever_secret_there_is_one() {
     let Some((one, two)) = two() else { return };
     let keys = [secret(1).public(), secret(2).public()];
     let nodes = [(one, 1), (two, 2)].map(|(place, number)| Weft::open(place, number));
-    let known = |node: usize, ring: &[u8]| {
-        let other = u8::try_from(2 - node).unwrap();
-        let preshared = pair_secret(ring, ring, keys);
-        nodes[node]
-            .set_peers(&[TunnelPeer { preshared, ..peer(other, secret(other).public(), address(other)) }]);
-    };
+    let known = |node: usize, ring: &[u8]| knows(&nodes, node, pair_secret(ring, ring, keys));
     known(0, &[1]);
     known(1, &[2]);
     let ping = nodes[0].place.run(|| {
