@@ -6,7 +6,7 @@ mod netns;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
-use netns::Netns;
+use netns::{Netns, opened_again};
 use weft_daemon::kernel::nft::{self, Conn};
 use weft_daemon::plan::table::{Table, VERSION};
 
@@ -141,7 +141,8 @@ fn seen(from: (&Netns, &str), to: (&Netns, &str)) -> SocketAddr {
     let address = receiver.local_addr().unwrap();
     let source = from.1.to_owned();
     from.0.run(move || {
-        let socket = UdpSocket::bind((source.parse::<IpAddr>().unwrap(), 8472)).unwrap();
+        let source = source.parse::<IpAddr>().unwrap();
+        let socket = opened_again(|| UdpSocket::bind((source, 8472)));
         socket.send_to(b"weft", address).unwrap();
     });
     receiver.recv_from(&mut [0; 16]).expect("the datagram arrives").1

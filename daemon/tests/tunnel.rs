@@ -19,7 +19,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use netns::Netns;
+use netns::{Netns, opened_again};
 use weft_daemon::tunnel::{Reason, Tunnel, TunnelConfig, TunnelPeer, TunnelSecret, TunnelStatus};
 use weft_wire::types::TunnelKey;
 
@@ -177,8 +177,8 @@ fn the_peer_that_starts_anew_is_heard_again_at_once() {
     let second = Weft {
         tunnel: Arc::new(Mutex::new(place.run(|| {
             let config =
-                TunnelConfig { device: "weft-wg".into(), port: 51820, secret: secret(2), seed: [9; 32] };
-            Tunnel::open(config).unwrap()
+                || TunnelConfig { device: "weft-wg".into(), port: 51820, secret: secret(2), seed: [9; 32] };
+            opened_again(|| Tunnel::open(config()))
         }))),
         place,
     };

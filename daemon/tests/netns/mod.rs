@@ -1,8 +1,10 @@
 //! Network namespaces for tests, each with a thread of its own.
 
+use std::fmt::Debug;
 use std::process::Command;
 use std::sync::mpsc;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, unshare};
 
@@ -68,5 +70,19 @@ impl Drop for Netns {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+/// Opens what this process had open until a moment ago. A program that another test starts meanwhile holds a copy of every
+/// socket and device of this process from its fork to its execution, and so the port is taken for as long.
+#[allow(dead_code, reason = "not every test opens something a second time")]
+pub fn opened_again<T, E: Debug>(open: impl Fn() -> Result<T, E>) -> T {
+    let bound = Instant::now() + Duration::from_secs(20);
+    loop {
+        match open() {
+            Ok(opened) => return opened,
+            Err(error) => assert!(Instant::now() < bound, "it is never free again: {error:?}"),
+        }
+        thread::sleep(Duration::from_millis(1));
     }
 }

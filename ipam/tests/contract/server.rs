@@ -1,8 +1,9 @@
 //! A real etcd: started on loopback with its own directory and free ports, ended with its value.
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -34,10 +35,16 @@ pub fn missing() -> bool {
     missing
 }
 
-/// Returns ports that nobody has at the moment.
+/// Returns ports that nobody has at the moment, each once, and below those that the kernel gives to connections
+/// (`net.ipv4.ip_local_port_range`): a server is about to take them, and takes them again after a restart.
 pub fn free_ports<const N: usize>() -> [u16; N] {
-    let held = [(); N].map(|()| TcpListener::bind("127.0.0.1:0").expect("a free port"));
-    held.map(|held| held.local_addr().expect("bound").port())
+    static TAKEN: AtomicU16 = AtomicU16::new(0);
+    // Another run of these tests begins elsewhere.
+    let first = 20_000 + u16::try_from(std::process::id() % 10_000).expect("it is below 10,000");
+    let next = || first + TAKEN.fetch_add(1, Ordering::Relaxed);
+    // Not by a listener: a program that starts meanwhile would hold a copy of it for a while.
+    let free = |port: &u16| TcpStream::connect(("127.0.0.1", *port)).is_err();
+    [(); N].map(|()| std::iter::repeat_with(next).find(free).expect("it ends with a port"))
 }
 
 pub fn url(port: u16) -> String {
