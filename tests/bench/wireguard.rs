@@ -2,9 +2,11 @@
 //!
 //! One lab has all, each on two nodes of its own over the same underlay with the same MTU, the same bridge and the same
 //! kind of pod, and masquerades what leaves the cluster, as weft does. They take turns. Every load ends by itself; five
-//! contenders take about six minutes.
+//! contenders take about six minutes. In the same rounds the cipher alone is measured, of which no path can do without.
 //! `BENCH_PEERS=wireguard-go,gotatun` names fewer.
 
+#[path = "cipher.rs"]
+mod cipher;
 #[path = "pair.rs"]
 mod pair;
 
@@ -103,8 +105,19 @@ fn main() {
         });
     }
     let mut figures = Figures::default();
-    interleaved(ROUNDS, &mut pairs, |_, pair| pair.measure(&lab, &mut figures));
+    interleaved(ROUNDS, &mut pairs, |_, pair| {
+        pair.measure(&lab, &mut figures);
+        if pair.name == "weft" {
+            figures.add("boringtun", cipher::boringtun());
+            cipher::openssl().into_iter().for_each(|seconds| figures.add("openssl", seconds));
+        }
+    });
     pair::print(&figures, &pairs);
+    for name in
+        ["boringtun", "openssl"].into_iter().filter(|name| figures.names().any(|known| known == *name))
+    {
+        println!("sealing and opening alone, {name}: {:.3} CPU s/GB", figures.spread(name));
+    }
     for other in &pairs[1..] {
         pair::print_ratios(&figures, "weft", other.name);
     }
