@@ -15,7 +15,7 @@ NEEDS_LAB := cc:gcc ip:iproute2 unshare:util-linux nsenter:util-linux ping:iputi
 NEEDS_KUBERNETES := curl:curl dig:bind9-dnsutils iptables:iptables
 # By the guest of `make test-vm`; its kernel is downloaded and not installed.
 NEEDS_VM := qemu-system-x86_64:qemu-system-x86 cpio:cpio modprobe:kmod objcopy:binutils tc:iproute2 mawk:mawk
-NEEDS_TEST := conntrack:conntrack nc.openbsd:netcat-openbsd c++:g++ etcd:etcd-server setpriv:util-linux iperf3:iperf3 tcpdump:tcpdump wg:wireguard-tools wireguard-go:wireguard-go containerd:containerd ctr:containerd runc:runc busybox:busybox-static
+NEEDS_TEST := conntrack:conntrack nc.openbsd:netcat-openbsd c++:g++ etcd:etcd-server setpriv:util-linux iperf3:iperf3 tcpdump:tcpdump wg:wireguard-tools wireguard-go:wireguard-go containerd:containerd ctr:containerd runc:runc busybox:busybox-static openssl:openssl
 
 .DEFAULT_GOAL := help
 .PHONY: help programs deps deps-lab deps-vm deps-kubernetes installed build lab lab-down test test-vm kubernetes kubernetes-e2e test-kubernetes conformance lint bench peers interop bench-cni fuzz fuzz-build fuzz-short sim chaos mutants bench-control bench-scale bench-vxlan bench-wireguard bench-nat bench-node bench-kubernetes image install manifests deploy-tools
