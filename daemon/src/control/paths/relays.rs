@@ -12,7 +12,7 @@ use super::{Pair, Party};
 /// An answer may take so long.
 const ANSWER: Duration = Duration::from_millis(700);
 /// A relay that was granted carries something within so long, or it is given up.
-const CARRIES: Duration = Duration::from_millis(2500);
+pub(super) const CARRIES: Duration = Duration::from_millis(2500);
 /// For so long.
 const GIVEN_UP: Duration = Duration::from_secs(60);
 /// A relay that refused is asked again after so long.
@@ -136,11 +136,11 @@ impl Relays {
         }
     }
 
-    fn is_shunned(&self, relay: &NodeName, now: Instant) -> bool {
-        self.faults.get(relay).is_some_and(|(fault, _, at)| {
-            let pause = if *fault == Fault::Refused { REFUSED } else { GIVEN_UP };
-            now.duration_since(*at) < pause
-        })
+    /// Returns why a relay is not asked at the moment.
+    fn fault(&self, relay: &NodeName, now: Instant) -> Option<Fault> {
+        let (fault, _, at) = self.faults.get(relay)?;
+        let pause = if *fault == Fault::Refused { REFUSED } else { GIVEN_UP };
+        (now.duration_since(*at) < pause).then_some(*fault)
     }
 
     /// Gives up what was granted to a pair that still needs a path, and carried nothing.
@@ -162,7 +162,8 @@ impl Relays {
 
     /// Returns the relay that a pair is to ask now, besides those that it has; nothing while an answer is on the way.
     ///
-    /// Of those that are as near as the nearest each pair takes another, those with more room more often.
+    /// Of those that are as near as the nearest each pair takes another, those with more room more often. One that was given up
+    /// has its turn only while a pair has none, and no other is to be had.
     pub(super) fn choose(
         &mut self,
         (own, party): (&Party, &Party),
@@ -185,8 +186,13 @@ impl Relays {
                 .any(|address| own.addresses.iter().any(|own| own.is_ipv4() == address.is_ipv4()));
             let willing = relay.alive && relay.reach.relay_room > 0 && relay.is_open() && family;
             let third = relay.node != own.node && relay.node != party.node && !has.contains(&&relay.node);
-            willing && third && !self.is_shunned(&relay.node, now)
+            willing && third && self.fault(&relay.node, now) != Some(Fault::Refused)
         });
+        let is_good = |relay: &Party| self.fault(&relay.node, now).is_none();
+        // Where there is no other, one that was given up is better than none: it may be the peer that was late.
+        if !has.is_empty() || relays.iter().any(is_good) {
+            relays.retain(is_good);
+        }
         if relays.len() > 1 {
             relays.retain(|relay| Some(&relay.node) != silent.as_ref());
         }

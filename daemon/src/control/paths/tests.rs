@@ -293,6 +293,23 @@ fn a_relay_that_grants_and_carries_nothing_is_given_up_and_another_asked() {
 }
 
 #[test]
+fn the_only_relay_is_asked_again_after_it_was_given_up_unless_it_refuses() {
+    let (mut world, now) = (world(TunnelMapping::Dependent), Instant::now());
+    let mut paths = observed(&world, now);
+    world.others.retain(|other| !["r2", "r3"].contains(&other.node.as_str()));
+    let only = asked(&paths.look(&[waiting()], false, &world, now));
+    paths.handle_word(&only[0], PathWord::RelayGrant(name("b"), 51_900), &world, now);
+    let gone = now + relays::CARRIES;
+    let again = asked(&paths.look(&[waiting()], false, &world, gone));
+    assert_eq!(paths.given_up(gone).len(), 1, "it carried nothing");
+    assert_eq!(again, only);
+
+    let refuse = PathWord::RelayRefuse(name("b"), weft_wire::mesh::RelayRefusal::Full);
+    paths.handle_word(&only[0], refuse, &world, gone);
+    assert_eq!(asked(&paths.look(&[waiting()], false, &world, gone + PUNCH * 4)), []);
+}
+
+#[test]
 fn a_relay_that_refuses_or_is_silent_is_followed_by_another() {
     let (world, now) = (world(TunnelMapping::Dependent), Instant::now());
     let mut paths = observed(&world, now);
