@@ -177,8 +177,8 @@ fn the_peer_that_starts_anew_is_heard_again_at_once() {
     let second = Weft {
         tunnel: Arc::new(Mutex::new(place.run(|| {
             let config =
-                || TunnelConfig { device: "weft-wg".into(), port: 51820, secret: secret(2), seed: [9; 32] };
-            opened_again(|| Tunnel::open(config()))
+                TunnelConfig { device: "weft-wg".into(), port: 51820, secret: secret(2), seed: [9; 32] };
+            opened_again(|| Tunnel::open(config.clone()))
         }))),
         place,
     };

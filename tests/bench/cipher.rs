@@ -37,11 +37,10 @@ fn on_all_processors(measure: impl Fn() -> f64 + Sync) -> f64 {
 
 fn sessions() -> f64 {
     let secrets = [1, 2].map(|byte| StaticSecret::from([byte; 32]));
-    let [one, two] = [0, 1].map(|end: usize| {
+    let mut ends = [0, 1].map(|end: usize| {
         let other = PublicKey::from(&secrets[1 - end]);
         Tunn::new(secrets[end].clone(), other, None, None, u32::try_from(end).expect("small"), None)
     });
-    let mut ends = [one, two];
     shake(&mut ends);
     let [one, two] = &mut ends;
     let packet = packet();

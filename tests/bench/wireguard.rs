@@ -2,7 +2,7 @@
 //!
 //! One lab has all, each on two nodes of its own over the same underlay with the same MTU, the same bridge and the same
 //! kind of pod, and masquerades what leaves the cluster, as weft does. They take turns. Every load ends by itself; five
-//! contenders take about six minutes. In the same rounds the cipher alone is measured, of which no path can do without.
+//! contenders take about six minutes. In the same rounds the cipher alone is measured, which no path can do without.
 //! `BENCH_PEERS=wireguard-go,gotatun` names fewer.
 
 #[path = "cipher.rs"]
